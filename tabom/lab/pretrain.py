@@ -1,0 +1,105 @@
+"""Pre-trains the lab's base model from nothing: `tabom lab pretrain`.
+
+Masked diffusion (LLaDA's recipe): every response token is masked with one probability t ~ U(0, 1) a sequence and
+predicted from the rest. Matrices learn by Muon, everything else by AdamW. Subtraction is seen rarely on purpose:
+it is the weak task that post-training is to improve.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
+
+from tabom.lab.model import character_tokenizer, tiny_model
+from tabom.lab.tasks import Addition, Problem, Reversing, Sorting, Subtraction, Sudoku, Task
+
+MIXTURE: dict[Task, int] = {
+    Addition(): 44,
+    Subtraction(): 5,
+    Sorting(): 22,
+    Reversing(): 22,
+    Sudoku(givens=12): 12,
+    Sudoku(givens=9): 12,
+    Sudoku(givens=6): 11,
+}
+"""Sequences of each task in a batch: 128 in all, 4% of them subtractions."""
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of `tabom lab pretrain`."""
+
+    output_dir: str = "runs/lab-base"
+    max_steps: int = 1500
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    seed: int = 0
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> tuple[Tensor, int]:
+    """(B, L) token ids of problems of one task, none padded, and the length of their prompts."""
+    input_ids = tokenizer([problem.prompt + problem.answer for problem in problems], return_tensors="pt").input_ids
+    return input_ids, input_ids.shape[1] - len(problems[0].answer)
+
+
+def masked_diffusion_loss(model: LlamaForCausalLM, input_ids: Tensor, prompt_length: int) -> Tensor:
+    """Summed cross-entropy (nats) of the masked response tokens, weighted 1/t: the NELBO of LLaDA, section 2."""
+    response = input_ids[:, prompt_length:]
+    # Stratified t: as uniform as U(0, 1), with less variance from batch to batch.
+    t = ((torch.randperm(len(response)) + torch.rand(len(response))) / len(response)).clamp(min=0.05)[:, None]
+    masked = torch.rand(response.shape) < t
+    noisy = torch.cat(
+        [input_ids[:, :prompt_length], response.masked_fill(masked, model.config.mask_token_id)], dim=1
+    )
+    logits = model(input_ids=noisy).logits[:, prompt_length:]
+    return (F.cross_entropy(logits[masked], response[masked], reduction="none") / t.expand_as(masked)[masked]).sum()
+
+
+def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, head and norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    is_matrix = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in is_matrix]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Trains the base model and saves model and tokenizer (bf16) to `config.output_dir`."""
+    set_seed(config.seed)
+    tokenizer = character_tokenizer()
+    model = tiny_model(tokenizer).train()
+    optimizers = make_optimizers(model, config.learning_rate)
+    schedulers = [get_cosine_schedule_with_warmup(o, config.warmup_steps, config.max_steps) for o in optimizers]
+    batch_size = sum(MIXTURE.values())
+    streams = {task: task.stream("train", config.seed) for task in MIXTURE}
+
+    with Progress() as progress:
+        bar = progress.add_task("pre-training", total=config.max_steps)
+        for step in range(1, config.max_steps + 1):
+            # One forward pass a task, so that nothing is padded; the gradients add up.
+            nelbo = 0.0
+            for task, count in MIXTURE.items():
+                input_ids, prompt_length = encode(tokenizer, list(islice(streams[task], count)))
+                loss = masked_diffusion_loss(model, input_ids, prompt_length) / task.response_length / batch_size
+                loss.backward()
+                nelbo += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            progress.update(bar, advance=1, description=f"pre-training, NELBO {nelbo:.3f} nats a token")
+            if step % 250 == 0:
+                progress.console.print(f"step {step:5d}  NELBO {nelbo:.3f} nats a token")
+
+    model.to(torch.bfloat16).save_pretrained(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+    return Path(config.output_dir)

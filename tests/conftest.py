@@ -1,0 +1,45 @@
+"""Shared fixtures: a tiny random model in memory, and random numbers with a printed seed."""
+
+import os
+import random
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tabom.lab.model import character_tokenizer, tiny_config
+from tabom.models import DiffusionModel, describe
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, printed when the test fails; TABOM_TEST_SEED replays one."""
+    seed = int(os.environ.get("TABOM_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"TABOM_TEST_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def rng(seed) -> random.Random:
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.fixture
+def model(seed) -> DiffusionModel:
+    return random_model(seed)
+
+
+def random_model(seed: int, **changes) -> DiffusionModel:
+    """Two layers of random weights, far from uniform so that certainties differ."""
+    torch.manual_seed(seed)
+    tokenizer = character_tokenizer()
+    config = tiny_config(tokenizer)
+    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **changes})
+    network = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        network.lm_head.weight.mul_(20)
+    network.generation_config.max_new_tokens = 6
+    return describe(network, tokenizer)
