@@ -21,7 +21,8 @@ class ModelArguments:
     """Which model."""
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder or hub name. Default: the tiny model that ships with the package."}
+        default=None,
+        metadata={"help": "Folder or hub name. Default: the tiny model that ships with the package."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -41,9 +42,7 @@ class GenerateArguments:
 class PromptArguments:
     """Which prompts `tabom collect` answers: a task of the lab, or a file."""
 
-    task: str | None = field(
-        default=None, metadata={"help": "addition, subtraction, sorting, reversing or sudoku."}
-    )
+    task: str | None = field(default=None, metadata={"help": "addition, subtraction, sorting, reversing or sudoku."})
     givens: int = field(default=8, metadata={"help": "Cells of the sudoku that are given."})
     num_prompts: int = field(default=1000, metadata={"help": "Prompts drawn from the task."})
     split: Literal["train", "test"] = field(default="train", metadata={"help": "Split of the task's prompts."})
@@ -103,7 +102,10 @@ def collect(argv: Sequence[str]) -> None:
 
     types = (PromptArguments, ModelArguments, SamplerConfig, CollectConfig)
     arguments, model_arguments, sampler, config = parse_arguments(
-        types, argv, "tabom collect", "Answer a prompt set and keep the right answers with their decoding order."
+        types,
+        argv,
+        "tabom collect",
+        "Answer a prompt set and keep the right answers with their decoding order.",
     )
     if (arguments.task is None) == (arguments.prompts is None):
         raise ValueError(f"task={arguments.task!r}, prompts={arguments.prompts!r}: give exactly one of them")

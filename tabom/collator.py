@@ -1,11 +1,10 @@
 """From trajectories to the batches that the model's forward takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +33,7 @@ class TrajectoryDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         settings: ObjectiveSettings,
         seed: int,
-    ):
+    ) -> None:
         self.trajectories = trajectories
         self.prompts = [encode_prompt(tokenizer, trajectory.prompt) for trajectory in trajectories]
         self.settings = settings
@@ -53,7 +52,7 @@ class TrajectoryDataset(Dataset):
 class EpochSampler(Sampler):
     """Yields the keys (epoch, index) of a `TrajectoryDataset` in an order that depends on (seed, epoch) alone."""
 
-    def __init__(self, length: int, seed: int, shuffle: bool):
+    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
@@ -66,7 +65,7 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
@@ -82,7 +81,7 @@ class TrajectoryCollator:
     `num_tokens` and `num_sequences` are this batch's shares of the denominators of cross-entropy and rank loss.
     """
 
-    def __init__(self, mask_token_id: int, pad_token_id: int, logits_shift: int = 0):
+    def __init__(self, mask_token_id: int, pad_token_id: int, logits_shift: int = 0) -> None:
         self.mask_token_id = mask_token_id
         self.pad_token_id = pad_token_id
         self.logits_shift = logits_shift

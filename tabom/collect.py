@@ -25,12 +25,13 @@ class CollectConfig:
 
     output: str = field(metadata={"help": "JSONL file of trajectories; a second run on the same file continues it."})
     samples_per_prompt: int = field(
-        default=1, metadata={"help": "Attempts a prompt, with seeds seed, seed + 1, ... Needs temperature > 0."}
+        default=1,
+        metadata={"help": "Attempts a prompt, with seeds seed, seed + 1, ... Needs temperature > 0."},
     )
     batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -45,9 +46,7 @@ class CollectReport:
     new_attempts: int
 
 
-def collect(
-    model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: CollectConfig
-) -> CollectReport:
+def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: CollectConfig) -> CollectReport:
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
     Raises:

@@ -24,9 +24,5 @@ def count_pairs_in_order(entropy: Tensor, steps: Tensor, cu_seqlens: Tensor) -> 
         cu_seqlens: (B + 1,) row offsets of the sequences.
     """
     sequence = torch.bucketize(torch.arange(len(steps), device=steps.device), cu_seqlens[1:], right=True)
-    first, second = torch.where(
-        (sequence[:, None] == sequence)
-        & (steps[:, None] >= 0)
-        & (steps[:, None] < steps)
-    )
+    first, second = torch.where((sequence[:, None] == sequence) & (steps[:, None] >= 0) & (steps[:, None] < steps))
     return OrderCounts((entropy[first] < entropy[second]).sum(), torch.tensor(len(first), device=steps.device))

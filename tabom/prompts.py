@@ -60,9 +60,7 @@ def read_prompts(path: str | Path, *, skip_invalid: bool = False) -> tuple[Promp
             answer = text(record, "answer") if record.get("answer") is not None else None
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(
-                    f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)"
-                ) from error
+                raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
             continue
         prompts.append(prompt)

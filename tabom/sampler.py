@@ -22,7 +22,8 @@ class SamplerConfig:
     """
 
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Length of the response, tokens. Default: the model's generation config."}
+        default=None,
+        metadata={"help": "Length of the response, tokens. Default: the model's generation config."},
     )
     policy: Policy = field(
         default="entropy",
@@ -35,14 +36,15 @@ class SamplerConfig:
         default=None, metadata={"help": "Total denoising steps, shared evenly; excludes tokens_per_step."}
     )
     block_length: int | None = field(
-        default=None, metadata={"help": "Decode blocks of this many tokens left to right. Default: one block."}
+        default=None,
+        metadata={"help": "Decode blocks of this many tokens left to right. Default: one block."},
     )
     temperature: float = field(default=0.0, metadata={"help": "Of the token choice; 0 is greedy."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k most probable tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample within this probability mass."})
     seed: int = field(default=0, metadata={"help": "Of tokens and of the random policy."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_new_tokens", "tokens_per_step", "steps", "block_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -188,8 +190,7 @@ def sample(
     """Decodes a batch of prompts to the end; see `denoise`."""
     if not prompts:
         return []
-    for state in denoise(model, prompts, response_length(model, config), config, seeds):
-        pass
+    *_, state = denoise(model, prompts, response_length(model, config), config, seeds)
     columns = (state.tokens.tolist(), state.decoding_order.tolist(), state.entropy.tolist())
     return [Completion(*row) for row in zip(*columns, strict=True)]
 

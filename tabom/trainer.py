@@ -1,9 +1,8 @@
 """`TabomTrainer`: transformers' Trainer with trajectories for data and the TABOM loss in the model's forward."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -53,7 +52,7 @@ class TabomConfig(TrainingArguments):
     prediction_loss_only: bool = True
     remove_unused_columns: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("supervised_window", "rank_window"):
             if getattr(self, name) < 1:
@@ -83,7 +82,7 @@ class TabomConfig(TrainingArguments):
 class FollowEpoch(TrainerCallback):
     """Tells the sampler the epoch, also when a resumed run skips into the middle of one."""
 
-    def __init__(self, sampler: EpochSampler):
+    def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: TabomConfig, state: Any, control: Any, **kwargs: Any) -> None:
@@ -120,10 +119,11 @@ class TabomTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+                f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, "
+                "or set CUDA_VISIBLE_DEVICES"
             )
         family = describe(model, processing_class)
         add_loss_to_forward(model, **args.loss_settings)
@@ -158,14 +158,12 @@ class TabomTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> EpochSampler:
         return EpochSampler(len(eval_dataset), self.args.seed, shuffle=False)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """The micro-batches of one step, and the denominators of the loss over all of them and all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
-        counts = {name: sum(batch[name].to(device) for batch in batches) for name in DENOMINATORS}
-        self._sums["steps"] += 1
-        return batches, self.accelerator.reduce(counts, reduction="sum")
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The denominators of the loss over all micro-batches of a step and all ranks."""
+        counts = {name: sum(batch[name].to(device) for batch in batch_samples) for name in DENOMINATORS}
+        return self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
         self,
@@ -175,20 +173,20 @@ class TabomTrainer(Trainer):
         num_items_in_batch: dict[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LossOutput]:
         """This micro-batch's share of the loss; `num_items_in_batch` are the global denominators."""
-        inputs = {**inputs, **(num_items_in_batch or {})}
+        inputs = {**inputs, **num_items_in_batch}
         will_log = model.training and (self.state.global_step + 1) % self.state.logging_steps == 0
         output = model(**inputs, return_entropy=will_log)
-        if not model.training:
-            return (output.loss, output) if return_outputs else output.loss
-        self._sums["cross_entropy"] += output.cross_entropy
-        self._sums["rank"] += output.rank
+        if model.training:
+            self._sums["steps"] += 1 / self.current_gradient_accumulation_steps
+            self._sums["cross_entropy"] += output.cross_entropy
+            self._sums["rank"] += output.rank
         if will_log:
             in_order, pairs = count_pairs_in_order(output.entropy, inputs["steps"], inputs["cu_seqlens"])
             self._sums["entropy"] += output.entropy.sum()
             self._sums["rows"] += len(output.entropy)
             self._sums["in_order"] += in_order
             self._sums["pairs"] += pairs
-        # Data parallelism averages the gradients over the ranks, while this loss is a sum over them.
+        # Data parallelism averages over the ranks, while this loss is a sum over them.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 

@@ -18,7 +18,7 @@ RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
 class RecordError(ValueError):
     """A field of a record is missing or wrong; says which field, its value and what was expected."""
 
-    def __init__(self, field: str, problem: str):
+    def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field {field!r}: {problem}")
 
 
@@ -47,9 +47,7 @@ class Trajectory:
         return record
 
 
-def parse_trajectory(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> Trajectory:
+def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Trajectory:
     """Reads a record in any of the published spellings (see PROMPT_FIELDS and RESPONSE_FIELDS).
 
     Without `response_token_ids` the response is tokenized; without `decoding_order` it decodes left to right.
@@ -71,7 +69,8 @@ def parse_trajectory(
     order = integers(record, "decoding_order", -1, None) if "decoding_order" in record else range(len(token_ids))
     if len(order) != len(token_ids):
         raise RecordError(
-            "decoding_order", f"has {len(order)} steps for {len(token_ids)} response tokens; one a token expected"
+            "decoding_order",
+            f"has {len(order)} steps for {len(token_ids)} response tokens; one a token expected",
         )
     non_ltr = record.get("non_ltr_positions")
     if non_ltr is not None:
@@ -183,9 +182,7 @@ def read_trajectories(
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(
-                    f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)"
-                ) from error
+                raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
         chosen = "" if method is None else f" with method={method!r}"

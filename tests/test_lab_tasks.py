@@ -35,9 +35,7 @@ def test_there_are_288_sudoku_grids_and_a_checker_by_brute_force_agrees():
     assert len(set(solved_grids())) == len(solved_grids()) == 288
     puzzle = "12..34.........."
     right = [
-        grid
-        for grid in solved_grids()
-        if all(given in (".", cell) for given, cell in zip(puzzle, grid, strict=True))
+        grid for grid in solved_grids() if all(given in (".", cell) for given, cell in zip(puzzle, grid, strict=True))
     ]
     problem = Problem(f"sudoku {puzzle}=", right[0])
     assert len(right) > 1, "more than one completion, and each must count"

@@ -144,7 +144,7 @@ def test_shifted_logits_stand_one_to_the_left(seed):
     object.__setattr__(shifted, "logits_shift", 1)
     [prompt] = encode(model, ["abc"])
     state = next(denoise(shifted, [prompt], 1, SamplerConfig()))
-    input_ids = torch.tensor([prompt + [model.mask_token_id]])
+    input_ids = torch.tensor([[*prompt, model.mask_token_id]])
     expected = model.model(input_ids=input_ids).logits[0, len(prompt) - 1].clone()
     expected[model.mask_token_id] = -torch.inf
     *_, state = denoise(shifted, [prompt], 1, SamplerConfig())
@@ -152,5 +152,5 @@ def test_shifted_logits_stand_one_to_the_left(seed):
 
 
 def test_a_response_ends_at_its_first_end_token(model):
-    ids = model.tokenizer("ab").input_ids + [model.eos_token_id] + model.tokenizer("c").input_ids
+    ids = [*model.tokenizer("ab").input_ids, model.eos_token_id, *model.tokenizer("c").input_ids]
     assert decode_response(model, ids) == "ab"

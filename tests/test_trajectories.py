@@ -24,7 +24,12 @@ def parse(record):
 @pytest.mark.parametrize("prompt_field", ["prompt", "instruction", "question"])
 @pytest.mark.parametrize("response_field", ["response", "output", "gen_text", "answer"])
 def test_every_spelling_of_the_authors_records(prompt_field, response_field):
-    record = {prompt_field: "q", response_field: "abc", "response_token_ids": IDS, "decoding_order": [2, -1, 0]}
+    record = {
+        prompt_field: "q",
+        response_field: "abc",
+        "response_token_ids": IDS,
+        "decoding_order": [2, -1, 0],
+    }
     trajectory = parse(record)
     assert (trajectory.prompt, trajectory.response) == ("q", "abc")
     assert (trajectory.response_token_ids, trajectory.decoding_order) == (IDS, [2, -1, 0])
@@ -57,8 +62,14 @@ BROKEN = [
     ('{"messages": "q", "response": "abc"}', "'messages': expected a list"),
     ('{"prompt": "q", "response": ""}', "'response_token_ids': is empty"),
     ('{"prompt": "q", "response": "abc", "decoding_order": [0, 1]}', "'decoding_order': has 2 steps for 3"),
-    ('{"prompt": "q", "response": "abc", "decoding_order": [0, 1, -2]}', "'decoding_order': -2 at position 2"),
-    ('{"prompt": "q", "response": "abc", "decoding_order": [0, 1, true]}', "'decoding_order': expected a list"),
+    (
+        '{"prompt": "q", "response": "abc", "decoding_order": [0, 1, -2]}',
+        "'decoding_order': -2 at position 2",
+    ),
+    (
+        '{"prompt": "q", "response": "abc", "decoding_order": [0, 1, true]}',
+        "'decoding_order': expected a list",
+    ),
     ('{"prompt": "q", "response": "abc", "response_token_ids": [1, 2, 999]}', "999 at position 2; expected"),
     ('{"prompt": "q", "response": "abc", "non_ltr_positions": [3]}', "'non_ltr_positions': 3 at position 0"),
 ]

@@ -21,9 +21,7 @@ BATCH_SIZE = 128
 PASS_AT = (1, 2, 4, 8, 16)
 
 
-def answer(
-    model: DiffusionModel, task: Task, problems: Sequence[Problem], config: SamplerConfig
-) -> list[Completion]:
+def answer(model: DiffusionModel, task: Task, problems: Sequence[Problem], config: SamplerConfig) -> list[Completion]:
     """One completion a problem."""
     config = replace(config, max_new_tokens=task.response_length)
     encoded = [encode_prompt(model.tokenizer, problem.prompt) for problem in problems]
@@ -31,9 +29,7 @@ def answer(
     return [completion for batch in batches for completion in sample(model, batch, config)]
 
 
-def accuracy(
-    model: DiffusionModel, task: Task, problems: Sequence[Problem], config: SamplerConfig
-) -> np.ndarray:
+def accuracy(model: DiffusionModel, task: Task, problems: Sequence[Problem], config: SamplerConfig) -> np.ndarray:
     """1 where the answer is right, 0 elsewhere."""
     completions = answer(model, task, problems, config)
     responses = [decode_response(model, completion.token_ids) for completion in completions]

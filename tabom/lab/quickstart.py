@@ -14,7 +14,12 @@ from transformers.utils import logging
 from tabom.collect import CollectConfig, collect
 from tabom.lab.evaluate import PASS_AT, accuracy, answer, entropy_by_step, order_accuracy, pass_at_k
 from tabom.lab.model import BASE_PATH
-from tabom.lab.report import draw_accuracy_against_retention, draw_entropy_by_step, print_table, print_verdicts
+from tabom.lab.report import (
+    draw_accuracy_against_retention,
+    draw_entropy_by_step,
+    print_table,
+    print_verdicts,
+)
 from tabom.lab.tasks import Addition, Reversing, Sorting, Subtraction, Sudoku
 from tabom.models import DiffusionModel, load
 from tabom.prompts import PromptSet, task_prompts
@@ -127,7 +132,7 @@ def ground_truth(base: DiffusionModel, prompts: PromptSet) -> list[Trajectory]:
 class OnStep(TrainerCallback):
     """Calls back after every optimizer step."""
 
-    def __init__(self, advance: Callable[[], None]):
+    def __init__(self, advance: Callable[[], None]) -> None:
         self.advance = advance
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:

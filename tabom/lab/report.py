@@ -59,8 +59,8 @@ def print_verdicts(console: Console, results: dict[str, Scores]) -> None:
             if named:
                 console.print(f"  {outcome}: {', '.join(named)}", highlight=False)
     console.print(
-        "\n'Higher' and 'lower' are differences of more than two standard errors on the same problems. They say nothing "
-        "of the spread over training runs (--seed), nor of models larger than this one.",
+        "\n'Higher' and 'lower' are differences of more than two standard errors on the same problems. They say "
+        "nothing of the spread over training runs (--seed), nor of models larger than this one.",
         highlight=False,
     )
 
@@ -113,7 +113,11 @@ def draw_entropy_by_step(entropies: dict[str, np.ndarray], path: Path) -> None:
     for method, values in entropies.items():
         is_base = method == "base"
         axes.plot(
-            values, marker="o", label=method, linestyle="--" if is_base else "-", color="black" if is_base else None
+            values,
+            marker="o",
+            label=method,
+            linestyle="--" if is_base else "-",
+            color="black" if is_base else None,
         )
     axes.set_xlabel("decode step")
     axes.set_ylabel("mean entropy of the unmasked token, nats")

@@ -123,7 +123,7 @@ class Sudoku(Task):
     name = "sudoku"
     response_length = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.givens <= 16:
             raise ValueError(f"givens={self.givens}: a 4x4 sudoku has between 0 and 16 givens")
 
@@ -166,9 +166,7 @@ def solved_grids() -> list[str]:
     return grids
 
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Addition, Subtraction, Sorting, Reversing, Sudoku)
-}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Addition, Subtraction, Sorting, Reversing, Sudoku)}
 
 
 def make_task(name: str, **options: int) -> Task:

@@ -1,0 +1,89 @@
+"""The TABOM loss: cross-entropy in the window plus the rank loss."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tabom_kernels.backends import Backend
+from tabom_kernels.checks import check_logits, check_rows, check_sequences
+from tabom_kernels.ranking import Form, count_ordered_pairs, trajectory_rank_loss
+from tabom_kernels.vocabulary import cross_entropy_with_entropy
+
+
+class TabomLoss(NamedTuple):
+    """Scalars, nats: `loss = cross_entropy + rank_weight * rank`; the last two are detached, for logs."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    rank: Tensor
+
+
+def tabom_loss(
+    logits: Tensor,
+    labels: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    rank_weight: float = 1.0,
+    form: Form = "logistic",
+    margin: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    token_weights: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: Backend | None = None,
+) -> TabomLoss:
+    """CE + `rank_weight` * rank (arXiv 2605.11854), as means over the global batch.
+
+    CE is sum(token_weights * ce) / num_tokens, rank is the sum over sequences of `trajectory_rank_loss` /
+    num_sequences. Given both denominators of the global batch, the losses of its micro-batches add up to its loss.
+
+    Args:
+        logits: (N, V) of any floating dtype.
+        labels: (N,) int64, `ignore_index` = no cross-entropy on this row.
+        steps: (N,) int32 or int64, -1 = no ranking on this row.
+        cu_seqlens: (B + 1,) int32 row offsets of the sequences.
+        form, margin, temperature: of the rank loss, see `trajectory_rank_loss`.
+        token_weights: (N,) floating point, scales each row's cross-entropy (NELBO's 1/t).
+        num_tokens: denominator of CE, tokens; default: the rows with a label.
+        num_sequences: denominator of rank, sequences; default: those with an ordered pair.
+        inplace_backward: backward writes the gradient over the logits, see `cross_entropy_with_entropy`.
+        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+
+    Returns:
+        fp32 scalars (fp64 for fp64 logits). Without rows the loss is 0 with a gradient of 0.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, device or value is wrong, or the backend does not exist.
+    """
+    check_logits(logits)
+    check_sequences(steps, cu_seqlens, len(logits))
+    ce, entropy = cross_entropy_with_entropy(
+        logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
+    )
+    if token_weights is not None:
+        floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        check_rows("token_weights", token_weights, len(logits), floating, logits.device)
+        ce = ce * token_weights
+    if num_tokens is None:
+        num_tokens = (labels != ignore_index).sum()
+    cross_entropy = ce.sum() / at_least_one(num_tokens)
+    if rank_weight == 0:
+        return TabomLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy).detach())
+
+    if num_sequences is None:
+        num_sequences = (count_ordered_pairs(steps, cu_seqlens, backend=backend) > 0).sum()
+    losses = trajectory_rank_loss(
+        entropy, steps, cu_seqlens, form=form, margin=margin, temperature=temperature, backend=backend
+    )
+    rank = losses.sum() / at_least_one(num_sequences)
+    return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
+
+
+def at_least_one(count: float | Tensor) -> float | Tensor:
+    """A denominator for a sum that is 0 when `count` is 0."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,0 +1,51 @@
+"""Random numbers without a state: a key and a counter give a number, whatever else is in the batch."""
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit integers, whose products wrap around.
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def mix_keys(*parts: int | Tensor) -> Tensor:
+    """An int64 key that depends on every part and their order; tensors broadcast."""
+    device = next((part.device for part in parts if isinstance(part, Tensor)), None)
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    for part in parts:
+        key = split_mix(key ^ part)
+    return key
+
+
+def gumbel_noise(keys: Tensor, columns: int) -> Tensor:
+    """(N, columns) standard Gumbel noise, fp32; row i is the SplitMix64 stream seeded with `keys[i]` (N,) int64.
+
+    The uniform is (k + 1/2) / 2^23 for a 23-bit k: exact in fp32, and never 0 or 1.
+    """
+    counters = torch.arange(columns, device=keys.device) * GOLDEN_GAMMA
+    bits = shift_right(split_mix(keys[:, None] + counters), 41)
+    uniform = (bits.float() + 0.5) * 2.0**-23
+    return uniform.log_().neg_().log_().neg_()
+
+
+def row_keys(generator: torch.Generator | Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """(N,) keys: those given, or derived from one draw of a generator."""
+    if isinstance(generator, Tensor):
+        return generator
+    source = device if generator is None else generator.device
+    draw = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, generator=generator, device=source)
+    return mix_keys(draw.to(device), torch.arange(rows, device=device))
+
+
+def split_mix(state: Tensor) -> Tensor:
+    """One output of SplitMix64: adds the golden gamma to the state and mixes."""
+    x = state + GOLDEN_GAMMA
+    x = (x ^ shift_right(x, 30)) * MIX_1
+    x = (x ^ shift_right(x, 27)) * MIX_2
+    return x ^ shift_right(x, 31)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: zeros come in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,63 @@
+"""What a sampler step needs of each masked position."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tabom_kernels import reference
+from tabom_kernels.backends import Backend, closed_form
+from tabom_kernels.checks import check_logits, check_rows
+from tabom_kernels.noise import row_keys
+
+
+class UnmaskStatistics(NamedTuple):
+    """Per row (N,): the token (int64), its probability, the top-2 margin, the entropy (nats)."""
+
+    token: Tensor
+    probability: Tensor
+    margin: Tensor
+    entropy: Tensor
+
+
+@torch.no_grad()
+def unmask_statistics(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | Tensor | None = None,
+    backend: Backend | None = None,
+) -> UnmaskStatistics:
+    """A token for each row, and how certain the model is of it.
+
+    The token is the argmax at temperature 0, the lowest index among equals. Above, it is a Gumbel-max draw from
+    softmax(logits / temperature), after top-k and then top-p (transformers' order; logits that tie with the last one
+    kept are kept). `probability`, `margin` (best minus second best probability; 1 when V = 1) and `entropy` are those
+    of softmax(logits), which neither temperature nor filters touch: the certainty that TABOM trains.
+
+    Args:
+        logits: (N, V) of any floating dtype; -inf is never chosen.
+        top_k: at least 1.
+        top_p: in (0, 1].
+        generator: a torch.Generator (None: the global one); or an (N,) int64 tensor of keys, and then a row's token
+            depends on its logits and its key alone, whatever else is in the batch (see `mix_keys`).
+        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape or setting is wrong, or the backend does not exist.
+    """
+    check_logits(logits)
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or above")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected a probability mass in (0, 1]")
+    if isinstance(generator, Tensor):
+        check_rows("generator", generator, len(logits), (torch.int64,), logits.device)
+    keys = row_keys(generator, len(logits), logits.device) if temperature > 0 else None
+    forms = closed_form(backend, logits) or reference
+    return UnmaskStatistics(*forms.unmask_statistics(logits, temperature, top_k, top_p, keys))

@@ -1,0 +1,221 @@
+"""Closed forms in PyTorch, without autograd: for the CPU and every other device.
+
+The vocabulary is read a chunk of rows at a time, so that the fp32 copies of a chunk stay in the cache. With
+d = z - max z, S = sum exp(d) and U = sum exp(d) * d of a row of logits z,
+
+    lse = max z + log S        E = log S - U / S        ce = log S - d_y
+    dz  = p * (a - g * (log p + E)) - a * [column == y]        for a = dL/dce, g = dL/dE.
+
+`max` and `log S` are kept apart: at |z| ~ 1e4 their fp32 sum has lost three digits of `log S`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tabom_kernels.noise import gumbel_noise
+from tabom_kernels.reference import filter_logits, working_dtype
+
+CHUNK_ELEMENTS = 2**18
+"""Of a chunk of logits, or of pairs: 1 MiB in fp32."""
+
+LOWEST = -1e4
+"""Stands for d = -inf: exp(LOWEST) is exactly 0 in every dtype, and 0 * LOWEST is not NaN."""
+
+
+class VocabularyStatistics(NamedTuple):
+    """Per row (N,), nats. `cross_entropy` is None without labels; the last two are what the gradient needs."""
+
+    cross_entropy: Tensor | None
+    entropy: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+
+
+def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
+    """Reads (N, V) logits once."""
+    rows, dtype = len(logits), working_dtype(logits.dtype)
+    entropy, maximum, log_sum, label_logit = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
+    for chunk in row_chunks(logits):
+        z = logits[chunk].to(dtype)
+        m = z.amax(-1, keepdim=True)
+        d = (z - m).clamp_(min=LOWEST)
+        p = d.exp()
+        total = p.sum(-1)
+        weighted = p.mul_(d).sum(-1)
+        maximum[chunk] = m.squeeze(-1)
+        log_sum[chunk] = total.log()
+        entropy[chunk] = log_sum[chunk] - weighted / total
+        if labels is not None:
+            label = labels[chunk].masked_fill(labels[chunk] == ignore_index, 0)
+            label_logit[chunk] = z.gather(1, label[:, None]).squeeze(1)
+    if labels is None:
+        return VocabularyStatistics(None, entropy, maximum, log_sum)
+    ce = (log_sum - (label_logit - maximum)).masked_fill_(labels == ignore_index, 0.0)
+    return VocabularyStatistics(ce, entropy, maximum, log_sum)
+
+
+def vocabulary_gradient(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    statistics: VocabularyStatistics,
+    grad_ce: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Reads (N, V) logits once and writes dL/dlogits to `out` (N, V) once; `out` may be `logits` itself.
+
+    Args:
+        grad_ce, grad_entropy: (N,) dL/dce and dL/dE of any stride, None for zero.
+    """
+    a = torch.zeros_like(statistics.entropy) if grad_ce is None else grad_ce.clone()
+    g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
+    if labels is not None:
+        a.masked_fill_(labels == ignore_index, 0.0)
+    unused = (a == 0) & (g == 0)
+    for chunk in row_chunks(logits):
+        z = logits[chunk].to(statistics.entropy.dtype)
+        log_p = (z - statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None]).clamp_(min=LOWEST)
+        dz = log_p.exp()
+        dz *= log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None])
+        if grad_ce is not None:
+            label = labels[chunk].masked_fill(labels[chunk] == ignore_index, 0)
+            dz.scatter_add_(1, label[:, None], -a[chunk, None])
+        out[chunk] = dz.masked_fill_(unused[chunk, None], 0.0)
+    return out
+
+
+class RankLoss(NamedTuple):
+    """(B,) loss of each sequence, its gradient by the entropies of its own rows (N,), and by the temperature (B,)."""
+
+    loss: Tensor
+    grad_entropy: Tensor
+    grad_temperature: Tensor
+
+
+def trajectory_rank_loss(
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: float | Tensor
+) -> RankLoss:
+    """Loss and gradients over the (B, T, T) pairs of the padded sequences, some rows i at a time."""
+    padded_steps, index = pad_steps(steps, cu_seqlens)
+    if padded_steps.numel() == 0:
+        no_loss = entropy.new_zeros(len(cu_seqlens) - 1)
+        return RankLoss(no_loss, torch.zeros_like(entropy), no_loss)
+    ranked = padded_steps >= 0
+    e = entropy[index].masked_fill(~ranked, 0.0)
+    sums = plackett_luce_sums if form == "plackett_luce" else pairwise_sums
+    total, grad, grad_temperature, count = sums(e, padded_steps, form, margin, temperature)
+
+    latest = padded_steps.amax(1)
+    earliest = padded_steps.masked_fill(~ranked, torch.iinfo(steps.dtype).max).amin(1)
+    scale = (earliest < latest).to(entropy.dtype) / count.clamp(min=1)
+    rows = torch.arange(index.shape[1], device=index.device) < cu_seqlens.diff()[:, None]
+    return RankLoss(total * scale, (grad * scale[:, None])[rows], grad_temperature * scale)
+
+
+def pairwise_sums(
+    e: Tensor, steps: Tensor, form: str, margin: float, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
+    total, grad_temperature = e.new_zeros(len(e)), e.new_zeros(len(e))
+    count = torch.zeros(len(e), dtype=torch.int64, device=e.device)
+    grad = torch.zeros_like(e)
+    for first in pair_chunks(e):
+        is_pair = ordered_pairs(steps, first)
+        x = e[:, first, None] - e[:, None, :] + margin
+        if form == "hinge":
+            loss, slope = x.relu(), (x > 0).to(e.dtype)
+        else:
+            loss, slope = -F.logsigmoid(-x / temperature), (x / temperature).sigmoid() / temperature
+            grad_temperature -= (slope * x).masked_fill(~is_pair, 0.0).sum((1, 2)) / temperature
+        slope = slope.masked_fill(~is_pair, 0.0)
+        total += loss.masked_fill(~is_pair, 0.0).sum((1, 2))
+        grad[:, first] += slope.sum(2)
+        grad -= slope.sum(1)
+        count += is_pair.sum((1, 2))
+    return total, grad, grad_temperature, count
+
+
+def plackett_luce_sums(
+    e: Tensor, steps: Tensor, form: str, margin: float, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,)."""
+    score = -e / temperature
+    ranked = steps >= 0
+    total = e.new_zeros(len(e))
+    chosen = ranked.to(e.dtype)  # 1 for each row's own turn, less its probability at every turn it could have had
+    for turn in pair_chunks(e):
+        at_risk = ranked[:, turn, None] & (steps[:, turn, None] <= steps[:, None, :])
+        log_sum = score[:, None, :].masked_fill(~at_risk, -torch.inf).logsumexp(2)
+        log_sum = log_sum.masked_fill(~ranked[:, turn], 0.0)
+        probability = (score[:, None, :] - log_sum[:, :, None]).exp().masked_fill(~at_risk, 0.0)
+        chosen = chosen - probability.sum(1)
+        total += (log_sum - score[:, turn]).masked_fill(~ranked[:, turn], 0.0).sum(1)
+    grad = chosen / temperature
+    # The loss depends on E / tau alone, so tau * dL/dtau = -sum E * dL/dE.
+    return total, grad, -(grad * e).sum(1) / temperature, ranked.sum(1)
+
+
+def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,) int64."""
+    padded_steps, _ = pad_steps(steps, cu_seqlens)
+    count = torch.zeros(len(padded_steps), dtype=torch.int64, device=steps.device)
+    for first in pair_chunks(padded_steps):
+        count += ordered_pairs(padded_steps, first).sum((1, 2))
+    return count
+
+
+def unmask_statistics(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token, probability, margin and entropy, each (N,); greedy reads the logits once, and keys are not used."""
+    rows, dtype = len(logits), working_dtype(logits.dtype)
+    token = logits.new_empty(rows, dtype=torch.int64)
+    probability, margin, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    for chunk in row_chunks(logits):
+        z = logits[chunk].to(dtype)
+        if temperature == 0:
+            token[chunk] = z.argmax(-1)
+        else:
+            noise = gumbel_noise(keys[chunk], z.shape[1])
+            token[chunk] = (filter_logits(z / temperature, top_k, top_p) + noise).argmax(-1)
+        best, second = F.pad(z, (0, 1), value=-torch.inf).topk(2).values.unbind(-1)
+        d = (z - best[:, None]).clamp_(min=LOWEST)
+        p = d.exp()
+        total = p.sum(-1)
+        probability[chunk] = p.gather(1, token[chunk, None]).squeeze(1) / total
+        margin[chunk] = (1 - (second - best).exp()) / total
+        entropy[chunk] = total.log() - p.mul_(d).sum(-1) / total
+    return token, probability, margin, entropy
+
+
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows with about CHUNK_ELEMENTS logits each."""
+    size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def pair_chunks(padded: Tensor) -> Iterator[slice]:
+    """Slices of the first index of the (B, T, T) pairs with about CHUNK_ELEMENTS pairs each."""
+    size = max(1, CHUNK_ELEMENTS // max(padded.numel(), 1))
+    return (slice(start, start + size) for start in range(0, padded.shape[1], size))
+
+
+def pad_steps(steps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) steps, -1 in the padding, and the (B, T) row that each comes from."""
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    position = torch.arange(longest, device=steps.device)
+    padding = position >= lengths[:, None]
+    index = (cu_seqlens[:-1, None] + position).masked_fill(padding, 0).long()
+    return steps[index].masked_fill(padding, -1), index
+
+
+def ordered_pairs(steps: Tensor, first: slice) -> Tensor:
+    """(B, t, T) whether (i, j) is an ordered pair: 0 <= s_i < s_j, for i in `first`."""
+    earlier = steps[:, first, None]
+    return (earlier >= 0) & (earlier < steps[:, None, :])

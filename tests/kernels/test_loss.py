@@ -1,0 +1,181 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tabom_kernels import (
+    backend_for,
+    count_ordered_pairs,
+    cross_entropy_with_entropy,
+    softmax_entropy,
+    tabom_loss,
+    trajectory_rank_loss,
+    unmask_statistics,
+)
+from tests.kernels.inputs import SHAPES, VALUES, draw_labels, draw_sequences, gaussian, split_rows
+
+BACKENDS = ["torch", "reference"]
+
+
+def draw_batch(lengths, columns=13, values=gaussian):
+    steps, cu_seqlens = draw_sequences(lengths)
+    logits = values(len(steps), columns)
+    return logits, draw_labels(logits), steps, cu_seqlens
+
+
+def run(logits, *batch, **options):
+    logits = logits.detach().clone().requires_grad_()
+    result = tabom_loss(logits, *batch, **options)
+    result.loss.backward()
+    return *(x.detach() for x in result), logits.grad
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_loss_and_gradient_in_fp64(rng, values, rows, columns):
+    batch = draw_batch(split_rows(rows), columns, values)
+    options = {"rank_weight": 0.3, "margin": 0.1, "temperature": 0.5, "token_weights": torch.rand(rows)}
+    for ours, theirs in zip(
+        run(*batch, **options, backend="torch"), run(*batch, **options, backend="reference"), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_the_loss_is_made_of_its_parts(rng):
+    logits, labels, steps, cu_seqlens = draw_batch([5, 1, 8])
+    labels[0] = 3
+    weights = torch.rand(14, dtype=torch.float64)
+    ce, entropy = cross_entropy_with_entropy(logits, labels)
+    ranks = trajectory_rank_loss(entropy, steps, cu_seqlens, form="hinge", margin=0.1)
+    result = tabom_loss(
+        logits, labels, steps, cu_seqlens, rank_weight=3.0, form="hinge", margin=0.1, token_weights=weights
+    )
+    torch.testing.assert_close(result.cross_entropy, (weights * ce).sum() / (labels >= 0).sum())
+    torch.testing.assert_close(result.rank, ranks.sum() / (count_ordered_pairs(steps, cu_seqlens) > 0).sum())
+    torch.testing.assert_close(result.loss, result.cross_entropy + 3 * result.rank)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 4), st.sampled_from(["logistic", "hinge", "plackett_luce"]))
+def test_splitting_a_batch_never_changes_the_loss(seed, cut, form):
+    torch.manual_seed(seed)
+    lengths = [4, 1, 6, 3]
+    logits, labels, steps, cu_seqlens = draw_batch(lengths)
+    weights = torch.rand(len(steps))
+    whole = run(logits, labels, steps, cu_seqlens, form=form, token_weights=weights)
+    shared = {
+        "form": form,
+        "num_tokens": (labels != -100).sum(),
+        "num_sequences": (count_ordered_pairs(steps, cu_seqlens) > 0).sum(),
+    }
+    row = cu_seqlens[cut]
+    parts = [
+        run(logits[a:b], labels[a:b], steps[a:b], offsets, token_weights=weights[a:b], **shared)
+        for a, b, offsets in ((0, row, cu_seqlens[: cut + 1]), (row, len(steps), cu_seqlens[cut:] - row))
+    ]
+    for name, x, y, z in zip(("loss", "ce", "rank"), whole, *parts, strict=False):
+        torch.testing.assert_close(x, y + z, msg=name)
+    torch.testing.assert_close(whole[3], torch.cat([parts[0][3], parts[1][3]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_learn_gives_zero_loss_and_zero_gradient(backend):
+    for rows in (0, 3):
+        logits = torch.randn(rows, 5)
+        labels, steps = torch.full((rows,), -100), torch.full((rows,), -1)
+        *scalars, grad = run(logits, labels, steps, torch.tensor([0, rows], dtype=torch.int32), backend=backend)
+        assert [x.item() for x in scalars] == [0, 0, 0]
+        assert (grad == 0).all() and grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])
+def test_gradcheck(rng, backend, form):
+    logits, labels, steps, cu_seqlens = draw_batch([4, 3], columns=5)
+
+    def loss(logits, temperature):
+        options = {"form": form, "margin": 0.1, "temperature": temperature, "backend": backend}
+        return tabom_loss(logits, labels, steps, cu_seqlens, **options).loss
+
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=form != "hinge")
+    assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_and_fp32_outputs(rng, dtype):
+    batch = draw_batch([20, 30], columns=100)
+    low = (batch[0].to(dtype), *batch[1:])
+    exact = run(low[0].double(), *batch[1:], backend="reference")
+    naive, ours = (run(*low, backend=backend) for backend in ("reference", "torch"))
+    assert all(x.dtype == torch.float32 for x in ours[:3]) and ours[3].dtype == dtype
+    for e, n, o in zip(exact, naive, ours, strict=True):
+        assert (o.double() - e).abs().max() <= 2 * (n.double() - e).abs().max() + 1e-6
+
+
+def test_terms_for_logs_are_detached_and_inplace_gives_the_same_gradient(rng):
+    batch = draw_batch([5, 6])
+    expected = run(*batch)
+    logits = (leaf := batch[0].clone().requires_grad_()) * 1
+    result = tabom_loss(logits, *batch[1:], inplace_backward=True)
+    assert result.loss.requires_grad and not result.cross_entropy.requires_grad and not result.rank.requires_grad
+    result.loss.backward()
+    torch.testing.assert_close(leaf.grad, expected[3])
+
+
+def test_gradient_descent_puts_entropies_in_order(rng):
+    """The point of it all: trained on the ranking alone, certainty follows the steps."""
+    steps = torch.tensor(rng.sample(range(6), 6))
+    logits = torch.randn(6, 20, requires_grad=True)
+    labels, cu_seqlens = torch.full((6,), -100), torch.tensor([0, 6], dtype=torch.int32)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        tabom_loss(logits, labels, steps, cu_seqlens, form="hinge", margin=0.1).loss.backward()
+        optimizer.step()
+    assert softmax_entropy(logits).argsort().tolist() == steps.argsort().tolist()
+
+
+LOGITS, LABELS, STEPS = torch.zeros(3, 5), torch.tensor([0, 1, -100]), torch.tensor([0, 1, -1])
+CU = torch.tensor([0, 3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"logits": LOGITS.long()}, TypeError, "logits: expected a floating-point tensor, got torch.int64"),
+        ({"logits": LOGITS[None]}, ValueError, r"logits: expected shape \(N, V\).*\(1, 3, 5\)"),
+        ({"logits": torch.zeros(3, 0)}, ValueError, r"logits: .*V >= 1"),
+        ({"labels": LABELS.int()}, TypeError, "labels: expected int64, got torch.int32"),
+        ({"labels": LABELS[:2]}, ValueError, r"labels: expected shape \(3,\), got \(2,\)"),
+        ({"labels": torch.tensor([0, 5, 1])}, ValueError, "labels: 5 at row 1; expected 0 <= label < 5"),
+        ({"labels": torch.tensor([0, 1, -1])}, ValueError, "labels: -1 at row 2"),
+        ({"labels": LABELS.to("meta")}, ValueError, "labels: expected device cpu, got meta"),
+        ({"steps": STEPS.float()}, TypeError, "steps: expected int32 or int64, got torch.float32"),
+        ({"steps": STEPS[:2]}, ValueError, r"steps: expected shape \(3,\)"),
+        ({"cu_seqlens": CU.float()}, TypeError, "cu_seqlens: expected int32"),
+        ({"cu_seqlens": CU[:, None]}, ValueError, r"cu_seqlens: expected shape \(B \+ 1,\), got \(2, 1\)"),
+        ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, r"cu_seqlens: .* from 0 to N=3, got \[0, 2\]"),
+        ({"cu_seqlens": torch.tensor([0, 2, 1, 3])}, ValueError, r"cu_seqlens: .*\[0, 2, 1, 3\]"),
+        ({"cu_seqlens": torch.tensor([1, 3])}, ValueError, r"cu_seqlens: .*\[1, 3\]"),
+        ({"form": "listnet"}, ValueError, "form='listnet': expected one of logistic"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0: expected above 0"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature: .*0-dim tensor, got shape \(2,\)"),
+        ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda': this release has torch, reference"),
+        ({"backend": "triton"}, ValueError, "backend='triton': this release has torch, reference"),
+    ],
+)
+def test_errors_name_the_argument_its_value_and_what_was_expected(changes, error, message):
+    arguments = {"logits": LOGITS, "labels": LABELS, "steps": STEPS, "cu_seqlens": CU, **changes}
+    with pytest.raises(error, match=message):
+        tabom_loss(**arguments)
+
+
+def test_the_default_backend_and_a_light_import():
+    assert backend_for(LOGITS) == "torch"
+    code = "import sys, tabom_kernels; sys.exit(bool({'transformers', 'tabom', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(ValueError, match="temperature=-1"):
+        unmask_statistics(LOGITS, temperature=-1)

@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tabom_kernels import count_ordered_pairs, torch_backend, trajectory_rank_loss
+from tests.kernels.inputs import draw_sequences
+
+FORMS = ["logistic", "hinge", "plackett_luce"]
+BACKENDS = ["torch", "reference"]
+LENGTHS = {
+    "none": [],
+    "empty": [0, 0],
+    "one row": [1],
+    "one pair": [2],
+    "uneven": [7, 0, 1, 12, 2],
+    "long": [257],
+}
+
+
+def run(entropy, steps, cu_seqlens, upstream, temperature=0.7, **options):
+    """Losses, dE and dtau for given upstream gradients."""
+    entropy = entropy.clone().requires_grad_()
+    temperature = torch.tensor(temperature, dtype=entropy.dtype, requires_grad=True)
+    losses = trajectory_rank_loss(entropy, steps, cu_seqlens, temperature=temperature, **options)
+    losses.backward(upstream)
+    by_temperature = torch.zeros_like(temperature) if temperature.grad is None else temperature.grad
+    by_entropy = torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
+    return losses.detach(), by_entropy, by_temperature
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "entropy, steps, form, expected",
+    [
+        # E_i - E_j of the only pair is -0.5
+        ([0.5, 1.0], [0, 1], "hinge", 0.1),
+        ([0.5, 1.0], [0, 1], "logistic", softplus((-0.5 + 0.6) / 2)),
+        ([0.5, 1.0], [1, 0], "hinge", 1.1),
+        ([0.5, 1.0], [1, 1], "hinge", 0.0),
+        ([0.5, 1.0], [-1, 1], "logistic", 0.0),
+        # pairs (0, 1), (0, 2); rows 1 and 2 tie
+        ([2.0, 1.0, 1.5], [0, 3, 3], "hinge", ((2 - 1 + 0.6) + (2 - 1.5 + 0.6)) / 2),
+        # turn of row 1 among both, then row 0 alone
+        ([1.0, 3.0], [5, 2], "plackett_luce", (3 / 2 + math.log(math.exp(-0.5) + math.exp(-1.5))) / 2),
+        # Breslow: rows 0 and 1 tie, each has its turn among all three
+        (
+            [0.0, 0.0, 2.0],
+            [0, 0, 1],
+            "plackett_luce",
+            (2 * math.log(2 + math.exp(-1)) + 0) / 3,
+        ),
+    ],
+)
+def test_losses_worked_out_by_hand(backend, entropy, steps, form, expected):
+    losses = trajectory_rank_loss(
+        torch.tensor(entropy, dtype=torch.float64),
+        torch.tensor(steps),
+        torch.tensor([0, len(steps)], dtype=torch.int32),
+        form=form,
+        margin=0.6,
+        temperature=2.0,
+        backend=backend,
+    )
+    assert losses.tolist() == pytest.approx([expected], abs=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("last_step", [0, 1, 5, 10**6])
+@pytest.mark.parametrize("steps_dtype", [torch.int32, torch.int64])
+def test_values_and_gradients_in_fp64(rng, monkeypatch, form, lengths, last_step, steps_dtype):
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 40)  # many chunks, the last one partial
+    steps, cu_seqlens = draw_sequences(lengths, last_step)
+    entropy = torch.rand(len(steps), dtype=torch.float64) * 12
+    upstream = torch.randn(len(lengths), dtype=torch.float64)
+    results = [
+        run(entropy, steps.to(steps_dtype), cu_seqlens, upstream, form=form, margin=0.3, backend=backend)
+        for backend in BACKENDS
+    ]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_error_in_fp32_is_at_most_twice_that_of_the_naive_loss(rng, form):
+    steps, cu_seqlens = draw_sequences([60, 3, 200])
+    entropy = torch.rand(len(steps), dtype=torch.float64) * 12
+    upstream = torch.randn(3, dtype=torch.float64)
+    exact = run(entropy, steps, cu_seqlens, upstream, 0.1, form=form, backend="reference")
+    single = (entropy.float(), steps, cu_seqlens, upstream.float(), 0.1)
+    naive, ours = (run(*single, form=form, backend=backend) for backend in ("reference", "torch"))
+    for e, n, o in zip(exact, naive, ours, strict=True):
+        scale = max(1.0, e.abs().max().item())  # dtau is in the hundreds here: one ulp is 6e-5
+        assert (o - e).abs().max() <= 2 * (n - e).abs().max() + 1e-6 * scale
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(rng, form, backend):
+    steps, cu_seqlens = draw_sequences([6, 5, 1])
+    entropy = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor(0.8, dtype=torch.float64, requires_grad=form != "hinge")
+
+    def losses(entropy, temperature):
+        return trajectory_rank_loss(
+            entropy, steps, cu_seqlens, form=form, margin=0.137, temperature=temperature, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(losses, (entropy, temperature))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_unranked_rows_never_matter(rng, form, backend, value):
+    steps, cu_seqlens = draw_sequences([9, 9], unranked=0.4)
+    entropy = torch.rand(18, dtype=torch.float64)
+    upstream = torch.ones(2, dtype=torch.float64)
+    clean = run(entropy.masked_fill(steps < 0, 0.0), steps, cu_seqlens, upstream, form=form, backend=backend)
+    dirty = run(entropy.masked_fill(steps < 0, value), steps, cu_seqlens, upstream, form=form, backend=backend)
+    for a, b in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@given(st.sampled_from(FORMS), st.integers(0, 2**31), st.permutations(range(8)))
+def test_permuting_the_rows_of_a_sequence_permutes_the_gradient(form, seed, order):
+    torch.manual_seed(seed)
+    steps, cu_seqlens = draw_sequences([8])
+    entropy, upstream = torch.rand(8, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    loss, grad, _ = run(entropy, steps, cu_seqlens, upstream, form=form)
+    permuted_loss, permuted_grad, _ = run(entropy[order], steps[order], cu_seqlens, upstream, form=form)
+    torch.testing.assert_close(permuted_loss, loss)
+    torch.testing.assert_close(permuted_grad, grad[order])
+
+
+@given(st.sampled_from(FORMS), st.integers(0, 2**31), st.floats(-5, 5))
+def test_only_differences_of_entropies_matter(form, seed, shift):
+    torch.manual_seed(seed)
+    steps, cu_seqlens = draw_sequences([5, 4])
+    entropy, upstream = torch.rand(9, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for a, b in zip(
+        run(entropy, steps, cu_seqlens, upstream, form=form),
+        run(entropy + shift, steps, cu_seqlens, upstream, form=form),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@given(st.lists(st.lists(st.integers(-1, 4), max_size=9), max_size=5))
+def test_count_ordered_pairs_by_brute_force(sequences):
+    steps = torch.tensor([s for sequence in sequences for s in sequence], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
+    expected = [sum(0 <= a < b for a in sequence for b in sequence) for sequence in sequences]
+    for backend in BACKENDS:
+        assert count_ordered_pairs(steps, cu_seqlens, backend=backend).tolist() == expected

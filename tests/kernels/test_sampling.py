@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels.noise import GOLDEN_GAMMA, gumbel_noise, split_mix
+from tests.kernels.inputs import SHAPES, VALUES, gaussian
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 3, "top_p": 0.8}])
+def test_against_the_reference_in_fp64(rng, values, rows, columns, settings):
+    logits, keys = values(rows, columns), torch.randint(-(2**62), 2**62, (rows,))
+    ours, theirs = (
+        unmask_statistics(logits, generator=keys, backend=backend, **settings) for backend in ("torch", "reference")
+    )
+    assert torch.equal(ours.token, theirs.token)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_greedy_takes_the_first_of_the_best(backend):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-torch.inf, -torch.inf, 2.0, -torch.inf]])
+    statistics = unmask_statistics(logits, backend=backend)
+    assert statistics.token.tolist() == [1, 2]
+    assert statistics.margin.tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    assert statistics.probability[1] == 1 and statistics.entropy[1] == 0
+
+
+def test_one_column_is_certain():
+    token, probability, margin, entropy = unmask_statistics(torch.tensor([[3.0]]))
+    assert (token.item(), probability.item(), margin.item(), entropy.item()) == (0, 1.0, 1.0, 0.0)
+
+
+def test_tokens_are_drawn_with_the_softmax_probabilities(rng):
+    logits, draws, temperature = torch.randn(1, 6) * 2, 40_000, 1.3
+    p = (logits[0] / temperature).softmax(-1)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    token = unmask_statistics(logits.expand(draws, 6), temperature=temperature, generator=generator).token
+    counts = token.bincount(minlength=6)
+    chi_square = ((counts - draws * p) ** 2 / (draws * p)).sum()
+    assert chi_square < 27.9  # 5 degrees of freedom, one in 26,000
+
+
+def test_top_k_and_top_p_leave_exactly_their_sets(rng):
+    logits = torch.randn(1, 12)
+    order = logits[0].argsort(descending=True).tolist()
+    p = (logits[0] / 2).softmax(-1)
+    mass, nucleus = 0.0, set()
+    for token in order:
+        if mass >= 0.7:
+            break
+        nucleus.add(token)
+        mass += p[token].item()
+    many = logits.expand(20_000, 12)
+    seen = {
+        name: set(unmask_statistics(many, temperature=2.0, **settings).token.tolist())
+        for name, settings in {"k": {"top_k": 4}, "p": {"top_p": 0.7}, "tiny": {"top_p": 1e-9}}.items()
+    }
+    assert seen == {"k": set(order[:4]), "p": nucleus, "tiny": {order[0]}}
+
+
+def test_a_key_decides_its_row_whatever_the_batch(rng):
+    logits, keys = gaussian(9, 50), torch.randint(-(2**62), 2**62, (9,))
+    together = unmask_statistics(logits, temperature=1.0, generator=keys).token
+    order = torch.randperm(9)
+    assert torch.equal(unmask_statistics(logits[order], temperature=1.0, generator=keys[order]).token, together[order])
+    for row in range(9):
+        [alone] = unmask_statistics(logits[row : row + 1], temperature=1.0, generator=keys[row : row + 1]).token
+        assert alone == together[row]
+
+
+def test_generators_are_reproducible_and_differ_between_rows():
+    logits = torch.zeros(200, 1000)
+    draw = lambda seed: unmask_statistics(logits, temperature=1.0, generator=torch.Generator().manual_seed(seed)).token  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert len(draw(1).unique()) > 150
+
+
+def test_split_mix_gives_the_published_stream():
+    """The first outputs of SplitMix64 for seed 1234567, as its author's C code prints them."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    counters = torch.arange(4) * GOLDEN_GAMMA
+    stream = split_mix(torch.tensor(1234567) + counters)
+    assert [x % 2**64 for x in stream.tolist()] == published
+
+
+def test_noise_is_gumbel_and_finite():
+    noise = gumbel_noise(torch.arange(300), 1000).double()
+    assert noise.isfinite().all()
+    assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - 1.6449) < 0.03
+
+
+def test_keys_depend_on_every_part_and_its_place():
+    keys = {mix_keys(*parts).item() for parts in [(1, 2), (2, 1), (1,), (1, 2, 0), (0, 1, 2), (1, 3)]}
+    assert len(keys) == 6
+    assert mix_keys(torch.arange(3)[:, None], torch.arange(4)).shape == (3, 4)
+    assert mix_keys(torch.arange(3), 7)[2] == mix_keys(2, 7)
