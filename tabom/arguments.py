@@ -22,7 +22,11 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: 
     known, _ = parser_for_config().parse_known_args(argv)
     if known.config:
         apply_config(parser, read_config(known.config, dataclass_types))
-    *instances, _config = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    *instances, _config, unknown = parser.parse_args_into_dataclasses(
+        list(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(instances)
 
 

@@ -3,21 +3,26 @@
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tabom.lab.evaluate import PASS_AT
+
 Scores = dict[str, np.ndarray]
 
-COLUMNS = {
-    "1 a step": "weak task\n1 token/step",
-    "2 a step": "2 tokens\n/step",
-    "4 a step": "4 tokens\n/step",
-    "retention": "other\ntasks",
-    "pass@1": "pass@1",
-    "pass@4": "pass@4",
-    "pass@16": "pass@16",
-    "pair order": "pair\norder",
+ROWS = {
+    "1 a step": "weak task",
+    "2 a step": "  2 tokens a step",
+    "4 a step": "  4 tokens a step",
+    **{f"pass@{k}": f"  pass@{k}" for k in PASS_AT},
+    "retention": "other tasks",
+    **{task: f"  {task}" for task in ("addition", "sorting", "reversing", "sudoku")},
+    "pair order": "pair order",
 }
+
+COLORS = ("black", "tab:blue", "tab:orange", "tab:green", "tab:red")
+"""Of the methods, the base first, in every picture."""
 
 MEASURES = {
     "1 a step": "accuracy on the weak task",
@@ -31,12 +36,16 @@ MEASURES = {
 
 def print_table(console: Console, results: dict[str, Scores]) -> None:
     """Means in percent with their standard errors."""
-    table = Table(caption="percent ± standard error over problems; one training run each")
-    table.add_column("method")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for method, scores in results.items():
-        table.add_row(method, *(with_error(scores[name]) for name in COLUMNS))
+    caption = (
+        "percent ± standard error over held-out problems; one training run a method\n"
+        "pair order: pairs of the base's own held-out trajectories whose earlier token has the lower entropy"
+    )
+    table = Table(box=SIMPLE_HEAD, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for method in results:
+        table.add_column(method.replace(", ", ",\n"), justify="right")
+    for name, title in ROWS.items():
+        table.add_row(title, *(with_error(scores[name]) for scores in results.values()))
     console.print(table)
 
 
@@ -84,13 +93,14 @@ def draw_accuracy_against_retention(results: dict[str, Scores], path: Path) -> N
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for marker, (method, scores) in zip("sDo^*", results.items(), strict=True):
+    for color, marker, (method, scores) in zip(COLORS, "sDo^*", results.items(), strict=True):
         x, y = 100 * scores["retention"], 100 * scores["1 a step"]
         axes.errorbar(
             x.mean(),
             y.mean(),
             xerr=x.std() / np.sqrt(len(x)),
             yerr=y.std() / np.sqrt(len(y)),
+            color=color,
             marker=marker,
             markersize=9,
             linestyle="none",
@@ -110,15 +120,8 @@ def draw_entropy_by_step(entropies: dict[str, np.ndarray], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for method, values in entropies.items():
-        is_base = method == "base"
-        axes.plot(
-            values,
-            marker="o",
-            label=method,
-            linestyle="--" if is_base else "-",
-            color="black" if is_base else None,
-        )
+    for color, (method, values) in zip(COLORS, entropies.items(), strict=True):
+        axes.plot(values, marker="o", label=method, color=color, linestyle="--" if method == "base" else "-")
     axes.set_xlabel("decode step")
     axes.set_ylabel("mean entropy of the unmasked token, nats")
     axes.set_xticks(range(len(next(iter(entropies.values())))))
