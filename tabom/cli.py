@@ -10,7 +10,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
   train         post-train on trajectories
-  quickstart    the whole path on the model that ships with the package, in about three minutes
+  quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
 
 `tabom COMMAND --help` lists the fields of a command."""
@@ -153,7 +153,8 @@ def train(argv: Sequence[str]) -> None:
         processing_class=family.tokenizer,
         peft_config=lora_config(arguments) if arguments.use_peft else None,
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model()
     print(f"saved to {config.output_dir}")
 

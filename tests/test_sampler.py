@@ -154,3 +154,15 @@ def test_shifted_logits_stand_one_to_the_left(seed):
 def test_a_response_ends_at_its_first_end_token(model):
     ids = [*model.tokenizer("ab").input_ids, model.eos_token_id, *model.tokenizer("c").input_ids]
     assert decode_response(model, ids) == "ab"
+
+
+def test_positions_count_from_the_first_real_token(model):
+    """Rotary models do not care, models with absolute positions do."""
+    seen = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    short, long = encode(model, ["12", "sort 98765="])
+    sample(model, [short, long], SamplerConfig(max_new_tokens=1))
+    padding = len(long) - len(short)
+    assert seen[0]["position_ids"][0, padding:].tolist() == list(range(len(short) + 1))
+    assert seen[0]["position_ids"][1].tolist() == list(range(len(long) + 1))
+    assert seen[0]["attention_mask"][0].tolist() == [0] * padding + [1] * (len(short) + 1)

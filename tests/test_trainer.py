@@ -136,27 +136,32 @@ DATA_PARALLEL = """
 import sys, random, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from tests.test_trainer import config, make_trajectories, random_model, train, weights
-args = config(Path(sys.argv[2]), max_steps=3, per_device_train_batch_size=int(sys.argv[3]), optim="sgd",
-              max_grad_norm=0.0, ddp_backend="gloo")
-trainer = train(random_model(3), make_trajectories(random.Random(int(sys.argv[4]))), args)
+from tests.test_trainer import StopAt, config, make_trajectories, random_model, train, weights
+root, folder, processes, stop, seed = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
+trajectories = make_trajectories(random.Random(seed))
+args = config(folder / f"run-{processes}", max_steps=5, per_device_train_batch_size=12 // processes, optim="sgd",
+              max_grad_norm=0.0, ddp_backend="gloo", save_strategy="steps", save_steps=3)
+if stop:
+    train(random_model(3), trajectories, args, callbacks=[StopAt(stop)])
+resume = str(folder / f"run-{processes}" / f"checkpoint-{stop}") if stop else None
+trainer = train(random_model(3), trajectories, args, resume=resume)
 if trainer.is_world_process_zero():
-    torch.save((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]), sys.argv[5])
+    torch.save((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]), folder / "out")
 """
 
 
-def test_data_parallelism_leaves_the_weights_unchanged(tmp_path, seed, pytestconfig):
+def test_two_processes_train_to_the_same_weights_also_when_resumed(tmp_path, seed, pytestconfig):
+    """Batches of 12 of 24 trajectories: step 3, where the second run is interrupted, is in the middle of an epoch."""
     script = tmp_path / "train.py"
     script.write_text(DATA_PARALLEL)
     results = []
-    for processes, batch_size in ((1, 12), (2, 6)):
-        out = tmp_path / f"{processes}.pt"
-        arguments = [str(script), str(pytestconfig.rootpath), str(tmp_path), str(batch_size), str(seed), str(out)]
+    for processes, stop in ((1, 0), (2, 3)):
+        arguments = [str(script), str(pytestconfig.rootpath), str(tmp_path), str(processes), str(stop), str(seed)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         subprocess.run([sys.executable, *launcher, *arguments], check=True, capture_output=True, timeout=300)
-        results.append(torch.load(out))
+        results.append(torch.load(tmp_path / "out"))
     (one, one_losses), (two, two_losses) = results
-    assert_same(one, {name.removeprefix("module."): p for name, p in two.items()}, rtol=1e-4, atol=1e-5)
+    assert_same(one, two, rtol=1e-4, atol=1e-5)
     assert two_losses == pytest.approx(one_losses, rel=1e-4)
 
 

@@ -13,8 +13,8 @@ Scores = dict[str, np.ndarray]
 
 ROWS = {
     "1 a step": "weak task",
-    "2 a step": "  2 tokens a step",
-    "4 a step": "  4 tokens a step",
+    "2 a step": "  2 tokens/step",
+    "4 a step": "  4 tokens/step",
     **{f"pass@{k}": f"  pass@{k}" for k in PASS_AT},
     "retention": "other tasks",
     **{task: f"  {task}" for task in ("addition", "sorting", "reversing", "sudoku")},
@@ -41,7 +41,7 @@ def print_table(console: Console, results: dict[str, Scores]) -> None:
         "pair order: pairs of the base's own held-out trajectories whose earlier token has the lower entropy"
     )
     table = Table(box=SIMPLE_HEAD, caption=caption, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for method in results:
         table.add_column(method.replace(", ", ",\n"), justify="right")
     for name, title in ROWS.items():
