@@ -17,6 +17,9 @@ from tabom.trajectories import Trajectory, encode_prompt
 from tabom.windows import window_at
 from tabom_kernels import softmax_entropy
 
+Scores = dict[str, np.ndarray]
+"""Measure -> its scores, one a problem."""
+
 BATCH_SIZE = 128
 PASS_AT = (1, 2, 4, 8, 16)
 

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from tabom.collect import CollectConfig, collect
-from tabom.lab.evaluate import PASS_AT, accuracy, answer, entropy_by_step, order_accuracy, pass_at_k
+from tabom.lab.evaluate import PASS_AT, Scores, accuracy, answer, entropy_by_step, order_accuracy, pass_at_k
 from tabom.lab.model import BASE_PATH
 from tabom.lab.report import (
     draw_accuracy_against_retention,
@@ -49,10 +49,6 @@ class QuickstartConfig:
     margin: float = field(default=0.1, metadata={"help": "Of the hinge, nats."})
     rank_weight: float = field(default=1.0, metadata={"help": "Weight of the rank loss."})
     seed: int = field(default=0, metadata={"help": "Of prompts, cuts and batches."})
-
-
-Scores = dict[str, np.ndarray]
-"""One measure's scores, one a problem."""
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Scores]:

@@ -7,9 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tabom.lab.evaluate import PASS_AT
-
-Scores = dict[str, np.ndarray]
+from tabom.lab.evaluate import PASS_AT, Scores
 
 ROWS = {
     "1 a step": "weak task",
