@@ -213,6 +213,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+EXTRAS = {"matplotlib": "plot", "peft": "lora"}
+"""Packages that the core install leaves out, and the extra that brings each."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; wrong input ends with one line on stderr and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -226,6 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[name](argv[words:])
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"tabom {name}: error: needs {package}; pip install 'tabom[{EXTRAS[package]}]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 2

@@ -107,7 +107,7 @@ class TabomTrainer(Trainer):
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: several GPUs in one process, or a model that `tabom.models.describe` refuses.
+        ValueError: several GPUs in one process, no tokenizer, or a model that `tabom.models.describe` refuses.
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class TabomTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
+        if processing_class is None:
+            raise ValueError("processing_class=None: pass the tokenizer; it says what masks, pads and ends a response")
         family = describe(model, processing_class)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:

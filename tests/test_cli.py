@@ -129,6 +129,15 @@ def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, argum
     assert message in error.splitlines()[-1] or arguments == ["nonsense"]  # which the overview follows
 
 
+def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.delitem(sys.modules, "tabom.lab.report", raising=False)
+    monkeypatch.delitem(sys.modules, "tabom.lab.quickstart", raising=False)
+    assert run("quickstart") == 2
+    assert "pip install 'tabom[plot]'" in capsys.readouterr().err
+
+
 def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     """A folder that brings code of its own is refused, and its code does not run."""
     folder = tmp_path / "remote"

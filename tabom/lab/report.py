@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -88,8 +89,6 @@ def difference(ours: np.ndarray, theirs: np.ndarray, outcome: str) -> str:
 
 def draw_accuracy_against_retention(results: dict[str, Scores], path: Path) -> None:
     """One point a method, with standard errors; up and to the right is better."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for color, marker, (method, scores) in zip(COLORS, "sDo^*", results.items(), strict=True):
         x, y = 100 * scores["retention"], 100 * scores["1 a step"]
@@ -115,8 +114,6 @@ def draw_accuracy_against_retention(results: dict[str, Scores], path: Path) -> N
 
 def draw_entropy_by_step(entropies: dict[str, np.ndarray], path: Path) -> None:
     """Mean entropy of the token unmasked at each step; the base is dashed."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for color, (method, values) in zip(COLORS, entropies.items(), strict=True):
         axes.plot(values, marker="o", label=method, color=color, linestyle="--" if method == "base" else "-")
