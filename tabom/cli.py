@@ -97,7 +97,7 @@ def collect(argv: Sequence[str]) -> None:
     from tabom.collect import CollectConfig
     from tabom.collect import collect as run
     from tabom.lab.tasks import make_task
-    from tabom.prompts import read_prompts, task_prompts
+    from tabom.prompts import read_prompts
     from tabom.sampler import SamplerConfig
 
     types = (PromptArguments, ModelArguments, SamplerConfig, CollectConfig)
@@ -116,7 +116,7 @@ def collect(argv: Sequence[str]) -> None:
         )
     if arguments.task is not None:
         task = make_task(arguments.task, **({"givens": arguments.givens} if arguments.task == "sudoku" else {}))
-        prompts = task_prompts(task, arguments.num_prompts, arguments.split, arguments.prompt_seed)
+        prompts = task.prompt_set(arguments.num_prompts, arguments.split, arguments.prompt_seed)
         sampler.max_new_tokens = sampler.max_new_tokens or task.response_length
     else:
         prompts, invalid = read_prompts(arguments.prompts, skip_invalid=arguments.skip_invalid)

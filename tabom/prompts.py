@@ -1,25 +1,27 @@
-"""Prompt sets: the problems of a lab task, or a JSONL file of prompts with an optional `answer`."""
+"""Prompt sets: prompts, and how to tell a right response from a wrong one."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tabom.lab.tasks import Problem, Split, Task
 from tabom.trajectories import Prompt, parse_prompt, read_json_lines, text
+
+
+def same_text(prompt: Prompt, answer: str | None, response: str) -> bool:
+    """Whether the stripped texts are equal; without an answer every response counts as right."""
+    return answer is None or response.strip() == answer.strip()
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with a way to check responses.
-
-    `answers[i]` is one right answer, None where none is known: then every response counts as right.
-    """
+    """Prompts, one right answer to each (None where none is known), and the check of (prompt, answer, response)."""
 
     name: str
     prompts: list[Prompt]
     answers: list[str | None]
-    task: Task | None = None
+    check: Callable[[Prompt, str | None, str], bool] = same_text
 
     def fingerprint(self) -> str:
         """Name, size and a digest: whether two prompt sets are the same."""
@@ -27,17 +29,8 @@ class PromptSet:
         return f"{self.name}, {len(self.prompts)} prompts, sha256 {digest[:16]}"
 
     def is_correct(self, index: int, response: str) -> bool:
-        """Whether `response` answers prompt `index`: by the task's checker, else by equality of stripped text."""
-        if self.task is not None:
-            return self.task.is_correct(Problem(self.prompts[index], self.answers[index]), response)
-        answer = self.answers[index]
-        return answer is None or response.strip() == answer.strip()
-
-
-def task_prompts(task: Task, count: int, split: Split, seed: int) -> PromptSet:
-    """`count` problems of a lab task."""
-    problems = task.problems(count, split, seed)
-    return PromptSet(task.name, [p.prompt for p in problems], [p.answer for p in problems], task)
+        """Whether `response` answers prompt `index`."""
+        return self.check(self.prompts[index], self.answers[index], response)
 
 
 def read_prompts(path: str | Path, *, skip_invalid: bool = False) -> tuple[PromptSet, int]:

@@ -10,7 +10,7 @@ import pytest
 from tabom.collect import CollectConfig, collect
 from tabom.lab.model import character_tokenizer
 from tabom.lab.tasks import Addition
-from tabom.prompts import PromptSet, read_prompts, task_prompts
+from tabom.prompts import PromptSet, read_prompts
 from tabom.sampler import SamplerConfig
 from tabom.trajectories import read_trajectories
 from tests.conftest import random_model
@@ -116,7 +116,7 @@ def test_prompt_files(tmp_path):
 
 
 def test_task_prompts_are_checked_by_the_task():
-    prompts = task_prompts(Addition(), 5, "train", 0)
+    prompts = Addition().prompt_set(5, "train", 0)
     assert all(prompts.is_correct(i, answer) for i, answer in enumerate(prompts.answers))
     assert not prompts.is_correct(0, "x")
     assert all(character_tokenizer().unk_token_id not in character_tokenizer()(p).input_ids for p in prompts.prompts)

@@ -56,5 +56,7 @@ def test_wrong_names_and_numbers_are_refused():
         make_task("chess")
     with pytest.raises(ValueError, match="givens=17"):
         make_task("sudoku", givens=17)
+    with pytest.raises(ValueError, match="count=0"):
+        make_task("sorting").problems(0, "train", 0)
     with pytest.raises(ValueError, match="count=400: task 'sudoku'"):
         make_task("sudoku", givens=16).problems(400, "train", 0)

@@ -22,7 +22,7 @@ from tabom.lab.report import (
 )
 from tabom.lab.tasks import Addition, Reversing, Sorting, Subtraction, Sudoku
 from tabom.models import DiffusionModel, load
-from tabom.prompts import PromptSet, task_prompts
+from tabom.prompts import PromptSet
 from tabom.sampler import SamplerConfig
 from tabom.trainer import TabomConfig, TabomTrainer
 from tabom.trajectories import Trajectory, read_trajectories
@@ -64,9 +64,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Scores]:
 
     console.rule("1. Collect: right answers are kept with their decoding order")
     base = load(config.model)
-    prompts = task_prompts(WEAK_TASK, config.num_prompts, "train", config.seed)
+    prompts = WEAK_TASK.prompt_set(config.num_prompts, "train", config.seed)
     trajectories = collect_trajectories(base, prompts, output / "trajectories.jsonl")
-    held_out_prompts = task_prompts(WEAK_TASK, config.num_problems, "test", config.seed)
+    held_out_prompts = WEAK_TASK.prompt_set(config.num_problems, "test", config.seed)
     held_out = collect_trajectories(base, held_out_prompts, output / "held_out.jsonl")
     console.print(
         f"{len(trajectories)} of {config.num_prompts} answers are right and kept; e.g. "

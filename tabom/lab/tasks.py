@@ -13,6 +13,8 @@ from functools import cache
 from itertools import permutations
 from typing import Literal, NamedTuple
 
+from tabom.prompts import PromptSet
+
 Split = Literal["train", "test"]
 HELD_OUT_SHARE = 10  # one prompt in ten
 
@@ -55,8 +57,10 @@ class Task:
         """`count` problems with distinct prompts.
 
         Raises:
-            ValueError: the task has too few distinct prompts.
+            ValueError: `count` is below 1, or the task has too few distinct prompts.
         """
+        if count < 1:
+            raise ValueError(f"count={count}: expected at least 1 problem")
         found: dict[str, Problem] = {}
         for draws, problem in enumerate(self.stream(split, seed)):
             if len(found) == count:
@@ -65,6 +69,16 @@ class Task:
                 raise ValueError(f"count={count}: task {self.name!r} has too few distinct {split} prompts")
             found.setdefault(problem.prompt, problem)
         return list(found.values())
+
+    def prompt_set(self, count: int, split: Split, seed: int) -> PromptSet:
+        """The same problems, as `tabom collect` takes them."""
+        prompts, answers = zip(*self.problems(count, split, seed), strict=True)
+        return PromptSet(
+            self.name,
+            list(prompts),
+            list(answers),
+            check=lambda prompt, answer, response: self.is_correct(Problem(prompt, answer), response),
+        )
 
 
 @dataclass(frozen=True)
