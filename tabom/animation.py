@@ -40,7 +40,8 @@ def render(
     color_by: Literal["step", "certainty"],
 ) -> Text:
     """The prompt and the first response of `state`, a dot for every masked token."""
-    drawing = Text(prompt if isinstance(prompt, str) else prompt[-1]["content"], style="dim")
+    drawing = Text()
+    drawing.append(prompt if isinstance(prompt, str) else prompt[-1]["content"], style="dim")
     drawing.append(" ")
     most_uncertain = math.log(model.model.config.vocab_size)
     responses = zip(state.tokens[0].tolist(), state.decoding_order[0].tolist(), state.entropy[0].tolist(), strict=True)
