@@ -23,6 +23,8 @@ def count_pairs_in_order(entropy: Tensor, steps: Tensor, cu_seqlens: Tensor) -> 
         steps: (N,) decoding steps, -1 = not ranked.
         cu_seqlens: (B + 1,) row offsets of the sequences.
     """
-    sequence = torch.bucketize(torch.arange(len(steps), device=steps.device), cu_seqlens[1:], right=True)
+    sequence = torch.bucketize(
+        torch.arange(len(steps), dtype=cu_seqlens.dtype, device=steps.device), cu_seqlens[1:], right=True
+    )
     first, second = torch.where((sequence[:, None] == sequence) & (steps[:, None] >= 0) & (steps[:, None] < steps))
     return OrderCounts((entropy[first] < entropy[second]).sum(), torch.tensor(len(first), device=steps.device))

@@ -7,6 +7,7 @@ whatever the seeds.
 
 import random
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,15 +32,15 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
-class Task:
+class Task(ABC):
     """A family of problems; a subclass draws one and, where several answers are right, checks one."""
 
     name: str
     response_length: int  # tokens, which are characters
 
+    @abstractmethod
     def draw(self, rng: random.Random) -> Problem:
         """One problem, of either split."""
-        raise NotImplementedError(f"{type(self).__name__} must define draw")
 
     def is_correct(self, problem: Problem, response: str) -> bool:
         """Whether `response` answers `problem`."""
