@@ -15,9 +15,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def check_logits(logits: Tensor) -> None:
     """(N, V), floating point, at least one column."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: expected a floating-point tensor, got {found}")
+    check_floating("logits", logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: expected shape (N, V) with V >= 1, got {tuple(logits.shape)}")
 
@@ -34,13 +32,13 @@ def check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
             )
 
 
-def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int) -> None:
-    """Steps (N,) and offsets (B + 1,) from 0 to N, none decreasing."""
-    check_rows("steps", steps, rows, INTEGERS, cu_seqlens.device)
-    if cu_seqlens.dtype not in INTEGERS:
-        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
+def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
+    """Steps (N,) and offsets (B + 1,) from 0 to N, none decreasing, all on `device`."""
+    check_rows("steps", steps, rows, INTEGERS, device)
+    check_dtype("cu_seqlens", cu_seqlens, INTEGERS)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, device)
     if values_are_checked(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != rows or offsets != sorted(offsets):
@@ -49,8 +47,7 @@ def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int) -> None:
 
 def check_entropy(entropy: Tensor) -> None:
     """(N,), floating point."""
-    if not entropy.is_floating_point():
-        raise TypeError(f"entropy: expected a floating-point tensor, got {entropy.dtype}")
+    check_floating("entropy", entropy)
     if entropy.ndim != 1:
         raise ValueError(f"entropy: expected shape (N,), got {tuple(entropy.shape)}")
 
@@ -68,13 +65,34 @@ def check_form(form: str, temperature: float | Tensor) -> None:
 
 def check_rows(name: str, tensor: Tensor, rows: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     """(N,) of one of `dtypes` on `device`."""
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    check_dtype(name, tensor, dtypes)
     if tensor.shape != (rows,):
         raise ValueError(f"{name}: expected shape ({rows},), got {tuple(tensor.shape)}")
+    check_device(name, tensor, device)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A tensor of any floating dtype."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind_of(tensor)}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A tensor of one of `dtypes`."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {kind_of(tensor)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """A tensor on `device`."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def kind_of(value: object) -> str:
+    """A tensor's dtype, or else the name of a value's type, for messages."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def values_are_checked(tensor: Tensor) -> bool:

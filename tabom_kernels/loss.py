@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tabom_kernels.backends import Backend
-from tabom_kernels.checks import check_logits, check_rows, check_sequences
+from tabom_kernels.checks import check_form, check_logits, check_rows, check_sequences
 from tabom_kernels.ranking import Form, count_ordered_pairs, trajectory_rank_loss
 from tabom_kernels.vocabulary import cross_entropy_with_entropy
 
@@ -61,14 +61,15 @@ def tabom_loss(
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    check_sequences(steps, cu_seqlens, len(logits))
+    check_sequences(steps, cu_seqlens, len(logits), logits.device)
+    check_form(form, temperature)
     ce, entropy = cross_entropy_with_entropy(
         logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
     )
     if token_weights is not None:
         floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         check_rows("token_weights", token_weights, len(logits), floating, logits.device)
-        ce = ce * token_weights
+        ce = ce * token_weights.to(ce.dtype)
     if num_tokens is None:
         num_tokens = (labels != ignore_index).sum()
     cross_entropy = ce.sum() / at_least_one(num_tokens)

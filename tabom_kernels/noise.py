@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tabom_kernels.checks import INTEGERS, check_dtype
+
 # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit integers, whose products wrap around.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -10,10 +12,17 @@ MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def mix_keys(*parts: int | Tensor) -> Tensor:
-    """An int64 key that depends on every part and their order; tensors broadcast."""
+    """An int64 key that depends on every part and their order; int32 or int64 tensors broadcast.
+
+    Raises:
+        TypeError: a tensor is of another dtype.
+    """
     device = next((part.device for part in parts if isinstance(part, Tensor)), None)
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
+        if isinstance(part, Tensor):
+            check_dtype("parts", part, INTEGERS)
+            part = part.long()  # a 0-dim key would take the dtype of an int32 part, and lose its upper half
         key = split_mix(key ^ part)
     return key
 

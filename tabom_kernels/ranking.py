@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_form
-from tabom_kernels.checks import check_entropy, check_form, check_sequences
+from tabom_kernels.checks import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
@@ -29,7 +29,8 @@ class RankLossFunction(torch.autograd.Function):
         backend: ModuleType,
     ) -> Tensor:
         result = backend.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-        ctx.save_for_backward(result.grad_entropy, result.grad_temperature, cu_seqlens)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(result.grad_entropy, result.grad_temperature, cu_seqlens)
         return result.loss
 
     @staticmethod
@@ -80,7 +81,7 @@ def trajectory_rank_loss(
         ValueError: a shape, device, form, temperature or offset is wrong, or the backend does not exist.
     """
     check_entropy(entropy)
-    check_sequences(steps, cu_seqlens, len(entropy))
+    check_sequences(steps, cu_seqlens, len(entropy), entropy.device)
     check_form(form, temperature)
     entropy = entropy.to(reference.working_dtype(entropy.dtype))
     forms = closed_form(backend, entropy)
@@ -104,5 +105,6 @@ def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend |
         TypeError: a dtype is wrong.
         ValueError: a shape, device or offset is wrong, or the backend does not exist.
     """
-    check_sequences(steps, cu_seqlens, len(steps))
+    check_dtype("steps", steps, INTEGERS)
+    check_sequences(steps, cu_seqlens, len(steps), steps.device)
     return (closed_form(backend, steps) or reference).count_ordered_pairs(steps, cu_seqlens)

@@ -83,7 +83,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     if top_k is not None:
         worst_kept = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # at 1 the rounding of the sums would cut the tail
         ordered = logits.sort(descending=True).values
         p = ordered.softmax(-1)
         mass_before = p.cumsum(-1) - p

@@ -40,7 +40,7 @@ def unmask_statistics(
     Args:
         logits: (N, V) of any floating dtype; -inf is never chosen.
         top_k: at least 1.
-        top_p: in (0, 1].
+        top_p: in (0, 1]; 1 filters nothing.
         generator: a torch.Generator (None: the global one); or an (N,) int64 tensor of keys, and then a row's token
             depends on its logits and its key alone, whatever else is in the batch (see `mix_keys`).
         backend: "torch" or "reference"; None takes `backend_for(logits)`.
@@ -50,7 +50,7 @@ def unmask_statistics(
         ValueError: a shape or setting is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: expected 0 (greedy) or above")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: expected at least 1")

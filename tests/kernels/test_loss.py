@@ -13,7 +13,6 @@ from tabom_kernels import (
     softmax_entropy,
     tabom_loss,
     trajectory_rank_loss,
-    unmask_statistics,
 )
 from tests.kernels.inputs import SHAPES, VALUES, draw_labels, draw_sequences, gaussian, split_rows
 
@@ -103,6 +102,22 @@ def test_gradcheck(rng, backend, form):
     assert torch.autograd.gradcheck(loss, (logits.requires_grad_(), temperature))
 
 
+def test_denominators_of_zero_count_as_one(rng):
+    batch = draw_batch([5, 6])
+    ones, zeros = ({"num_tokens": n, "num_sequences": n} for n in (1, 0))
+    tensors = {name: torch.tensor(n) for name, n in zeros.items()}
+    for options in (zeros, tensors):
+        for a, b in zip(run(*batch, **options), run(*batch, **ones), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_token_weights_of_any_dtype_leave_the_dtype_of_the_loss(rng):
+    logits, *batch = draw_batch([5, 6])
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        result = tabom_loss(logits.float(), *batch, token_weights=torch.rand(11).to(dtype))
+        assert all(x.dtype == torch.float32 for x in result)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_and_fp32_outputs(rng, dtype):
     batch = draw_batch([20, 30], columns=100)
@@ -147,14 +162,22 @@ CU = torch.tensor([0, 3], dtype=torch.int32)
         ({"logits": LOGITS.long()}, TypeError, "logits: expected a floating-point tensor, got torch.int64"),
         ({"logits": LOGITS[None]}, ValueError, r"logits: expected shape \(N, V\).*\(1, 3, 5\)"),
         ({"logits": torch.zeros(3, 0)}, ValueError, r"logits: .*V >= 1"),
-        ({"labels": LABELS.int()}, TypeError, "labels: expected int64, got torch.int32"),
+        ({"labels": LABELS.int()}, TypeError, "labels: expected a tensor of int64, got torch.int32"),
         ({"labels": LABELS[:2]}, ValueError, r"labels: expected shape \(3,\), got \(2,\)"),
         ({"labels": torch.tensor([0, 5, 1])}, ValueError, "labels: 5 at row 1; expected 0 <= label < 5"),
         ({"labels": torch.tensor([0, 1, -1])}, ValueError, "labels: -1 at row 2"),
         ({"labels": LABELS.to("meta")}, ValueError, "labels: expected device cpu, got meta"),
-        ({"steps": STEPS.float()}, TypeError, "steps: expected int32 or int64, got torch.float32"),
+        ({"steps": STEPS.float()}, TypeError, "steps: expected a tensor of int32 or int64, got torch.float32"),
         ({"steps": STEPS[:2]}, ValueError, r"steps: expected shape \(3,\)"),
-        ({"cu_seqlens": CU.float()}, TypeError, "cu_seqlens: expected int32"),
+        ({"cu_seqlens": CU.float()}, TypeError, "cu_seqlens: expected a tensor of int32 or int64"),
+        ({"cu_seqlens": [0, 3]}, TypeError, "cu_seqlens: .*, got list"),
+        ({"logits": [[0.0]]}, TypeError, "logits: .*, got list"),
+        ({"labels": [0, 1, 2]}, TypeError, "labels: .*, got list"),
+        ({"steps": [0, 1, 2]}, TypeError, "steps: .*, got list"),
+        ({"steps": STEPS.to("meta")}, ValueError, "steps: expected device cpu, got meta"),
+        ({"cu_seqlens": CU.to("meta")}, ValueError, "cu_seqlens: expected device cpu, got meta"),
+        ({"steps": STEPS.to("meta"), "cu_seqlens": CU.to("meta")}, ValueError, "steps: expected device cpu, got meta"),
+        ({"form": "listnet", "rank_weight": 0.0}, ValueError, "form='listnet'"),
         ({"cu_seqlens": CU[:, None]}, ValueError, r"cu_seqlens: expected shape \(B \+ 1,\), got \(2, 1\)"),
         ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, r"cu_seqlens: .* from 0 to N=3, got \[0, 2\]"),
         ({"cu_seqlens": torch.tensor([0, 2, 1, 3])}, ValueError, r"cu_seqlens: .*\[0, 2, 1, 3\]"),
@@ -177,5 +200,3 @@ def test_the_default_backend_and_a_light_import():
     assert backend_for(LOGITS) == "torch"
     code = "import sys, tabom_kernels; sys.exit(bool({'transformers', 'tabom', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    with pytest.raises(ValueError, match="temperature=-1"):
-        unmask_statistics(LOGITS, temperature=-1)

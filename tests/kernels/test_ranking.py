@@ -153,6 +153,27 @@ def test_only_differences_of_entropies_matter(form, seed, shift):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "entropy, error, message",
+    [
+        ([0.5], TypeError, "entropy: expected a floating-point tensor, got list"),
+        (torch.tensor([1]), TypeError, "entropy: expected a floating-point tensor, got torch.int64"),
+        (torch.zeros(1, 1), ValueError, r"entropy: expected shape \(N,\), got \(1, 1\)"),
+    ],
+)
+def test_errors_name_the_entropy(entropy, error, message):
+    with pytest.raises(error, match=message):
+        trajectory_rank_loss(entropy, torch.tensor([0]), torch.tensor([0, 1]))
+
+
+def test_errors_name_the_steps():
+    steps, cu_seqlens = torch.tensor([0]).to("meta"), torch.tensor([0, 1]).to("meta")
+    with pytest.raises(ValueError, match="steps: expected device cpu, got meta"):
+        trajectory_rank_loss(torch.zeros(1), steps, cu_seqlens)
+    with pytest.raises(TypeError, match="steps: expected a tensor of int32 or int64, got list"):
+        count_ordered_pairs([0], torch.tensor([0, 1]))
+
+
 @given(st.lists(st.lists(st.integers(-1, 4), max_size=9), max_size=5))
 def test_count_ordered_pairs_by_brute_force(sequences):
     steps = torch.tensor([s for sequence in sequences for s in sequence], dtype=torch.int32)

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels import mix_keys, noise, reference, unmask_statistics
 from tabom_kernels.noise import GOLDEN_GAMMA, gumbel_noise, split_mix
 from tests.kernels.inputs import SHAPES, VALUES, gaussian
 
@@ -87,9 +89,37 @@ def test_split_mix_gives_the_published_stream():
 
 
 def test_noise_is_gumbel_and_finite():
-    noise = gumbel_noise(torch.arange(300), 1000).double()
-    assert noise.isfinite().all()
-    assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - 1.6449) < 0.03
+    drawn = gumbel_noise(torch.arange(300), 1000).double()
+    assert drawn.isfinite().all()
+    assert abs(drawn.mean() - 0.5772) < 0.01 and abs(drawn.var() - 1.6449) < 0.03
+
+
+@pytest.mark.parametrize("bits, uniform", [(0, 2.0**-24), (-1, 1 - 2.0**-24)])
+def test_noise_is_finite_at_both_ends(monkeypatch, bits, uniform):
+    monkeypatch.setattr(noise, "split_mix", lambda state: torch.full_like(state, bits))
+    assert gumbel_noise(torch.zeros(1, dtype=torch.int64), 1).item() == pytest.approx(-math.log(-math.log(uniform)))
+
+
+def test_top_p_of_one_filters_nothing():
+    logits = 6 * torch.randn(1, 152064, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(reference.filter_logits(logits, None, 1.0), logits)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"temperature": -1}, ValueError, "temperature=-1: expected 0"),
+        ({"temperature": math.nan}, ValueError, "temperature=nan"),
+        ({"top_k": 0}, ValueError, "top_k=0: expected at least 1"),
+        ({"top_p": 0.0}, ValueError, "top_p=0.0: expected a probability mass"),
+        ({"top_p": 1.1}, ValueError, "top_p=1.1"),
+        ({"generator": torch.zeros(2, dtype=torch.int32)}, TypeError, "generator: expected a tensor of int64"),
+        ({"generator": torch.zeros(3, dtype=torch.int64)}, ValueError, r"generator: expected shape \(2,\)"),
+    ],
+)
+def test_errors_name_the_setting(settings, error, message):
+    with pytest.raises(error, match=message):
+        unmask_statistics(torch.zeros(2, 5), **settings)
 
 
 def test_keys_depend_on_every_part_and_its_place():
@@ -97,3 +127,18 @@ def test_keys_depend_on_every_part_and_its_place():
     assert len(keys) == 6
     assert mix_keys(torch.arange(3)[:, None], torch.arange(4)).shape == (3, 4)
     assert mix_keys(torch.arange(3), 7)[2] == mix_keys(2, 7)
+
+
+def test_keys_are_int64_whatever_the_dtype_of_the_parts():
+    parts = torch.arange(4)
+    assert torch.equal(mix_keys(5, parts.int()), mix_keys(5, parts))
+    assert torch.equal(mix_keys(parts.int(), 5), mix_keys(parts, 5))
+    with pytest.raises(TypeError, match="parts: expected a tensor of int32 or int64"):
+        mix_keys(parts.float())
+
+
+def test_keys_of_neighbours_share_half_of_their_bits():
+    keys = mix_keys(3, torch.arange(2000))
+    flipped = keys[1:] ^ keys[:-1]
+    per_bit = torch.stack([(flipped >> bit) & 1 for bit in range(64)]).double().mean(1)
+    assert (per_bit - 0.5).abs().max() < 0.08  # 7 standard deviations
