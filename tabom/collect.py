@@ -117,7 +117,7 @@ def start_or_resume(
         rejected.unlink(missing_ok=True)
     if output.exists() and not rejected.exists():
         raise ValueError(f"output={output}: exists, but not from `tabom collect`; choose another, or --overwrite")
-    for path in (output, rejected):
+    for path in (rejected, output):  # in this order: an output without its companion is taken for somebody else's
         path.touch()
         drop_torn_line(path)
     if rejected.stat().st_size == 0:

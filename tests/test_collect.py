@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,22 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not from `tabom collect`"):
         collect(model, keep_some(), SAMPLER, CollectConfig(str(foreign)))
     assert foreign.read_text() == "precious\n"
+
+
+def test_a_run_killed_before_its_first_line_starts_anew(tmp_path, monkeypatch):
+    """Killed while the two files were being made: whichever exists, the next run goes on."""
+    model, output = random_model(0), tmp_path / "t.jsonl"
+    touch = Path.touch
+
+    def touch_and_die(path):
+        touch(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", touch_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
+    monkeypatch.undo()
+    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 20
 
 
 def test_killed_and_restarted(tmp_path):

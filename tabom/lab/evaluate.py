@@ -34,7 +34,13 @@ def answer(model: DiffusionModel, task: Task, problems: Sequence[Problem], confi
 
 def accuracy(model: DiffusionModel, task: Task, problems: Sequence[Problem], config: SamplerConfig) -> np.ndarray:
     """1 where the answer is right, 0 elsewhere."""
-    completions = answer(model, task, problems, config)
+    return grade(model, task, problems, answer(model, task, problems, config))
+
+
+def grade(
+    model: DiffusionModel, task: Task, problems: Sequence[Problem], completions: Sequence[Completion]
+) -> np.ndarray:
+    """1 where the completion is right, 0 elsewhere."""
     responses = [decode_response(model, completion.token_ids) for completion in completions]
     return np.array([task.is_correct(p, r) for p, r in zip(problems, responses, strict=True)], dtype=float)
 
@@ -68,6 +74,7 @@ def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) ->
         prompt = encode_prompt(model.tokenizer, trajectory.prompt)
         targets = [replay(trajectory, cut) for cut in range(max(trajectory.decoding_order))]
         batch = collate([(prompt, trajectory.response_token_ids, target) for target in targets])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logits = logits_at(
             model.model, batch["rows"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         )

@@ -12,7 +12,16 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from tabom.collect import CollectConfig, collect
-from tabom.lab.evaluate import PASS_AT, Scores, accuracy, answer, entropy_by_step, order_accuracy, pass_at_k
+from tabom.lab.evaluate import (
+    PASS_AT,
+    Scores,
+    accuracy,
+    answer,
+    entropy_by_step,
+    grade,
+    order_accuracy,
+    pass_at_k,
+)
 from tabom.lab.model import BASE_PATH
 from tabom.lab.report import (
     draw_accuracy_against_retention,
@@ -36,7 +45,9 @@ class QuickstartConfig:
     """Sizes of the quickstart; the defaults take one and a half minutes on two CPU cores."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where everything is written."})
-    model: str = field(default=str(BASE_PATH), metadata={"help": "The base model."})
+    model: str | None = field(
+        default=None, metadata={"help": "The base. Default: the model that ships with the package."}
+    )
     num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
     num_problems: int = field(default=500, metadata={"help": "Held-out problems of the weak task."})
     num_other_problems: int = field(default=200, metadata={"help": "Held-out problems of each other task."})
@@ -63,7 +74,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Scores]:
     output.mkdir(parents=True, exist_ok=True)
 
     console.rule("1. Collect: right answers are kept with their decoding order")
-    base = load(config.model)
+    base = load(config.model or BASE_PATH)
     prompts = WEAK_TASK.prompt_set(config.num_prompts, "train", config.seed)
     trajectories = collect_trajectories(base, prompts, output / "trajectories.jsonl")
     held_out_prompts = WEAK_TASK.prompt_set(config.num_problems, "test", config.seed)
@@ -92,12 +103,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Scores]:
     entropies: dict[str, np.ndarray] = {}
     with Progress(console=console) as progress:
         for method, model in models.items():
-            bar = progress.add_task(f"{method:20}", total=max(PASS_AT) + len(OTHER_TASKS) + 5)
+            bar = progress.add_task(f"{method:20}", total=max(PASS_AT) + len(OTHER_TASKS) + 4)
             advance = lambda bar=bar: progress.advance(bar)  # noqa: E731
-            results[method] = evaluate(config, model, held_out, advance)
-            problems = WEAK_TASK.problems(config.num_problems, "test", config.seed)
-            entropies[method] = entropy_by_step(answer(model, WEAK_TASK, problems, SamplerConfig()))
-            advance()
+            results[method], entropies[method] = evaluate(config, model, held_out, advance)
 
     console.rule("4. What it did")
     print_table(console, results)
@@ -141,7 +149,7 @@ def post_train(
 ) -> DiffusionModel:
     """Trains a fresh copy of the base with `objective` and saves it to `folder`."""
     set_seed(config.seed)
-    family = load(config.model)
+    family = load(config.model or BASE_PATH)
     arguments = TabomConfig(
         output_dir=str(folder),
         objective=objective,
@@ -161,6 +169,7 @@ def post_train(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        use_cpu=True,  # large enough for the tiny model, and the same figures on every machine
         seed=config.seed,
     )
     trainer = TabomTrainer(
@@ -179,13 +188,13 @@ def post_train(
 
 def evaluate(
     config: QuickstartConfig, model: DiffusionModel, held_out: list[Trajectory], advance: Callable[[], None]
-) -> Scores:
-    """All measures of one model on held-out problems."""
+) -> tuple[Scores, np.ndarray]:
+    """All measures of one model on held-out problems, and its entropy by decode step."""
     problems = WEAK_TASK.problems(config.num_problems, "test", config.seed)
     scores: Scores = {}
-    for tokens_per_step in (1, 2, 4):
-        sampler = SamplerConfig(tokens_per_step=tokens_per_step)
-        scores[f"{tokens_per_step} a step"] = accuracy(model, WEAK_TASK, problems, sampler)
+    completions = {k: answer(model, WEAK_TASK, problems, SamplerConfig(tokens_per_step=k)) for k in (1, 2, 4)}
+    for tokens_per_step, answers in completions.items():
+        scores[f"{tokens_per_step} a step"] = grade(model, WEAK_TASK, problems, answers)
         advance()
     retained = []
     for task in OTHER_TASKS:
@@ -199,7 +208,7 @@ def evaluate(
         scores[f"pass@{k}"] = estimates
     scores["pair order"] = order_accuracy(model, held_out)
     advance()
-    return scores
+    return scores, entropy_by_step(completions[1])
 
 
 def save_results(
