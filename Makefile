@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format gpu clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -18,6 +18,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Runs on the machine's own Python, whose torch sees the GPU: nothing is installed.
+gpu:
+	$(PYTHON) -m pytest tests/kernels -q
+	$(PYTHON) -m benchmarks.kernels
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.

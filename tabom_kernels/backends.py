@@ -1,35 +1,54 @@
-"""Choosing a backend: modules whose functions share their names and signatures.
+"""Choosing a backend: modules whose functions share their names and signatures and know nothing of autograd."""
 
-`torch_backend` holds closed forms that know nothing of autograd; the Triton launchers will stand beside it.
-"""
-
+import os
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
+import torch
 from torch import Tensor
-
-from tabom_kernels import torch_backend
 
 Backend = Literal["triton", "torch", "reference"]
 
-CLOSED_FORMS: dict[str, ModuleType] = {"torch": torch_backend}
+HAS_TRITON = find_spec("triton") is not None
 
 
 def backend_for(tensor: Tensor) -> str:
-    """The name of the backend that a call on `tensor` takes when it is not told one."""
-    return "torch"
+    """The name of the backend that a call on `tensor` takes when it is not told one.
+
+    "triton" for a CUDA tensor, where Triton is installed, unless it is fp64; else "torch".
+    """
+    fits = tensor.is_cuda and tensor.dtype != torch.float64
+    return "triton" if fits and HAS_TRITON else "torch"
 
 
-def closed_form(backend: str | None, tensor: Tensor) -> ModuleType | None:
-    """The module of closed forms to use, None for `reference`, which differentiates by autograd.
+def resolve(backend: str | None, tensor: Tensor) -> str:
+    """The name of the backend to use.
 
     Raises:
-        ValueError: there is no such backend.
+        TypeError: the Triton kernels do not take this dtype.
+        ValueError: there is no such backend, or not for this device.
     """
-    name = backend or backend_for(tensor)
-    if name == "reference":
-        return None
-    if name not in CLOSED_FORMS:
-        available = ", ".join([*CLOSED_FORMS, "reference"])
-        raise ValueError(f"backend={name!r}: this release has {available}")
-    return CLOSED_FORMS[name]
+    if backend is None:
+        return backend_for(tensor)
+    if backend not in ("triton", "torch", "reference"):
+        raise ValueError(f"backend={backend!r}: expected triton, torch or reference")
+    if backend == "triton":
+        check_triton(tensor)
+    return backend
+
+
+def check_triton(tensor: Tensor) -> None:
+    """Triton is installed and runs on this tensor."""
+    if not HAS_TRITON:
+        raise ValueError("backend='triton': Triton is not installed; pip install triton, or use 'torch'")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton': expected a CUDA tensor, got {tensor.device}; use 'torch'")
+    if tensor.dtype == torch.float64:
+        raise TypeError("backend='triton': its kernels take bfloat16, float16 and float32, got float64; use 'torch'")
+
+
+def closed_forms(backend: str) -> ModuleType:
+    """The module of closed forms: Triton is imported by the first call that needs it."""
+    return import_module(f"tabom_kernels.{backend}_backend")

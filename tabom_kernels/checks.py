@@ -20,16 +20,39 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: expected shape (N, V) with V >= 1, got {tuple(logits.shape)}")
 
 
-def check_labels(labels: Tensor, logits: Tensor, ignore_index: int) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """(N, D) hidden states, (V, D) weight and (V,) bias of one floating dtype on one device, V >= 1."""
+    check_floating("hidden", hidden)
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: expected shape (N, D), got {tuple(hidden.shape)}")
+    check_dtype("weight", weight, (hidden.dtype,))
+    if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[1]}) with V >= 1, as hidden is {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    check_device("weight", weight, hidden.device)
+    if bias is not None:
+        check_rows("bias", bias, len(weight), (hidden.dtype,), hidden.device)
+
+
+def check_labels(labels: Tensor, rows: int, columns: int, device: torch.device, ignore_index: int) -> None:
     """(N,) int64, each a column or `ignore_index`."""
-    check_rows("labels", labels, len(logits), (torch.int64,), logits.device)
+    check_rows("labels", labels, rows, (torch.int64,), device)
     if values_are_checked(labels):
-        wrong = ((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)
+        wrong = ((labels < 0) | (labels >= columns)) & (labels != ignore_index)
         if wrong.any():
             raise ValueError(
                 f"labels: {labels[wrong][0].item()} at row {wrong.nonzero()[0].item()}; expected 0 <= label < "
-                f"{logits.shape[1]}, or ignore_index={ignore_index}"
+                f"{columns}, or ignore_index={ignore_index}"
             )
+
+
+def check_token_weights(token_weights: Tensor | None, rows: int, device: torch.device) -> None:
+    """None, or (N,) floating point."""
+    if token_weights is not None:
+        floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        check_rows("token_weights", token_weights, rows, floating, device)
 
 
 def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
@@ -96,5 +119,7 @@ def kind_of(value: object) -> str:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether reading this tensor's values costs nothing, or was asked for."""
+    """Whether reading this tensor's values costs nothing, or was asked for; a compiled graph never reads them."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" or os.environ.get("TABOM_KERNELS_DEBUG") == "1"

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tabom_kernels.backends import Backend
-from tabom_kernels.checks import check_form, check_logits, check_rows, check_sequences
-from tabom_kernels.ranking import Form, count_ordered_pairs, trajectory_rank_loss
+from tabom_kernels.backends import Backend, resolve
+from tabom_kernels.checks import check_form, check_logits, check_sequences, check_token_weights
+from tabom_kernels.ranking import Form, rank_loss_and_pairs
 from tabom_kernels.vocabulary import cross_entropy_with_entropy
 
 
@@ -51,7 +51,7 @@ def tabom_loss(
         num_tokens: denominator of CE, tokens; default: the rows with a label.
         num_sequences: denominator of rank, sequences; default: those with an ordered pair.
         inplace_backward: backward writes the gradient over the logits, see `cross_entropy_with_entropy`.
-        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Returns:
         fp32 scalars (fp64 for fp64 logits). Without rows the loss is 0 with a gradient of 0.
@@ -63,12 +63,12 @@ def tabom_loss(
     check_logits(logits)
     check_sequences(steps, cu_seqlens, len(logits), logits.device)
     check_form(form, temperature)
+    check_token_weights(token_weights, len(logits), logits.device)
+    backend = resolve(backend, logits)
     ce, entropy = cross_entropy_with_entropy(
         logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
     )
     if token_weights is not None:
-        floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        check_rows("token_weights", token_weights, len(logits), floating, logits.device)
         ce = ce * token_weights.to(ce.dtype)
     if num_tokens is None:
         num_tokens = (labels != ignore_index).sum()
@@ -76,11 +76,9 @@ def tabom_loss(
     if rank_weight == 0:
         return TabomLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy).detach())
 
+    losses, pairs = rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)
     if num_sequences is None:
-        num_sequences = (count_ordered_pairs(steps, cu_seqlens, backend=backend) > 0).sum()
-    losses = trajectory_rank_loss(
-        entropy, steps, cu_seqlens, form=form, margin=margin, temperature=temperature, backend=backend
-    )
+        num_sequences = (pairs > 0).sum()
     rank = losses.sum() / at_least_one(num_sequences)
     return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
 

@@ -1,49 +1,63 @@
 """The rank loss over the entropies of a trajectory, differentiable."""
 
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_form
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
 
-class RankLossFunction(torch.autograd.Function):
-    """(B,) rank losses; the gradients are finished in forward, backward only scales them."""
+@torch.library.custom_op("tabom_kernels::trajectory_rank_loss", mutates_args=())
+def rank_loss_op(
+    entropy: Tensor, temperature: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (B,), ordered pairs (B,), dE (N,) and dtau (B,): the gradients are finished in forward."""
+    forms = closed_forms(backend)
+    return tuple(forms.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        entropy: Tensor,
-        temperature: float | Tensor,
-        steps: Tensor,
-        cu_seqlens: Tensor,
-        form: str,
-        margin: float,
-        backend: ModuleType,
-    ) -> Tensor:
-        result = backend.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(result.grad_entropy, result.grad_temperature, cu_seqlens)
-        return result.loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
-        by_entropy = by_temperature = None
-        if ctx.needs_input_grad[0]:
-            rows = len(grad_entropy)
-            by_entropy = grad_entropy * grad_loss.repeat_interleave(cu_seqlens.diff(), output_size=rows)
-        if ctx.needs_input_grad[1]:
-            by_temperature = (grad_temperature * grad_loss).sum()
-        return by_entropy, by_temperature, None, None, None, None, None
+@rank_loss_op.register_fake
+def _(
+    entropy: Tensor, temperature: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, grad_temperature = (entropy.new_empty(len(cu_seqlens) - 1) for _ in range(2))
+    return loss, loss.new_empty(len(loss), dtype=torch.int64), torch.empty_like(entropy), grad_temperature
+
+
+def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, pairs, grad_entropy, grad_temperature = output
+    ctx.mark_non_differentiable(pairs, grad_entropy, grad_temperature)
+    ctx.save_for_backward(grad_entropy, grad_temperature, inputs[3])
+
+
+def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+    grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
+    by_entropy = by_temperature = None
+    if ctx.needs_input_grad[0]:
+        rows = len(grad_entropy)
+        by_entropy = grad_entropy * grad_loss.repeat_interleave(cu_seqlens.diff(), output_size=rows)
+    if ctx.needs_input_grad[1]:
+        by_temperature = (grad_temperature * grad_loss).sum()
+    return by_entropy, by_temperature, None, None, None, None, None
+
+
+rank_loss_op.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+@torch.library.custom_op("tabom_kernels::count_ordered_pairs", mutates_args=())
+def count_op(steps: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    """(B,) int64."""
+    return closed_forms(backend).count_ordered_pairs(steps, cu_seqlens)
+
+
+@count_op.register_fake
+def _(steps: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    return steps.new_empty(len(cu_seqlens) - 1, dtype=torch.int64)
 
 
 def trajectory_rank_loss(
@@ -71,7 +85,7 @@ def trajectory_rank_loss(
         cu_seqlens: (B + 1,) int32 row offsets of the sequences.
         margin: nats.
         temperature: nats, above 0; a 0-dim tensor may require a gradient.
-        backend: "torch" or "reference"; None takes `backend_for(entropy)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(entropy)`.
 
     Returns:
         (B,) in the dtype of `entropy` (half precision in fp32), 0 where a sequence has no ordered pair.
@@ -83,11 +97,32 @@ def trajectory_rank_loss(
     check_entropy(entropy)
     check_sequences(steps, cu_seqlens, len(entropy), entropy.device)
     check_form(form, temperature)
+    backend = resolve(backend, entropy)
+    return rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)[0]
+
+
+def rank_loss_and_pairs(
+    entropy: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    form: str,
+    margin: float,
+    temperature: float | Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(B,) rank losses, and (B,) ordered pairs, which come with them for nothing."""
     entropy = entropy.to(reference.working_dtype(entropy.dtype))
-    forms = closed_form(backend, entropy)
-    if forms is None:
-        return reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-    return RankLossFunction.apply(entropy, temperature, steps, cu_seqlens, form, margin, forms)
+    if backend == "reference":
+        losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
+        return losses, reference.count_ordered_pairs(steps, cu_seqlens)
+    return rank_loss_op(entropy, as_scalar(temperature, entropy), steps, cu_seqlens, form, margin, backend)[:2]
+
+
+def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """() of the dtype and device of `like`; a number gets there without a copy that waits for the host."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -96,7 +131,7 @@ def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend |
     Args:
         steps: (N,) int32 or int64 decoding steps, -1 = not ranked.
         cu_seqlens: (B + 1,) int32 row offsets of the sequences.
-        backend: "torch" or "reference"; None takes `backend_for(steps)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(steps)`.
 
     Returns:
         (B,) int64.
@@ -107,4 +142,7 @@ def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend |
     """
     check_dtype("steps", steps, INTEGERS)
     check_sequences(steps, cu_seqlens, len(steps), steps.device)
-    return (closed_form(backend, steps) or reference).count_ordered_pairs(steps, cu_seqlens)
+    backend = resolve(backend, steps)
+    if backend == "reference":
+        return reference.count_ordered_pairs(steps, cu_seqlens)
+    return count_op(steps, cu_seqlens, backend)

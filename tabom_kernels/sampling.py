@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_form
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import check_logits, check_rows
 from tabom_kernels.noise import row_keys
 
@@ -18,6 +18,22 @@ class UnmaskStatistics(NamedTuple):
     probability: Tensor
     margin: Tensor
     entropy: Tensor
+
+
+@torch.library.custom_op("tabom_kernels::unmask_statistics", mutates_args=())
+def unmask_statistics_op(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token, probability, margin and entropy, each (N,)."""
+    return closed_forms(backend).unmask_statistics(logits, temperature, top_k, top_p, keys)
+
+
+@unmask_statistics_op.register_fake
+def _(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = reference.working_dtype(logits.dtype)
+    return tuple(logits.new_empty(len(logits), dtype=d) for d in (torch.int64, dtype, dtype, dtype))
 
 
 @torch.no_grad()
@@ -43,7 +59,7 @@ def unmask_statistics(
         top_p: in (0, 1]; 1 filters nothing.
         generator: a torch.Generator (None: the global one); or an (N,) int64 tensor of keys, and then a row's token
             depends on its logits and its key alone, whatever else is in the batch (see `mix_keys`).
-        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -59,5 +75,7 @@ def unmask_statistics(
     if isinstance(generator, Tensor):
         check_rows("generator", generator, len(logits), (torch.int64,), logits.device)
     keys = row_keys(generator, len(logits), logits.device) if temperature > 0 else None
-    forms = closed_form(backend, logits) or reference
-    return UnmaskStatistics(*forms.unmask_statistics(logits, temperature, top_k, top_p, keys))
+    backend = resolve(backend, logits)
+    if backend == "reference":
+        return UnmaskStatistics(*reference.unmask_statistics(logits, temperature, top_k, top_p, keys))
+    return UnmaskStatistics(*unmask_statistics_op(logits, temperature, top_k, top_p, keys, backend))

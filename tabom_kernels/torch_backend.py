@@ -90,35 +90,34 @@ def vocabulary_gradient(
 
 
 class RankLoss(NamedTuple):
-    """(B,) loss of each sequence, its gradient by the entropies of its own rows (N,), and by the temperature (B,)."""
+    """(B,) loss and ordered pairs of each sequence; its gradient by the entropies of its rows (N,), by tau (B,)."""
 
     loss: Tensor
+    pairs: Tensor
     grad_entropy: Tensor
     grad_temperature: Tensor
 
 
 def trajectory_rank_loss(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: float | Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: Tensor
 ) -> RankLoss:
     """Loss and gradients over the (B, T, T) pairs of the padded sequences, some rows i at a time."""
     padded_steps, index = pad_steps(steps, cu_seqlens)
     if padded_steps.numel() == 0:
-        no_loss = entropy.new_zeros(len(cu_seqlens) - 1)
-        return RankLoss(no_loss, torch.zeros_like(entropy), no_loss)
+        loss, grad_temperature = (entropy.new_zeros(len(cu_seqlens) - 1) for _ in range(2))
+        return RankLoss(loss, loss.long(), torch.zeros_like(entropy), grad_temperature)
     ranked = padded_steps >= 0
     e = entropy[index].masked_fill(~ranked, 0.0)
     sums = plackett_luce_sums if form == "plackett_luce" else pairwise_sums
-    total, grad, grad_temperature, count = sums(e, padded_steps, form, margin, temperature)
-
-    latest = padded_steps.amax(1)
-    earliest = padded_steps.masked_fill(~ranked, torch.iinfo(steps.dtype).max).amin(1)
-    scale = (earliest < latest).to(entropy.dtype) / count.clamp(min=1)
+    total, grad, grad_temperature, terms = sums(e, padded_steps, form, margin, temperature)
+    pairs = count_ordered_pairs(steps, cu_seqlens)
+    scale = (pairs > 0).to(entropy.dtype) / terms.clamp(min=1)
     rows = torch.arange(index.shape[1], device=index.device) < cu_seqlens.diff()[:, None]
-    return RankLoss(total * scale, (grad * scale[:, None])[rows], grad_temperature * scale)
+    return RankLoss(total * scale, pairs, (grad * scale[:, None])[rows], grad_temperature * scale)
 
 
 def pairwise_sums(
-    e: Tensor, steps: Tensor, form: str, margin: float, temperature: float | Tensor
+    e: Tensor, steps: Tensor, form: str, margin: float, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
     total, grad_temperature = e.new_zeros(len(e)), e.new_zeros(len(e))
@@ -141,7 +140,7 @@ def pairwise_sums(
 
 
 def plackett_luce_sums(
-    e: Tensor, steps: Tensor, form: str, margin: float, temperature: float | Tensor
+    e: Tensor, steps: Tensor, form: str, margin: float, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,)."""
     score = -e / temperature

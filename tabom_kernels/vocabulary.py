@@ -1,41 +1,97 @@
 """Cross-entropy and entropy of every row of logits, differentiable."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_form
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import check_labels, check_logits
+from tabom_kernels.torch_backend import VocabularyStatistics
 
 
-class VocabularyFunction(torch.autograd.Function):
-    """(cross-entropy, entropy) of each row by the closed forms of a backend."""
+@torch.library.custom_op("tabom_kernels::vocabulary_statistics", mutates_args=())
+def statistics_op(
+    logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ce, entropy, maximum, log_sum), each (N,), by a backend; ce is empty without labels."""
+    ce, entropy, maximum, log_sum = closed_forms(backend).vocabulary_statistics(logits, labels, ignore_index)
+    return entropy.new_empty(0) if ce is None else ce, entropy, maximum, log_sum
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, ignore_index: int, inplace: bool, backend: ModuleType
-    ) -> tuple[Tensor | None, Tensor]:
-        statistics = backend.vocabulary_statistics(logits, labels, ignore_index)
-        ctx.set_materialize_grads(False)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logits, labels, *statistics[1:])
-        ctx.ignore_index, ctx.inplace, ctx.backend = ignore_index, inplace, backend
-        return statistics.cross_entropy, statistics.entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_ce is None and grad_entropy is None:
-            return None, None, None, None, None
-        logits, labels, *saved = ctx.saved_tensors
-        statistics = ctx.backend.VocabularyStatistics(None, *saved)
-        out = logits if ctx.inplace else torch.empty_like(logits)
-        grad = ctx.backend.vocabulary_gradient(logits, labels, ctx.ignore_index, statistics, grad_ce, grad_entropy, out)
-        return grad, None, None, None, None
+@statistics_op.register_fake
+def _(
+    logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = len(logits), reference.working_dtype(logits.dtype)
+    sizes = (0 if labels is None else rows, rows, rows, rows)
+    return tuple(logits.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@torch.library.custom_op("tabom_kernels::vocabulary_gradient", mutates_args=())
+def gradient_op(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    grad_ce: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """(N, V) dL/dlogits."""
+    statistics = VocabularyStatistics(None, entropy, maximum, log_sum)
+    out = torch.empty_like(logits)
+    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, grad_ce, grad_entropy, out)
+    return out
+
+
+@gradient_op.register_fake
+def _(logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("tabom_kernels::vocabulary_gradient_", mutates_args=("logits",))
+def inplace_gradient_op(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    entropy: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    grad_ce: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+) -> None:
+    """dL/dlogits written over the logits."""
+    statistics = VocabularyStatistics(None, entropy, maximum, log_sum)
+    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, grad_ce, grad_entropy, logits)
+
+
+def save_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, labels, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
+    _, entropy, maximum, log_sum = output
+    ctx.mark_non_differentiable(maximum, log_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, entropy, maximum, log_sum)
+
+
+def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
+    if grad_ce is None and grad_entropy is None:
+        return None, None, None, None, None
+    logits, labels, *statistics = ctx.saved_tensors
+    if labels is None:
+        grad_ce = None  # under torch.compile it comes as a gradient of the empty ce
+    arguments = (logits, labels, ctx.ignore_index, *statistics, grad_ce, grad_entropy, ctx.backend)
+    if ctx.inplace:
+        inplace_gradient_op(*arguments)
+        return logits, None, None, None, None
+    return gradient_op(*arguments), None, None, None, None
+
+
+statistics_op.register_autograd(statistics_backward, setup_context=save_statistics)
 
 
 def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -43,7 +99,7 @@ def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor
 
     Args:
         logits: (N, V) of any floating dtype and row stride. A logit of -inf has probability 0 and contributes 0.
-        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Returns:
         (N,) nats in fp32 (fp64 for fp64 logits), differentiable.
@@ -53,10 +109,10 @@ def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor
         ValueError: logits are not (N, V), or the backend does not exist.
     """
     check_logits(logits)
-    forms = closed_form(backend, logits)
-    if forms is None:
+    backend = resolve(backend, logits)
+    if backend == "reference":
         return reference.softmax_entropy(logits)
-    return VocabularyFunction.apply(logits, None, 0, False, forms)[1]
+    return statistics_op(logits, None, 0, False, backend)[1]
 
 
 def cross_entropy_with_entropy(
@@ -74,7 +130,7 @@ def cross_entropy_with_entropy(
         labels: (N,) int64; `ignore_index` = no cross-entropy on this row (it is 0, and so is its gradient).
         inplace_backward: backward writes the gradient over the logits and so destroys them; a second backward
             through the same graph then raises a RuntimeError. `reference` has no in-place form and ignores it.
-        backend: "torch" or "reference"; None takes `backend_for(logits)`.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Returns:
         `(ce, entropy)`, each (N,) nats in fp32 (fp64 for fp64 logits), both differentiable.
@@ -84,8 +140,8 @@ def cross_entropy_with_entropy(
         ValueError: a shape or device is wrong, a label is out of range, or the backend does not exist.
     """
     check_logits(logits)
-    check_labels(labels, logits, ignore_index)
-    forms = closed_form(backend, logits)
-    if forms is None:
+    check_labels(labels, *logits.shape, logits.device, ignore_index)
+    backend = resolve(backend, logits)
+    if backend == "reference":
         return reference.cross_entropy_with_entropy(logits, labels, ignore_index)
-    return VocabularyFunction.apply(logits, labels, ignore_index, inplace_backward, forms)
+    return statistics_op(logits, labels, ignore_index, inplace_backward, backend)[:2]

@@ -5,6 +5,10 @@ import random
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
 from transformers import LlamaForCausalLM
 
 from tabom.lab.model import character_tokenizer, tiny_config

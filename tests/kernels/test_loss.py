@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.measure import peak_memory_of
 from tabom_kernels import (
     backend_for,
     count_ordered_pairs,
@@ -16,7 +17,7 @@ from tabom_kernels import (
 )
 from tests.kernels.inputs import SHAPES, VALUES, draw_labels, draw_sequences, gaussian, split_rows
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["torch", "reference", "triton"]
 
 
 def draw_batch(lengths, columns=13, values=gaussian):
@@ -89,7 +90,7 @@ def test_nothing_to_learn_gives_zero_loss_and_zero_gradient(backend):
         assert (grad == 0).all() and grad.shape == logits.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])
 def test_gradcheck(rng, backend, form):
     logits, labels, steps, cu_seqlens = draw_batch([4, 3], columns=5)
@@ -118,12 +119,14 @@ def test_token_weights_of_any_dtype_leave_the_dtype_of_the_loss(rng):
         assert all(x.dtype == torch.float32 for x in result)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_low_precision_and_fp32_outputs(rng, dtype):
+def test_low_precision_and_fp32_outputs(rng, backend, form, dtype):
     batch = draw_batch([20, 30], columns=100)
     low = (batch[0].to(dtype), *batch[1:])
-    exact = run(low[0].double(), *batch[1:], backend="reference")
-    naive, ours = (run(*low, backend=backend) for backend in ("reference", "torch"))
+    exact = run(low[0].double(), *batch[1:], form=form, backend="reference")
+    naive, ours = (run(*low, form=form, backend=name) for name in ("reference", backend))
     assert all(x.dtype == torch.float32 for x in ours[:3]) and ours[3].dtype == dtype
     for e, n, o in zip(exact, naive, ours, strict=True):
         assert (o.double() - e).abs().max() <= 2 * (n.double() - e).abs().max() + 1e-6
@@ -137,6 +140,17 @@ def test_terms_for_logs_are_detached_and_inplace_gives_the_same_gradient(rng):
     assert result.loss.requires_grad and not result.cross_entropy.requires_grad and not result.rank.requires_grad
     result.loss.backward()
     torch.testing.assert_close(leaf.grad, expected[3])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_in_place_nothing_of_the_size_of_the_logits_is_allocated(rng, backend):
+    logits, *batch = draw_batch([40, 24], columns=40_000)
+    logits = logits.float().requires_grad_() * 1
+
+    def step():
+        torch.autograd.grad(tabom_loss(logits, *batch, inplace_backward=True, backend=backend).loss, logits)
+
+    assert peak_memory_of(step, logits.device) < (0.01 if backend == "triton" else 0.5) * logits.nbytes
 
 
 def test_gradient_descent_puts_entropies_in_order(rng):
@@ -186,8 +200,8 @@ CU = torch.tensor([0, 3], dtype=torch.int32)
         ({"temperature": 0.0}, ValueError, "temperature=0.0: expected above 0"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature: .*0-dim tensor, got shape \(2,\)"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
-        ({"backend": "cuda"}, ValueError, "backend='cuda': this release has torch, reference"),
-        ({"backend": "triton"}, ValueError, "backend='triton': this release has torch, reference"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda': expected triton, torch or reference"),
+        ({"backend": "triton", "logits": LOGITS.double()}, TypeError, "backend='triton': .* got float64"),
     ],
 )
 def test_errors_name_the_argument_its_value_and_what_was_expected(changes, error, message):

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tabom_kernels import count_ordered_pairs, torch_backend, trajectory_rank_loss
 from tests.kernels.inputs import draw_sequences
 
 FORMS = ["logistic", "hinge", "plackett_luce"]
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["torch", "reference", "triton"]
 LENGTHS = {
     "none": [],
     "empty": [0, 0],
@@ -60,7 +60,7 @@ def softplus(x):
 )
 def test_losses_worked_out_by_hand(backend, entropy, steps, form, expected):
     losses = trajectory_rank_loss(
-        torch.tensor(entropy, dtype=torch.float64),
+        torch.tensor(entropy),
         torch.tensor(steps),
         torch.tensor([0, len(steps)], dtype=torch.int32),
         form=form,
@@ -68,7 +68,7 @@ def test_losses_worked_out_by_hand(backend, entropy, steps, form, expected):
         temperature=2.0,
         backend=backend,
     )
-    assert losses.tolist() == pytest.approx([expected], abs=1e-12)
+    assert losses.tolist() == pytest.approx([expected], abs=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -82,27 +82,35 @@ def test_values_and_gradients_in_fp64(rng, monkeypatch, form, lengths, last_step
     upstream = torch.randn(len(lengths), dtype=torch.float64)
     results = [
         run(entropy, steps.to(steps_dtype), cu_seqlens, upstream, form=form, margin=0.3, backend=backend)
-        for backend in BACKENDS
+        for backend in ("torch", "reference")
     ]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("form", FORMS)
-def test_error_in_fp32_is_at_most_twice_that_of_the_naive_loss(rng, form):
-    steps, cu_seqlens = draw_sequences([60, 3, 200])
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), [60, 3, 300]], ids=[*LENGTHS.keys(), "two blocks"])
+@pytest.mark.parametrize("last_step, steps_dtype", [(0, torch.int32), (5, torch.int64)])
+def test_error_in_fp32_is_at_most_twice_that_of_the_naive_loss(rng, backend, form, lengths, last_step, steps_dtype):
+    steps, cu_seqlens = draw_sequences(lengths, last_step)
+    steps = steps.to(steps_dtype)
     entropy = torch.rand(len(steps), dtype=torch.float64) * 12
-    upstream = torch.randn(3, dtype=torch.float64)
+    upstream = torch.randn(len(lengths), dtype=torch.float64)
     exact = run(entropy, steps, cu_seqlens, upstream, 0.1, form=form, backend="reference")
     single = (entropy.float(), steps, cu_seqlens, upstream.float(), 0.1)
-    naive, ours = (run(*single, form=form, backend=backend) for backend in ("reference", "torch"))
-    for e, n, o in zip(exact, naive, ours, strict=True):
-        scale = max(1.0, e.abs().max().item())  # dtau is in the hundreds here: one ulp is 6e-5
+    naive, ours = (run(*single, form=form, backend=name) for name in ("reference", backend))
+    # dtau is a sum of hundreds with the signs of `upstream`, where one ulp is 3e-5: count without the cancellation.
+    uncancelled = run(entropy, steps, cu_seqlens, upstream.abs(), 0.1, form=form, backend="reference")
+    for e, n, o, u in zip(exact, naive, ours, uncancelled, strict=True):
+        if e.numel() == 0:
+            continue
+        scale = max(1.0, u.abs().max().item())
         assert (o - e).abs().max() <= 2 * (n - e).abs().max() + 1e-6 * scale
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_gradcheck(rng, form, backend):
     steps, cu_seqlens = draw_sequences([6, 5, 1])
     entropy = torch.randn(12, dtype=torch.float64, requires_grad=True)
@@ -121,12 +129,23 @@ def test_gradcheck(rng, form, backend):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_unranked_rows_never_matter(rng, form, backend, value):
     steps, cu_seqlens = draw_sequences([9, 9], unranked=0.4)
-    entropy = torch.rand(18, dtype=torch.float64)
-    upstream = torch.ones(2, dtype=torch.float64)
+    entropy = torch.rand(18)
+    upstream = torch.ones(2)
     clean = run(entropy.masked_fill(steps < 0, 0.0), steps, cu_seqlens, upstream, form=form, backend=backend)
     dirty = run(entropy.masked_fill(steps < 0, value), steps, cu_seqlens, upstream, form=form, backend=backend)
     for a, b in zip(clean, dirty, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["logistic", "hinge"])
+def test_far_apart_entropies_keep_their_relative_accuracy(form):
+    """softplus(-20) is 2e-9, which log(1 + exp(-20)) in fp32 rounds to 0."""
+    entropy, steps = torch.tensor([0.0, 20.0]), torch.tensor([0, 1])
+    offsets, upstream = torch.tensor([0, 2], dtype=torch.int32), torch.ones(1)
+    exact = run(entropy.double(), steps, offsets, upstream.double(), 1.0, form=form, backend="reference")
+    ours = run(entropy, steps, offsets, upstream, 1.0, form=form, backend="triton")
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
 
 
 @given(st.sampled_from(FORMS), st.integers(0, 2**31), st.permutations(range(8)))
@@ -174,6 +193,7 @@ def test_errors_name_the_steps():
         count_ordered_pairs([0], torch.tensor([0, 1]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-1, 4), max_size=9), max_size=5))
 def test_count_ordered_pairs_by_brute_force(sequences):
     steps = torch.tensor([s for sequence in sequences for s in sequence], dtype=torch.int32)

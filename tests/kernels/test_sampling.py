@@ -21,7 +21,57 @@ def test_against_the_reference_in_fp64(rng, values, rows, columns, settings):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("rows, columns", [*((7, v) for v in (1, 2, 31, 1000)), (2, 126464), (1, 151936), (2, 152064)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_triton_reads_the_same_from_low_precision(rng, dtype, values, rows, columns, temperature):
+    logits, keys = values(rows, columns).to(dtype), torch.randint(-(2**62), 2**62, (rows,))
+    exact, naive, ours = (
+        unmask_statistics(z, temperature=temperature, generator=keys, backend=backend)
+        for z, backend in ((logits.double(), "reference"), (logits, "reference"), (logits, "triton"))
+    )
+    assert torch.equal(ours.token, naive.token)
+    for e, n, o in zip(exact[1:], naive[1:], ours[1:], strict=True):
+        assert (o - e).abs().max() <= 2 * (n - e).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.9), (40, 0.8), (1, 0.1), (10**6, 1.0)])
+def test_triton_filters_without_a_sort_keep_the_same_tokens(rng, dtype, values, top_k, top_p):
+    logits, keys = values(3, 5000).to(dtype), torch.randint(-(2**62), 2**62, (3,))
+    settings = {"temperature": 1.5, "top_k": top_k, "top_p": top_p, "generator": keys}
+    ours, theirs = (unmask_statistics(logits, backend=backend, **settings).token for backend in ("triton", "reference"))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_the_best_two_are_found_wherever_they_are(rng, backend):
+    """In one run of eight columns, in two runs of one block, in two blocks, first and last."""
+    columns = 2 * 8192 + 5
+    places = [(0, 1), (7, 8), (8191, 8192), (columns - 1, 0), (columns - 2, columns - 1), (3, columns - 1)]
+    logits = torch.randn(len(places), columns)
+    best, second = torch.tensor(places).T
+    rows = torch.arange(len(places))
+    logits[rows, second] = 11.0
+    logits[rows, best] = 12.0
+    statistics = unmask_statistics(logits, backend=backend)
+    p = logits.double().softmax(1)
+    assert torch.equal(statistics.token, best)
+    torch.testing.assert_close(statistics.margin.double(), p[rows, best] - p[rows, second], rtol=1e-5, atol=1e-7)
+    tied = logits.clone()
+    tied[rows, second] = 12.0
+    statistics = unmask_statistics(tied, backend=backend)
+    assert torch.equal(statistics.token, torch.minimum(best, second)) and statistics.margin.abs().max() == 0
+
+
+def test_a_row_of_nan_gets_a_valid_token():
+    statistics = unmask_statistics(torch.full((1, 9000), torch.nan), backend="triton")
+    assert 0 <= statistics.token.item() < 9000 and statistics.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_greedy_takes_the_first_of_the_best(backend):
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-torch.inf, -torch.inf, 2.0, -torch.inf]])
     statistics = unmask_statistics(logits, backend=backend)
@@ -30,8 +80,9 @@ def test_greedy_takes_the_first_of_the_best(backend):
     assert statistics.probability[1] == 1 and statistics.entropy[1] == 0
 
 
-def test_one_column_is_certain():
-    token, probability, margin, entropy = unmask_statistics(torch.tensor([[3.0]]))
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_one_column_is_certain(backend):
+    token, probability, margin, entropy = unmask_statistics(torch.tensor([[3.0]]), backend=backend)
     assert (token.item(), probability.item(), margin.item(), entropy.item()) == (0, 1.0, 1.0, 0.0)
 
 
@@ -63,13 +114,18 @@ def test_top_k_and_top_p_leave_exactly_their_sets(rng):
     assert seen == {"k": set(order[:4]), "p": nucleus, "tiny": {order[0]}}
 
 
-def test_a_key_decides_its_row_whatever_the_batch(rng):
-    logits, keys = gaussian(9, 50), torch.randint(-(2**62), 2**62, (9,))
-    together = unmask_statistics(logits, temperature=1.0, generator=keys).token
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_key_decides_its_row_whatever_the_batch(rng, backend):
+    logits, keys = gaussian(9, 50).float(), torch.randint(-(2**62), 2**62, (9,))
+
+    def draw(logits, keys):
+        return unmask_statistics(logits, temperature=1.0, top_p=0.99, generator=keys, backend=backend).token
+
+    together = draw(logits, keys)
     order = torch.randperm(9)
-    assert torch.equal(unmask_statistics(logits[order], temperature=1.0, generator=keys[order]).token, together[order])
+    assert torch.equal(draw(logits[order], keys[order]), together[order])
     for row in range(9):
-        [alone] = unmask_statistics(logits[row : row + 1], temperature=1.0, generator=keys[row : row + 1]).token
+        [alone] = draw(logits[row : row + 1], keys[row : row + 1])
         assert alone == together[row]
 
 

@@ -1,10 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tabom_kernels import cross_entropy_with_entropy, reference, softmax_entropy
-from tests.kernels.inputs import SHAPES, VALUES, draw_labels, gaussian
+from tests.kernels.inputs import SHAPES, VALUES, draw_labels, gaussian, low_with_one_high, peaked
+
+BACKENDS = ["torch", "triton"]
 
 
 def run(logits, labels, upstream, **options):
@@ -29,24 +32,98 @@ def test_values_and_gradients_in_fp64(rng, values, rows, columns):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("rows, columns", [(64, 31), (64, 1000), (2, 152064)])
-def test_error_is_at_most_twice_that_of_the_naive_loss(rng, dtype, values, rows, columns):
+@pytest.mark.parametrize("rows, columns", [(64, 31), *(shape for shape in SHAPES if shape != (257, 31))])
+def test_error_is_at_most_twice_that_of_the_naive_loss(rng, backend, dtype, values, rows, columns):
     logits = values(rows, columns).to(dtype)
     labels = draw_labels(logits)
     upstream = torch.randn(2, rows, dtype=torch.float64)
     exact = run(logits.double(), labels, upstream, backend="reference")
     naive = run(logits, labels, upstream, backend="reference")
-    ours = run(logits, labels, upstream, backend="torch")
+    ours = run(logits, labels, upstream, backend=backend)
     for name, e, n, o in zip(("ce", "entropy", "gradient"), exact, naive, ours, strict=True):
         assert o.isfinite().all(), name
         assert o.dtype == (dtype if name == "gradient" else torch.float32)
-        error, naive_error = ((x.double() - e).abs().max() for x in (o, n))
+        error, naive_error = ((x.double() - e).abs().max() if rows else 0 for x in (o, n))
         assert error <= 2 * naive_error + 1e-6, (name, error, naive_error)
 
 
-def test_confident_rows_keep_their_relative_accuracy():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_label_in_the_last_partial_block(rng, backend):
+    """The last block holds 3 of its columns, and the rows before it are not near it in value."""
+    logits = low_with_one_high(3, 2 * 8192 + 3).float()
+    labels = torch.tensor([2 * 8192, 2 * 8192 + 2, 8191])
+    logits[0, labels[0]] = 4.0
+    upstream = torch.randn(2, 3, dtype=torch.float64)
+    for ours, exact in zip(
+        run(logits, labels, upstream, backend=backend),
+        run(logits.double(), labels, upstream, backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_rows_in_bf16_keep_the_label_column(backend):
+    """p = 0.999999 is 1 in bf16: rounded before the 1 is subtracted, nothing would be left of the gradient."""
+    logits = peaked(4, 1000).bfloat16()
+    labels = logits.argmax(1)
+    *_, exact = run(logits.double(), labels, torch.ones(2, 4), backend="reference")
+    *_, grad = run(logits, labels, torch.ones(2, 4), backend=backend)
+    rows = torch.arange(4)
+    torch.testing.assert_close(grad[rows, labels].double(), exact[rows, labels], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("invalid", [torch.nan, torch.inf])
+def test_an_invalid_logit_shows_in_its_row_alone(backend, invalid):
+    logits = torch.zeros(3, 9000)
+    logits[1, 8999] = invalid
+    ce, entropy, grad = run(logits, torch.zeros(3, dtype=torch.int64), torch.ones(2, 3), backend=backend)
+    for result in (ce, entropy, grad.sum(1)):
+        assert result.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_minus_infinity_alone_has_no_entropy(backend):
+    logits = torch.zeros(2, 10)
+    logits[0] = -torch.inf
+    assert softmax_entropy(logits, backend=backend).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_bitwise_the_same_in_every_batch(rng, dtype):
+    logits, labels = gaussian(5, 20_000).to(dtype), torch.arange(5)
+    upstream = torch.randn(2, 5, dtype=torch.float64)
+    together = run(logits, labels, upstream, backend="triton")
+    for row in range(5):
+        alone = run(logits[row : row + 1], labels[row : row + 1], upstream[:, row : row + 1], backend="triton")
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_int32(rng, backend):
+    """Three rows 2^30 elements apart: row times stride is more than int32 holds. Nothing between them is touched."""
+    stride, columns = 2**30 + 8, 100
+    size = 2 * stride + columns
+    if torch.cuda.is_available():
+        storage = torch.empty(size, dtype=torch.bfloat16)
+    else:
+        storage = torch.from_numpy(np.empty(size, np.int16)).view(torch.bfloat16)
+    logits = storage.as_strided((3, columns), (stride, 1))
+    logits.copy_(gaussian(3, columns))
+    labels = torch.tensor([3, 99, 50])
+    outputs = cross_entropy_with_entropy(logits.requires_grad_(), labels, inplace_backward=True, backend=backend)
+    expected = run(logits.double(), labels, torch.ones(2, 3), backend="reference")
+    [grad] = torch.autograd.grad(outputs, logits, [torch.ones(3)] * 2)
+    for ours, exact in zip((*outputs, grad), expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_rows_keep_their_relative_accuracy(backend):
     """In fp32 the unshifted `lse - sum p * z` has lost the entropy of this row, the shifted form has not."""
     logits = torch.full((1, 1000), 1000.0, dtype=torch.float64)
     logits[0, 3] += 15
@@ -55,7 +132,7 @@ def test_confident_rows_keep_their_relative_accuracy():
     z = logits.float()
     unshifted = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)
     assert (unshifted / exact - 1).abs() > 5e-3
-    assert (softmax_entropy(z, backend="torch") / exact - 1).abs() < 5e-4
+    assert (softmax_entropy(z, backend=backend) / exact - 1).abs() < 5e-4
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -66,9 +143,10 @@ def test_gradcheck(rng, backend):
     assert torch.autograd.gradcheck(lambda z: cross_entropy_with_entropy(z, labels, backend=backend), logits)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", ["strided_rows", "strided_columns", "offset", "transposed"])
-def test_views(rng, view):
-    base = gaussian(41, 60)
+def test_views(rng, backend, view):
+    base = gaussian(41, 60).float()
     logits = {
         "strided_rows": base[::2],
         "strided_columns": base[:, ::3],
@@ -78,41 +156,44 @@ def test_views(rng, view):
     labels = draw_labels(logits)
     ours, theirs = (
         torch.autograd.grad(sum(x.sum() for x in cross_entropy_with_entropy(z, labels, backend=b)), z)[0]
-        for b in ("torch", "reference")
+        for b in (backend, "reference")
         for z in [logits.detach().requires_grad_()]
     )
     torch.testing.assert_close(ours, theirs)
 
 
-def test_upstream_gradients_of_stride_0_and_absent_ones(rng):
-    logits, labels = gaussian(6, 11), torch.arange(6)
-    expanded = torch.tensor(0.7, dtype=torch.float64).expand(6)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_gradients_of_stride_0_and_absent_ones(rng, backend):
+    logits, labels = gaussian(6, 11).float(), torch.arange(6)
+    expanded = torch.tensor(0.7).expand(6)
     assert expanded.stride() == (0,)
     for output in (0, 1):
         grads = []
-        for backend in ("torch", "reference"):
+        for name in (backend, "reference"):
             z = logits.clone().requires_grad_()
-            cross_entropy_with_entropy(z, labels, backend=backend)[output].backward(expanded)
+            cross_entropy_with_entropy(z, labels, backend=name)[output].backward(expanded)
             grads.append(z.grad)
         torch.testing.assert_close(*grads)
 
 
-def test_rows_without_any_gradient_are_zero_even_if_their_logits_are_invalid():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_any_gradient_are_zero_even_if_their_logits_are_invalid(backend):
     logits = torch.zeros(3, 4)
     logits[1] = torch.nan
     logits.requires_grad_()
-    ce, entropy = cross_entropy_with_entropy(logits, torch.tensor([1, -100, 2]))
+    ce, entropy = cross_entropy_with_entropy(logits, torch.tensor([1, -100, 2]), backend=backend)
     (ce[0] + ce[2] + entropy[0]).backward()
     assert (logits.grad[1] == 0).all() and (logits.grad[[0, 2]] != 0).any()
 
 
-def test_inplace_backward_writes_over_the_logits(rng):
-    values, labels = gaussian(6, 11), draw_labels(gaussian(6, 11))
-    upstream = torch.randn(2, 6, dtype=torch.float64)
-    *_, expected = run(values, labels, upstream)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_backward_writes_over_the_logits(rng, backend):
+    values, labels = gaussian(6, 11).float(), draw_labels(gaussian(6, 11))
+    upstream = torch.randn(2, 6)
+    *_, expected = run(values, labels, upstream, backend=backend)
     leaf = values.clone().requires_grad_()
     logits = leaf * 1
-    outputs = cross_entropy_with_entropy(logits, labels, inplace_backward=True)
+    outputs = cross_entropy_with_entropy(logits, labels, inplace_backward=True, backend=backend)
     [grad] = torch.autograd.grad(outputs, logits, list(upstream), retain_graph=True)
     assert grad.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(logits.detach(), expected)

@@ -1,0 +1,195 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, vector width, instructions.
+
+    python -m benchmarks.static > benchmarks/results/static.md
+
+Every launch of `tabom_kernels.triton_backend` is recorded as its launcher makes it, on tensors that have a shape and no
+memory, and compiled for each architecture by Triton's own ptxas. The committed table shows a change in review, and a
+test holds it.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tabom_kernels import triton_backend
+from tabom_kernels.triton_backend import VocabularyStatistics
+
+ARCHITECTURES = (80, 90, 100)
+ROWS, COLUMNS = 256, 152064
+TOOLS = Path(nvidia.__file__).parent / "bin"
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments that its launcher gave it."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    warps: int
+
+
+class Figures(NamedTuple):
+    """Of one kernel on one architecture. Wide is 128 bits: a share of the chunk's bytes, of the store instructions."""
+
+    kernel: str
+    dtype: str
+    architecture: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    instructions: int
+    per_element: float | None
+    ex2_per_element: float | None
+    wide_loads: float | None
+    wide_stores: float | None
+
+
+def launches() -> list[tuple[str, str, Launch]]:
+    """(name, dtype, launch) of every kernel in the ways that it is really used."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.empty(ROWS, COLUMNS, dtype=dtype, device="meta")
+        rowwise = torch.empty(ROWS, device="meta")
+        labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
+        statistics = VocabularyStatistics(rowwise, rowwise, rowwise, rowwise)
+        name = str(dtype).removeprefix("torch.")
+        calls: dict[str, Callable[[], Any]] = {
+            "": lambda z=logits, y=labels: triton_backend.vocabulary_statistics(z, y, -100),
+            " ": lambda z=logits, y=labels, s=statistics, g=rowwise: triton_backend.vocabulary_gradient(
+                z, y, -100, s, g, g, z
+            ),
+            " greedy": lambda z=logits: triton_backend.unmask_statistics(z, 0.0, None, None, None),
+            " sampled": lambda z=logits, k=labels: triton_backend.unmask_statistics(z, 0.8, 50, 0.9, k),
+        }
+        found += [(launch, suffix, name) for suffix, call in calls.items() for launch in record(call)]
+    entropy, steps = torch.empty(ROWS, device="meta"), torch.empty(ROWS, dtype=torch.int64, device="meta")
+    offsets, temperature = torch.empty(9, dtype=torch.int32, device="meta"), torch.empty((), device="meta")
+    for form in ("logistic", "hinge", "plackett_luce"):
+        recorded = record(
+            lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, 0.1, temperature)
+        )
+        found += [(launch, f" {form}" if "pairs" in launch.kernel.__name__ else "", "float32") for launch in recorded]
+    named = {}
+    for launch, suffix, dtype in found:
+        name = launch.kernel.__name__.removesuffix("_kernel") + suffix.rstrip()
+        named.setdefault((name, dtype), (name, dtype, launch))
+    return list(named.values())
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that a call would make."""
+    recorded = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
+        recorded.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | constants, num_warps))
+
+    original, JITFunction.run = JITFunction.run, run
+    call()
+    JITFunction.run = original
+    return recorded
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The kernel with its arguments' types, specialised as Triton's launcher specialises them."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        is_size = type(value) is int and not launch.kernel.params[index].is_constexpr
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif is_size and value != 1:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures:
+    """Compile for sm_`architecture` and read the machine code."""
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source_of(launch), target=target, options={"num_warps": launch.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        sass = run_tool("nvdisasm", "-c", cubin.name)
+        resources = run_tool("cuobjdump", "-res-usage", cubin.name)
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    count = Counter(code)
+    instructions = len(code) - count["NOP"]
+    threads, chunk = 32 * launch.warps, launch.arguments.get("CHUNK")
+    itemsize = {"bfloat16": 2, "float32": 4}[dtype]
+    wide_loads, wide_stores, stores = (
+        sum(n for op, n in count.items() if op.startswith(kind) and op.endswith(width))
+        for kind, width in (("LDG", ".128"), ("STG", ".128"), ("STG", ""))
+    )
+
+    return Figures(
+        name,
+        dtype,
+        f"sm_{architecture}",
+        registers=int(re.search(r"REG:(\d+)", resources)[1]),
+        spills=sum(n for op, n in count.items() if op.startswith(("LDL", "STL"))),
+        shared_bytes=compiled.metadata.shared,
+        instructions=instructions,
+        per_element=chunk and instructions * threads / chunk,
+        ex2_per_element=chunk and count["MUFU.EX2"] * threads / chunk,
+        wide_loads=chunk and wide_loads * 16 * threads / (chunk * itemsize),
+        wide_stores=wide_stores / stores if "out" in launch.arguments else None,
+    )
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """The output of one of the CUDA tools that come with Triton."""
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def all_figures() -> list[Figures]:
+    """Every kernel on every architecture, in a fixed order."""
+    found = launches()
+    steps = [(name, dtype, launch, sm) for name, dtype, launch in found for sm in ARCHITECTURES]
+    return [measure(*step) for step in track(steps, "Compiling", console=Console(stderr=True))]
+
+
+def table(figures: list[Figures]) -> str:
+    """Markdown."""
+    heads = [field.replace("_", " ") for field in Figures._fields]
+    lines = [f"Triton {triton.__version__}, N={ROWS}, V={COLUMNS}.", "", "| " + " | ".join(heads) + " |"]
+    lines.append("|" + " --- |" * 3 + " ---: |" * (len(heads) - 3))
+    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in figures]
+    return "\n".join(lines)
+
+
+def cell(value: str | float | None) -> str:
+    """A figure as it stands in the table."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    print(table(all_figures()))

@@ -1,0 +1,39 @@
+"""Launch parameters: one table, no autotuning, so that a result never depends on a timing.
+
+The vocabulary is cut into chunks of 16 KiB whatever the number of rows: a few rows fill the GPU like many do, and
+the statistics of a row are bitwise the same in every batch.
+"""
+
+import triton
+
+CHUNK_BYTES = 16384
+CHUNK_WARPS = 4
+"""A thread holds 64 logits in bf16 and has its eight 128-bit loads in flight at once."""
+
+NOISE_WARPS = 16
+"""Gumbel noise takes ten times the registers of the logits that it is added to."""
+
+MERGE_WARPS = 1
+"""The partial results of a row are at most a few hundred."""
+
+SCAN_BYTES = 8192
+SCAN_WARPS = 8
+"""Of the search for a top-k or top-p threshold, which reads its row again and again from the L2 cache."""
+
+PAIR_BLOCK = 256
+PAIR_WARPS = 1
+"""Rows that one row is paired with at a time."""
+
+
+def chunk_columns(columns: int, itemsize: int) -> int:
+    """Columns of a chunk of a vocabulary of `columns` logits of `itemsize` bytes: a power of 2, at least 8."""
+    return min(CHUNK_BYTES // itemsize, max(8, triton.next_power_of_2(columns)))
+
+
+def alignment(start: int, row_stride: int, itemsize: int) -> int:
+    """Elements that every row's start is a multiple of: those of 16 bytes, or 1.
+
+    Triton sees for itself whether a pointer is divisible by 16, but a row stride only in elements, not in bytes.
+    """
+    elements = 16 // itemsize
+    return elements if start % 16 == 0 and row_stride % elements == 0 else 1

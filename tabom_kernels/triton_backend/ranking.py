@@ -1,0 +1,222 @@
+"""The rank loss and its gradient: a program owns one row and looks at every other row of its sequence.
+
+A pair enters the gradient of both of its rows, and each of them adds it up for itself, so nothing is added atomically
+and the result is bitwise reproducible. Memory is linear in the rows. One launch gives sums over the pairs of each row
+(loss, dE, dtau, their number), a second one divides by the number of pairs of the sequence. Plackett-Luce has a launch
+more: the turns of all rows must be known before the first gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tabom_kernels.torch_backend import RankLoss
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS
+
+
+@triton.jit
+def partners_of(row, step, cu_seqlens, sequences, BLOCK: tl.constexpr):
+    """First row and end of the sequence that owns `row`, or an empty range for a row that is not ranked."""
+    ended = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, sequences, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        ended += (tl.load(cu_seqlens + 1 + index, index < sequences, other=2**31 - 1) <= row).to(tl.int32)
+    owner = tl.sum(ended)
+    begin = tl.load(cu_seqlens + owner)
+    return begin, tl.where(step >= 0, tl.load(cu_seqlens + owner + 1), begin)
+
+
+@triton.jit
+def softplus_and_sigmoid(x):
+    """log(1 + exp(x)) and its slope, both accurate at either end."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan's: exact in the rounding of u
+    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0.0, 1.0, e) / u
+
+
+@triton.jit
+def pairs_kernel(
+    entropy,  # (N,)
+    steps,  # (N,)
+    cu_seqlens,  # (B + 1,)
+    temperature,  # ()
+    loss_sum,  # (N,) over the pairs in which a row comes first
+    pairs,  # (N,) number of them
+    grad_entropy,  # (N,) over all pairs of a row
+    grad_temperature,  # (N,)
+    margin,
+    sequences,
+    HINGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    e = tl.load(entropy + row)
+    step = tl.load(steps + row)
+    begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
+    tau = tl.load(temperature)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    by_entropy = tl.zeros([BLOCK], tl.float32)
+    by_temperature = tl.zeros([BLOCK], tl.float32)
+    for first in range(begin, end, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_step = tl.load(steps + other, other < end, other=-1)
+        other_e = tl.load(entropy + other, other_step >= 0, other=0.0)  # an unranked row may hold NaN
+        comes_first = step < other_step
+        comes_second = (other_step >= 0) & (other_step < step)
+        x = tl.where(comes_first, e - other_e, other_e - e) + margin
+        if HINGE:
+            loss = tl.maximum(x, 0.0)
+            slope = (x > 0.0).to(tl.float32)
+        else:
+            loss, slope = softplus_and_sigmoid(x / tau)
+            slope = slope / tau
+            by_temperature -= tl.where(comes_first, slope * x, 0.0) / tau
+        total += tl.where(comes_first, loss, 0.0)
+        count += comes_first.to(tl.int32)
+        by_entropy += tl.where(comes_first, slope, 0.0) - tl.where(comes_second, slope, 0.0)
+    tl.store(loss_sum + row, tl.sum(total))
+    tl.store(pairs + row, tl.sum(count))
+    tl.store(grad_entropy + row, tl.sum(by_entropy))
+    tl.store(grad_temperature + row, tl.sum(by_temperature))
+
+
+@triton.jit
+def turns_kernel(
+    entropy,
+    steps,
+    cu_seqlens,
+    temperature,
+    log_sum,  # (N,) of exp(-E_j / tau) over the rows j that could have had row i's turn
+    loss,  # (N,)
+    pairs,
+    sequences,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    step = tl.load(steps + row)
+    begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
+    tau = tl.load(temperature)
+    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    for first in range(begin, end, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_step = tl.load(steps + other, other < end, other=-1)
+        at_risk = step <= other_step
+        best = tl.maximum(best, tl.where(at_risk, -tl.load(entropy + other, at_risk, other=0.0) / tau, -float("inf")))
+    m = tl.max(best)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for first in range(begin, end, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_step = tl.load(steps + other, other < end, other=-1)
+        at_risk = step <= other_step
+        score = -tl.load(entropy + other, at_risk, other=0.0) / tau
+        total += tl.where(at_risk, tl.exp(score - m), 0.0)
+        count += (step < other_step).to(tl.int32)
+    turn = m + tl.log(tl.sum(total))
+    tl.store(log_sum + row, turn)
+    tl.store(loss + row, tl.where(step >= 0, turn + tl.load(entropy + row) / tau, 0.0))
+    tl.store(pairs + row, tl.sum(count))
+
+
+@triton.jit
+def turns_gradient_kernel(
+    entropy,
+    steps,
+    cu_seqlens,
+    temperature,
+    log_sum,
+    grad_entropy,
+    grad_temperature,
+    sequences,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    e = tl.load(entropy + row)
+    step = tl.load(steps + row)
+    begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
+    tau = tl.load(temperature)
+    probability = tl.zeros([BLOCK], tl.float32)
+    for first in range(begin, end, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        other_step = tl.load(steps + other, other < end, other=-1)
+        had_a_turn = (other_step >= 0) & (other_step <= step)
+        turn = tl.load(log_sum + other, had_a_turn, other=0.0)
+        probability += tl.where(had_a_turn, tl.exp(-e / tau - turn), 0.0)
+    # 1 for the row's own turn, less its probability at every turn that it could have had.
+    by_entropy = tl.where(step >= 0, (1.0 - tl.sum(probability)) / tau, 0.0)
+    tl.store(grad_entropy + row, by_entropy)
+    tl.store(grad_temperature + row, tl.where(step >= 0, -by_entropy * e / tau, 0.0))
+
+
+@triton.jit
+def means_kernel(
+    steps,
+    cu_seqlens,
+    row_loss,  # (N,) sums to be divided
+    row_pairs,  # (N,)
+    row_grad_temperature,  # (N,)
+    loss,  # (B,)
+    pairs,  # (B,)
+    grad_entropy,  # (N,) scaled in place
+    grad_temperature,  # (B,)
+    PER_ROW: tl.constexpr,  # a mean over ranked rows, not over pairs
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    begin = tl.load(cu_seqlens + sequence)
+    end = tl.load(cu_seqlens + sequence + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    by_temperature = tl.zeros([BLOCK], tl.float32)
+    pair_count = tl.zeros([BLOCK], tl.int64)
+    row_count = tl.zeros([BLOCK], tl.int64)
+    for first in range(begin, end, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        total += tl.load(row_loss + row, row < end, other=0.0)
+        by_temperature += tl.load(row_grad_temperature + row, row < end, other=0.0)
+        pair_count += tl.load(row_pairs + row, row < end, other=0)
+        row_count += (tl.load(steps + row, row < end, other=-1) >= 0).to(tl.int64)
+    number = tl.sum(pair_count)
+    terms = tl.sum(row_count) if PER_ROW else number
+    scale = tl.where(number > 0, 1.0 / tl.maximum(terms, 1).to(tl.float32), 0.0)
+    tl.store(loss + sequence, tl.sum(total) * scale)
+    tl.store(pairs + sequence, number)
+    tl.store(grad_temperature + sequence, tl.sum(by_temperature) * scale)
+    for first in range(begin, end, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        tl.store(grad_entropy + row, tl.load(grad_entropy + row, row < end) * scale, row < end)
+
+
+def trajectory_rank_loss(
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: Tensor
+) -> RankLoss:
+    """Loss and gradients over all pairs; see `torch_backend.trajectory_rank_loss`."""
+    rows, sequences = len(entropy), len(cu_seqlens) - 1
+    entropy, steps, cu_seqlens = entropy.contiguous(), steps.contiguous(), cu_seqlens.contiguous()
+    loss, grad_temperature = (entropy.new_empty(sequences) for _ in range(2))
+    pairs = torch.empty(sequences, dtype=torch.int64, device=entropy.device)
+    grad_entropy, row_loss, row_grad_temperature = (entropy.new_empty(rows) for _ in range(3))
+    row_pairs = torch.empty(rows, dtype=torch.int32, device=entropy.device)
+    inputs = (entropy, steps, cu_seqlens, temperature)
+    launch = {"BLOCK": PAIR_BLOCK, "num_warps": PAIR_WARPS}
+    if rows and form == "plackett_luce":
+        log_sum = entropy.new_empty(rows)
+        turns_kernel[(rows,)](*inputs, log_sum, row_loss, row_pairs, sequences, **launch)
+        turns_gradient_kernel[(rows,)](*inputs, log_sum, grad_entropy, row_grad_temperature, sequences, **launch)
+    elif rows:
+        sums = (row_loss, row_pairs, grad_entropy, row_grad_temperature)
+        pairs_kernel[(rows,)](*inputs, *sums, margin, sequences, HINGE=form == "hinge", **launch)
+    if sequences:
+        row_sums = (row_loss, row_pairs, row_grad_temperature)
+        means = (loss, pairs, grad_entropy, grad_temperature)
+        per_row = form == "plackett_luce"
+        means_kernel[(sequences,)](steps, cu_seqlens, *row_sums, *means, PER_ROW=per_row, **launch)
+    return RankLoss(loss, pairs, grad_entropy, grad_temperature)
+
+
+def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,) int64: what the rank loss counts by the way."""
+    entropy = torch.zeros(len(steps), device=steps.device)
+    return trajectory_rank_loss(entropy, steps, cu_seqlens, "hinge", 0.0, entropy.new_ones(())).pairs
