@@ -48,6 +48,13 @@ class TabomConfig(TrainingArguments):
     loss_backend: Literal["triton", "torch", "reference"] | None = field(
         default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
     )
+    fused_linear: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the head together with the loss and never hold its logits. False for a model that scales "
+            "or soft-caps its logits."
+        },
+    )
     # Only the loss is evaluated, never (B, L, V) logits; and the collator reads whole trajectories.
     prediction_loss_only: bool = True
     remove_unused_columns: bool = False
@@ -69,13 +76,14 @@ class TabomConfig(TrainingArguments):
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """The part that `tabom_kernels.tabom_loss` takes."""
+        """The part that `tabom.forward.add_loss_to_forward` takes."""
         return {
             "rank_weight": self.rank_weight if self.objective == "tabom" else 0.0,
             "form": self.form,
             "margin": self.margin,
             "temperature": self.temperature,
             "backend": self.loss_backend,
+            "fused_linear": self.fused_linear,
         }
 
 

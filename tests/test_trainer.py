@@ -315,3 +315,22 @@ def test_wrong_settings_are_named(tmp_path, setting):
     [(name, value)] = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         config(tmp_path, **setting)
+
+
+@pytest.mark.parametrize("objective", ["tabom", "nelbo"])
+def test_the_fused_head_trains_to_the_weights_of_the_reference(tmp_path, rng, objective):
+    trajectories = make_trajectories(rng)
+    runs = []
+    for loss_backend, fused_linear in ((None, True), ("reference", False)):
+        args = config(
+            tmp_path,
+            objective=objective,
+            max_steps=50,
+            learning_rate=1e-3,
+            loss_backend=loss_backend,
+            fused_linear=fused_linear,
+        )
+        runs.append(train(random_model(1), trajectories, args))
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert_same(weights(runs[0]), weights(runs[1]), rtol=1e-2, atol=1e-4)

@@ -1,0 +1,335 @@
+"""The TABOM loss from hidden states: the logits of a chunk of sequences at a time, and never more.
+
+Only rows of one sequence are ranked against each other, so once the logits of whole sequences are there, both factors
+of their gradient are known:
+
+    logits = hidden @ weight.T -> entropy, cross-entropy -> rank loss, dE -> dlogits, over the logits -> dhidden
+
+and the chunk's gradient is finished before the next one begins: two matmuls with a frozen head, three with a trainable
+one, nothing computed twice. A sequence longer than a chunk takes two sweeps over its pieces, statistics and gradients.
+Backward only scales.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tabom_kernels import reference
+from tabom_kernels.backends import Backend, closed_forms, resolve
+from tabom_kernels.checks import check_form, check_head, check_labels, check_sequences, check_token_weights
+from tabom_kernels.loss import TabomLoss, at_least_one, tabom_loss
+from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
+
+LOGITS_BUDGET = 2**28
+"""Bytes of logits in a chunk by default."""
+
+VOCABULARY_SLICE = 8192
+"""Rows of the head whose fp32 product is in memory at once."""
+
+
+class Chunk(NamedTuple):
+    """Whole sequences, and their rows."""
+
+    sequences: slice
+    rows: slice
+
+    def pieces(self, size: int) -> list[slice]:
+        """The rows, `size` at a time; one piece even without rows."""
+        return [
+            slice(start, min(start + size, self.rows.stop))
+            for start in range(self.rows.start, max(self.rows.stop, self.rows.start + 1), size)
+        ]
+
+
+def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]:
+    """Consecutive sequences, together at most `max_rows` rows unless one alone has more.
+
+    A batch that is one chunk is never asked for its lengths, which would make a GPU wait for the host.
+    """
+    if rows <= max_rows:
+        yield Chunk(slice(0, len(cu_seqlens) - 1), slice(0, rows))
+        return
+    offsets = cu_seqlens.tolist()
+    first = 0
+    for sequence in range(1, len(offsets)):
+        is_last = sequence == len(offsets) - 1
+        if is_last or offsets[sequence + 1] - offsets[first] > max_rows:
+            yield Chunk(slice(first, sequence), slice(offsets[first], offsets[sequence]))
+            first = sequence
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
+    """(N, V) logits, in fp32 or in the dtype of `hidden`."""
+    if not fp32_logits or hidden.dtype == torch.float32:
+        return F.linear(hidden, weight, bias)
+    logits = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
+    for part in vocabulary_slices(weight):
+        logits[:, part] = fp32_product(hidden, weight[part].T)
+    return logits if bias is None else logits.add_(bias)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 from half precision (fp32 and fp64 stay what they are)."""
+    dtype = reference.working_dtype(a.dtype)
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def vocabulary_slices(weight: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of (V, D)."""
+    return (slice(start, start + VOCABULARY_SLICE) for start in range(0, len(weight), VOCABULARY_SLICE))
+
+
+class HeadGradients:
+    """Gradients by hidden (N, D), weight (V, D) and bias (V,), added up piece by piece; empty unless wanted.
+
+    The weight's is summed in fp32 when it has more than one piece: a matmul's own sum already is.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], one_piece: bool
+    ) -> None:
+        self.inputs, self.wanted, self.one_piece = (hidden, weight), wanted, one_piece
+        dtype = reference.working_dtype(hidden.dtype)
+        self.hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+        self.weight = weight.new_empty(0)
+        if wanted[1] and not one_piece:
+            self.weight = torch.zeros_like(weight, dtype=dtype)
+        self.bias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=dtype)
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """The part of `rows`, from their (n, V) dL/dlogits."""
+        hidden, weight = self.inputs
+        if self.wanted[2]:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        dlogits = dlogits.to(hidden.dtype)
+        if self.wanted[0]:
+            self.hidden[rows] = dlogits @ weight
+        if self.wanted[1] and self.one_piece:
+            self.weight = dlogits.T @ hidden[rows]
+        elif self.wanted[1]:
+            for part in vocabulary_slices(weight):
+                self.weight[part] += fp32_product(dlogits[:, part].T, hidden[rows])
+
+
+@torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
+def fused_linear_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    labels: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    num_tokens: Tensor,
+    num_sequences: Tensor,
+    rank_weight: float,
+    form: str,
+    margin: float,
+    ignore_index: int,
+    max_chunk_rows: int,
+    fp32_logits: bool,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, cross_entropy, rank, entropy (N,); gradients by hidden, weight, bias (empty unless wanted) and temperature.
+
+    The gradients are those of num_tokens * loss, near 1 in size, so that fp16 does not lose them to underflow.
+    """
+    forms = closed_forms(backend)
+    dtype = reference.working_dtype(hidden.dtype)
+    ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
+    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    grad_ce = entropy.new_ones(()) if token_weights is None else token_weights.to(dtype)
+    grad_ce = grad_ce.expand(len(hidden))
+    rank_scale = rank_weight * num_tokens / num_sequences
+    gradients = HeadGradients(hidden, weight, bias, wanted, one_piece=len(hidden) <= max_chunk_rows)
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in plan_chunks(cu_seqlens, len(hidden), max_chunk_rows):
+            pieces = chunk.pieces(max_chunk_rows)
+            logits, statistics = None, []
+            for rows in pieces:
+                del logits  # before the next piece's are made
+                logits = project(hidden[rows], weight, bias, fp32_logits)
+                statistics.append(forms.vocabulary_statistics(logits, labels[rows], ignore_index))
+                entropy[rows] = statistics[-1].entropy
+                ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
+            grad_entropy = None
+            if rank_weight != 0:
+                offsets = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.rows.start
+                rank = forms.trajectory_rank_loss(
+                    entropy[chunk.rows], steps[chunk.rows], offsets, form, margin, temperature
+                )
+                rank_sum += rank.loss.sum()
+                grad_temperature += rank.grad_temperature.sum() * rank_scale
+                grad_entropy = torch.empty_like(entropy)
+                grad_entropy[chunk.rows] = rank.grad_entropy * rank_scale
+            if not any(wanted):
+                continue
+            for rows, saved in zip(pieces, statistics, strict=True):
+                if len(pieces) > 1:
+                    del logits
+                    logits = project(hidden[rows], weight, bias, fp32_logits)
+                row_grads = (grad_ce[rows], None if grad_entropy is None else grad_entropy[rows])
+                forms.vocabulary_gradient(logits, labels[rows], ignore_index, saved, *row_grads, logits)
+                gradients.add(rows, logits)
+
+    cross_entropy, rank_mean = ce_sum / num_tokens, rank_sum / num_sequences
+    loss = cross_entropy + rank_weight * rank_mean
+    by_weight, by_bias = gradients.weight.to(weight.dtype), gradients.bias.to(hidden.dtype)
+    return loss, cross_entropy, rank_mean, entropy, gradients.hidden, by_weight, by_bias, grad_temperature
+
+
+@fused_linear_op.register_fake
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    wanted = arguments[-2]
+    dtype = reference.working_dtype(hidden.dtype)
+    loss, cross_entropy, rank, by_temperature = (hidden.new_empty((), dtype=dtype) for _ in range(4))
+    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    by_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+    by_weight = weight.new_empty(weight.shape if wanted[1] else 0)
+    by_bias = hidden.new_empty(len(weight) if wanted[2] else 0)
+    return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature
+
+
+def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[4:], inputs[8])
+
+
+def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+    *gradients, num_tokens = ctx.saved_tensors
+    scale = grad_loss / num_tokens
+    # hidden, weight, bias, temperature are the first four inputs
+    scaled = [g * scale if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
+    return *scaled, *[None] * 14
+
+
+fused_linear_op.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+def fused_linear_tabom_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    max_chunk_rows: int | None = None,
+    fp32_logits: bool = False,
+    rank_weight: float = 1.0,
+    form: Form = "logistic",
+    margin: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    token_weights: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    backend: Backend | None = None,
+) -> TabomLoss | tuple[TabomLoss, Tensor]:
+    """`tabom_loss` of the logits `hidden @ weight.T + bias`, of which only a chunk is ever in memory.
+
+    Loss and gradients are computed together, in chunks of whole sequences; backward scales them by the upstream
+    gradient. With `rank_weight=0` it is a fused linear cross-entropy, and with `token_weights` NELBO's. A batch of
+    more rows than `max_chunk_rows` reads `cu_seqlens` on the host once; any other never waits for it.
+
+    Args:
+        hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
+        weight: (V, D) of the head, in the dtype of `hidden`.
+        labels, steps, cu_seqlens: see `tabom_loss`.
+        bias: (V,) of the head.
+        max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One sequence with more
+            rows than that has its logits computed twice.
+        fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
+        rank_weight, form, margin, temperature, token_weights, num_tokens, num_sequences, ignore_index: see
+            `tabom_loss`. The temperature may require a gradient, as may hidden, weight and bias; what does not costs
+            nothing.
+        return_entropy: also return the entropies of the rows, (N,) nats, detached: they are known anyway.
+        backend: "triton", "torch" or "reference"; None takes `backend_for(hidden)`. Under autocast, hidden, weight and
+            bias are cast first, as a linear layer's would be.
+
+    Returns:
+        fp32 scalars (fp64 for fp64). Without rows the loss is 0 with a gradient of 0.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, device or value is wrong, or the backend does not exist.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    check_head(hidden, weight, bias)
+    check_labels(labels, len(hidden), len(weight), hidden.device, ignore_index)
+    check_sequences(steps, cu_seqlens, len(hidden), hidden.device)
+    check_form(form, temperature)
+    check_token_weights(token_weights, len(hidden), hidden.device)
+    if max_chunk_rows is not None and max_chunk_rows < 1:
+        raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
+    backend = resolve(backend, hidden)
+    if num_tokens is None:
+        num_tokens = (labels != ignore_index).sum()
+    if num_sequences is None:
+        num_sequences = 1 if rank_weight == 0 else (count_ordered_pairs(steps, cu_seqlens, backend=backend) > 0).sum()
+    if backend == "reference":
+        logits = reference_logits(hidden, weight, bias, fp32_logits)
+        loss = tabom_loss(
+            logits,
+            labels,
+            steps,
+            cu_seqlens,
+            rank_weight=rank_weight,
+            form=form,
+            margin=margin,
+            temperature=temperature,
+            token_weights=token_weights,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
+        return (loss, reference.softmax_entropy(logits.detach())) if return_entropy else loss
+
+    if max_chunk_rows is None:
+        max_chunk_rows = max(1, LOGITS_BUDGET // (len(weight) * (4 if fp32_logits else hidden.itemsize)))
+    like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
+    scalars = (temperature, at_least_one(num_tokens), at_least_one(num_sequences))
+    temperature, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, cross_entropy, rank, entropy, *_ = fused_linear_op(
+        hidden,
+        weight,
+        bias,
+        temperature,
+        labels,
+        steps,
+        cu_seqlens,
+        token_weights,
+        num_tokens,
+        num_sequences,
+        rank_weight,
+        form,
+        margin,
+        ignore_index,
+        max_chunk_rows,
+        fp32_logits,
+        wanted,
+        backend,
+    )
+    result = TabomLoss(loss, cross_entropy, rank)
+    return (result, entropy) if return_entropy else result
+
+
+def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
+    """All (N, V) of them, under autograd."""
+    if fp32_logits:
+        dtype = reference.working_dtype(hidden.dtype)
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    return F.linear(hidden, weight, bias)

@@ -1,0 +1,295 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tabom_kernels import count_ordered_pairs, fused_linear, fused_linear_tabom_loss, tabom_loss
+from tests.kernels.inputs import draw_labels, draw_sequences
+
+FORMS = ["logistic", "hinge", "plackett_luce"]
+LENGTHS = {
+    "none": [],
+    "no rows": [0],
+    "one row": [1],
+    "uneven": [5, 0, 1, 9, 2],
+    "one long": [17],
+    "no pair": [1, 1, 1],
+}
+CHUNKS = {"one chunk": None, "a sequence each": 9, "in pieces": 4, "row by row": 1}
+COLUMNS, WIDTH = 23, 7
+
+
+def draw_problem(lengths, dtype=torch.float64):
+    steps, cu_seqlens = draw_sequences(lengths)
+    rows = len(steps)
+    head = {
+        "hidden": torch.randn(rows, WIDTH).to(dtype),
+        "weight": torch.randn(COLUMNS, WIDTH).to(dtype),
+        "bias": torch.randn(COLUMNS).to(dtype),
+    }
+    batch = {
+        "labels": draw_labels(torch.randn(rows, COLUMNS)),
+        "steps": steps,
+        "cu_seqlens": cu_seqlens,
+        "token_weights": torch.rand(rows),
+    }
+    return head, batch
+
+
+def run(head, batch, upstream=1.0, frozen=(), temperature=0.7, **options):
+    """loss, cross_entropy, rank, entropy and the gradients of all that is not frozen."""
+    leaves = {name: x.clone().requires_grad_(name not in frozen) for name, x in head.items()}
+    tau_dtype = torch.promote_types(head["hidden"].dtype, torch.float32)
+    tau = torch.tensor(temperature, dtype=tau_dtype, requires_grad=True)
+    settings = {"rank_weight": 0.3, "margin": 0.1, **options}
+    loss, entropy = fused_linear_tabom_loss(**leaves, **batch, temperature=tau, return_entropy=True, **settings)
+    (loss.loss * upstream).backward()
+    tau_grad = torch.zeros_like(tau) if tau.grad is None else tau.grad
+    grads = {name: x.grad for name, x in leaves.items() if name not in frozen}
+    return {**loss._asdict(), "entropy": entropy, **grads, "tau": tau_grad}
+
+
+def assert_close(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("max_chunk_rows", CHUNKS.values(), ids=CHUNKS.keys())
+def test_loss_and_gradients_in_fp64(rng, form, lengths, max_chunk_rows):
+    head, batch = draw_problem(lengths)
+    ours = run(head, batch, 3.0, form=form, max_chunk_rows=max_chunk_rows, backend="torch")
+    theirs = run(head, batch, 3.0, form=form, backend="reference")
+    assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_chunk_rows", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_error_is_at_most_twice_that_of_the_naive_loss(rng, backend, dtype, max_chunk_rows, fp32_logits):
+    head, batch = draw_problem([5, 1, 9, 2], dtype)
+    exact = run({name: x.double() for name, x in head.items()}, batch, backend="reference")
+    naive = run(head, batch, fp32_logits=fp32_logits, backend="reference")
+    ours = run(head, batch, fp32_logits=fp32_logits, max_chunk_rows=max_chunk_rows, backend=backend)
+    for name in exact:
+        error, naive_error = ((x[name].double() - exact[name]).abs().max() for x in (ours, naive))
+        one_rounding = exact[name].abs().max() * torch.finfo(dtype).eps / 2 * (name in head)
+        assert error <= 2 * naive_error + one_rounding + 1e-6, (name, error, naive_error)
+
+
+def test_fp32_logits_are_not_rounded(rng):
+    head, batch = draw_problem([8, 9], torch.bfloat16)
+    exact, plain, fp32 = (
+        run({name: x.to(dtype) for name, x in head.items()}, batch, fp32_logits=full, backend="torch")["entropy"]
+        for dtype, full in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True))
+    )
+    assert (fp32 - exact).abs().max() < 1e-5 < 1e-3 < (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("max_chunk_rows", [None, 4])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("bias", "hidden"), ("weight",)])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_buffer(rng, monkeypatch, frozen, max_chunk_rows):
+    head, batch = draw_problem([5, 3])
+    saved = []
+    monkeypatch.setattr(fused_linear.HeadGradients, "__del__", lambda self: saved.append(vars(self)), raising=False)
+    ours = run(head, batch, frozen=frozen, max_chunk_rows=max_chunk_rows)
+    assert_close(ours, run(head, batch, frozen=frozen, backend="reference"))
+    assert all((saved[0][name].numel() == 0) == (name in frozen) for name in head)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 4), st.sampled_from(FORMS))
+def test_the_sum_over_micro_batches_is_the_whole(seed, cut, form):
+    torch.manual_seed(seed)
+    head, batch = draw_problem([4, 1, 6, 3])
+    whole = run(head, batch, form=form)
+    row = batch["cu_seqlens"][cut]
+    denominators = {
+        "num_tokens": (batch["labels"] != -100).sum(),
+        "num_sequences": (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum(),
+    }
+    parts = []
+    for rows, offsets in (
+        (slice(0, row), batch["cu_seqlens"][: cut + 1]),
+        (slice(row, None), batch["cu_seqlens"][cut:] - row),
+    ):
+        part = {name: x[rows] for name, x in batch.items() if name != "cu_seqlens"} | {"cu_seqlens": offsets}
+        parts.append(run(head | {"hidden": head["hidden"][rows]}, part, form=form, **denominators))
+    for name in whole:
+        joined = torch.cat if name in ("hidden", "entropy") else sum
+        torch.testing.assert_close(whole[name], joined([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_without_ranking_it_is_a_fused_linear_cross_entropy(rng, backend):
+    head, batch = draw_problem([6, 5], torch.float32)
+    del batch["token_weights"]
+    ours = run(head, batch, rank_weight=0.0, backend=backend, max_chunk_rows=6)
+    leaves = {name: x.clone().requires_grad_() for name, x in head.items()}
+    loss = F.cross_entropy(
+        F.linear(**{"input": leaves["hidden"], "weight": leaves["weight"], "bias": leaves["bias"]}), batch["labels"]
+    )
+    loss.backward()
+    torch.testing.assert_close(ours["loss"], loss.detach())
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(ours[name], leaf.grad)
+
+
+def test_it_is_tabom_loss_of_the_logits(rng):
+    head, batch = draw_problem([6, 5])
+    result = fused_linear_tabom_loss(**head, **batch, form="hinge", margin=0.2, rank_weight=2.0)
+    logits = F.linear(head["hidden"], head["weight"], head["bias"])
+    expected = tabom_loss(logits, **batch, form="hinge", margin=0.2, rank_weight=2.0, backend="reference")
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operator makes, those inside our own ops too."""
+
+    def __init__(self, *ignored):
+        super().__init__()
+        self.elements, self.ignored = 0, {x.data_ptr() for x in ignored}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tabom_kernels":
+            with self:
+                return fused_linear.fused_linear_op._init_fn(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.data_ptr() not in self.ignored]
+        self.elements = max([self.elements, *(x.numel() for x in made)])
+        return result
+
+
+@pytest.mark.parametrize("max_chunk_rows", [8, 20])
+def test_no_tensor_of_rows_times_vocabulary_is_ever_made(rng, max_chunk_rows):
+    rows, columns, width = 64, 500, 16
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(columns, width)
+    steps, cu_seqlens = draw_sequences([20, 20, 20, 4])
+    with LargestTensor(weight) as largest:
+        fused_linear_tabom_loss(
+            hidden,
+            weight,
+            torch.randint(columns, (rows,)),
+            steps,
+            cu_seqlens,
+            max_chunk_rows=max_chunk_rows,
+            num_sequences=4.0,
+        ).loss.backward()
+    assert largest.elements == max_chunk_rows * columns
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("max_chunk_rows", [None, 3])
+def test_gradcheck(rng, form, max_chunk_rows):
+    head, batch = draw_problem([4, 3])
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=form != "hinge")
+
+    def loss(hidden, weight, bias, temperature):
+        return fused_linear_tabom_loss(
+            hidden,
+            weight,
+            **batch,
+            bias=bias,
+            temperature=temperature,
+            form=form,
+            margin=0.1,
+            max_chunk_rows=max_chunk_rows,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (*(x.requires_grad_() for x in head.values()), tau))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("max_chunk_rows", [None, 6])
+def test_it_compiles_to_one_graph(rng, backend, max_chunk_rows):
+    head, batch = draw_problem([5, 4], torch.float32)
+    eager = run(head, batch, backend=backend, max_chunk_rows=max_chunk_rows)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(hidden, weight, bias):
+        return fused_linear_tabom_loss(
+            hidden * 1,
+            weight,
+            **batch,
+            bias=bias,
+            rank_weight=0.3,
+            margin=0.1,
+            temperature=0.7,
+            backend=backend,
+            max_chunk_rows=max_chunk_rows,
+        ).loss
+
+    leaves = {name: x.clone().requires_grad_() for name, x in head.items()}
+    compiled(**leaves).backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, eager[name])
+
+
+def test_loss_scaling_of_fp16_loses_nothing(rng):
+    """The gradient of a mean over many tokens is below fp16's smallest number, and the scaler multiplies it again."""
+    head, batch = draw_problem([9, 8], torch.float16)
+    options = {"num_tokens": 1e6, "num_sequences": 1e6, "rank_weight": 1.0}
+    ours = run(head, batch, 2.0**16, **options)
+    exact = run({name: x.double() for name, x in head.items()}, batch, 2.0**16, **options, backend="reference")
+    for name in head:
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=2e-2, atol=1e-4)
+
+
+def test_under_autocast_it_is_a_linear_layer(rng):
+    head, batch = draw_problem([5, 4], torch.float32)
+    with torch.autocast(head["hidden"].device.type, torch.bfloat16):
+        ours = run(head, batch)
+    low = run({name: x.bfloat16() for name, x in head.items()}, batch)
+    for name in ours:
+        torch.testing.assert_close(ours[name].to(low[name].dtype), low[name], rtol=1e-5, atol=1e-6)
+    assert ours["weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows, limit, expected", [(17, 17, [17]), (17, 9, [6, 9, 2]), (17, 5, [5, 1, 9, 2])])
+def test_chunks_are_whole_sequences(rows, limit, expected):
+    offsets = torch.tensor([0, 5, 5, 6, 15, 17])
+    chunks = list(fused_linear.plan_chunks(offsets, rows, limit))
+    assert [c.rows.stop - c.rows.start for c in chunks] == expected
+    assert [c.sequences.start for c in chunks] == [0, *(c.sequences.stop for c in chunks[:-1])]
+    assert chunks[-1].sequences.stop == 5
+    for chunk in chunks:
+        assert offsets[chunk.sequences.start] == chunk.rows.start and offsets[chunk.sequences.stop] == chunk.rows.stop
+
+
+HEAD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4)}
+BATCH = {"labels": torch.tensor([0, 1, -100]), "steps": torch.tensor([0, 1, 2]), "cu_seqlens": torch.tensor([0, 3])}
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"hidden": torch.zeros(3)}, ValueError, r"hidden: expected shape \(N, D\), got \(3,\)"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "hidden: expected a floating-point tensor"),
+        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight: expected shape \(V, 4\).*got \(5, 3\)"),
+        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight: expected shape \(V, 4\) with V >= 1"),
+        (
+            {"weight": torch.zeros(5, 4).bfloat16()},
+            TypeError,
+            "weight: expected a tensor of float32, got torch.bfloat16",
+        ),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\), got \(4,\)"),
+        ({"labels": torch.tensor([0, 5, 0])}, ValueError, "labels: 5 at row 1; expected 0 <= label < 5"),
+        ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
+        ({"max_chunk_rows": 0}, ValueError, "max_chunk_rows=0: expected at least 1"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda'"),
+    ],
+)
+def test_errors_name_the_argument(changes, error, message):
+    device = torch.empty(0).device
+    arguments = {**HEAD, **BATCH, **changes}
+    arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    with pytest.raises(error, match=message):
+        fused_linear_tabom_loss(**arguments)

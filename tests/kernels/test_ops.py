@@ -1,0 +1,103 @@
+"""The ops as torch.library sees them: schemas, fake implementations, autograd, torch.compile."""
+
+import pytest
+import torch
+
+import tabom_kernels  # noqa: F401  registers the ops
+from tabom_kernels import cross_entropy_with_entropy, tabom_loss, unmask_statistics
+from tests.kernels.inputs import draw_labels, draw_sequences, gaussian
+
+BACKENDS = ["torch", "triton"]
+OPS = torch.ops.tabom_kernels
+
+
+def draw_batch(rows=9, columns=20):
+    logits = gaussian(rows, columns).float()
+    return logits, draw_labels(logits), *draw_sequences([rows - 4, 4])
+
+
+def draw_head(bias, rows=9, columns=20, width=6):
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(columns, width, requires_grad=True)
+    return hidden, weight, torch.randn(columns, requires_grad=True) if bias else None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_op_passes_opcheck(rng, backend):
+    logits, labels, steps, cu_seqlens = draw_batch()
+    _, entropy, maximum, log_sum = OPS.vocabulary_statistics(logits, labels, -100, False, backend)
+    saved = (entropy, maximum, log_sum, torch.rand(9), torch.rand(9), backend)
+    keys = torch.arange(9)
+    one = torch.ones(())
+    batch = (one, labels, steps, cu_seqlens, torch.rand(9), one, one)
+    energy, temperature = torch.rand(9, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    calls = [
+        (OPS.vocabulary_statistics, (logits.requires_grad_(), labels, -100, False, backend)),
+        (OPS.vocabulary_statistics, (logits, None, 0, False, backend)),
+        (OPS.vocabulary_gradient, (logits.detach(), labels, -100, *saved)),
+        (OPS.vocabulary_gradient_, (logits.detach().clone(), labels, -100, *saved)),
+        (OPS.count_ordered_pairs, (steps, cu_seqlens, backend)),
+        (OPS.unmask_statistics, (logits.detach(), 0.8, 3, 0.9, keys, backend)),
+        (OPS.unmask_statistics, (logits.detach(), 0.0, None, None, None, backend)),
+        *(
+            (
+                OPS.trajectory_rank_loss,
+                (energy, temperature, steps, cu_seqlens, form, 0.1, backend),
+            )
+            for form in ("logistic", "hinge", "plackett_luce")
+        ),
+        *(
+            (OPS.fused_linear_tabom_loss, (*head, *batch, 0.3, "hinge", 0.1, -100, 5, False, [True] * 3, backend))
+            for head in (draw_head(bias=True), draw_head(bias=False))
+        ),
+    ]
+    assert {op._qualified_op_name.split("::")[1] for op, _ in calls} == {
+        name for name in dir(OPS) if not name.startswith("_") and name != "name"
+    }
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])
+def test_the_whole_loss_compiles_to_one_graph(rng, backend, form):
+    logits, *batch = draw_batch()
+
+    def loss_and_gradients(function):
+        leaf, tau = logits.clone().requires_grad_(), torch.tensor(0.7, requires_grad=True)
+        result = function(leaf * 2, *batch, form=form, margin=0.1, temperature=tau, backend=backend)
+        result.loss.backward()
+        return *result, leaf.grad, tau.grad
+
+    compiled = torch.compile(tabom_loss, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(loss_and_gradients(compiled), loss_and_gradients(tabom_loss), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_backward_and_a_fixed_temperature_compile(rng, backend):
+    logits, *batch = draw_batch()
+
+    def gradient(function):
+        leaf = logits.clone().requires_grad_()
+        function(leaf * 2, *batch, temperature=0.7, inplace_backward=True, backend=backend).loss.backward()
+        return leaf.grad
+
+    compiled = torch.compile(tabom_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), gradient(tabom_loss))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_greedy_sampler_step_compiles(rng, backend):
+    logits = gaussian(4, 30).float()
+    compiled = torch.compile(unmask_statistics, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(logits, backend=backend), unmask_statistics(logits, backend=backend), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    logits = torch.randn(2, 5, requires_grad=True)
+    ce, _ = cross_entropy_with_entropy(logits, torch.tensor([0, 1]), backend=backend)
+    [grad] = torch.autograd.grad(ce.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
