@@ -22,6 +22,7 @@ format: $(INSTALLED)
 # Runs on the machine's own Python, whose torch sees the GPU: nothing is installed.
 gpu:
 	$(PYTHON) -m pytest tests/kernels -q
+	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.kernels
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
