@@ -69,8 +69,8 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
 
 
 def is_plain_linear(head: torch.nn.Module) -> bool:
-    """Whether the head computes what a linear layer does; adapters and quantised layers do not."""
-    return type(head).forward is torch.nn.Linear.forward
+    """Whether the head computes what a linear layer does; adapters, quantised and offloaded layers do not."""
+    return type(head).forward is torch.nn.Linear.forward and "forward" not in vars(head)
 
 
 def loss_in_head(

@@ -121,7 +121,7 @@ def rank_loss_and_pairs(
 def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """() of the dtype and device of `like`; a number gets there without a copy that waits for the host."""
     if isinstance(value, Tensor):
-        return value.to(like.dtype)
+        return value.to(like.device, like.dtype)
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 

@@ -149,3 +149,11 @@ def test_a_frozen_head_gets_no_gradient(rng):
     model.lm_head.requires_grad_(False)
     add_loss_to_forward(model, **LOSS)
     assert "lm_head.weight" not in gradients(model, model(**batch).loss)
+
+
+def test_a_head_whose_forward_was_replaced_keeps_it(rng):
+    """As accelerate does to offload a layer."""
+    model, batch = llama().eval(), draw_batch()
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(hidden) * 2
+    assert_same_training(model, batch)

@@ -4,6 +4,11 @@ The vocabulary is cut into chunks of 16 KiB whatever the number of rows: a few r
 the statistics of a row are bitwise the same in every batch.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
 import triton
 
 CHUNK_BYTES = 16384
@@ -37,3 +42,14 @@ def alignment(start: int, row_stride: int, itemsize: int) -> int:
     """
     elements = 16 // itemsize
     return elements if start % 16 == 0 and row_stride % elements == 0 else 1
+
+
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches on the GPU of the first argument, which need not be the current one."""
+
+    @wraps(launcher)
+    def launch(first: torch.Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launcher(first, *arguments)
+
+    return launch

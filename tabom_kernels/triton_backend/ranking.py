@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import RankLoss
-from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device
 
 
 @triton.jit
@@ -189,6 +189,7 @@ def means_kernel(
         tl.store(grad_entropy + row, tl.load(grad_entropy + row, row < end) * scale, row < end)
 
 
+@on_its_device
 def trajectory_rank_loss(
     entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: Tensor
 ) -> RankLoss:

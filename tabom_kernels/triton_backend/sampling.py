@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels import noise
-from tabom_kernels.triton_backend.launch import CHUNK_WARPS, MERGE_WARPS, NOISE_WARPS, SCAN_BYTES, SCAN_WARPS
+from tabom_kernels.triton_backend.launch import (
+    CHUNK_WARPS,
+    MERGE_WARPS,
+    NOISE_WARPS,
+    SCAN_BYTES,
+    SCAN_WARPS,
+    on_its_device,
+)
 from tabom_kernels.triton_backend.vocabulary import LOG2E, LOWEST, chunking, exp2, load_logits, merge_chunks
 
 GOLDEN_GAMMA = tl.constexpr(noise.GOLDEN_GAMMA % 2**64)
@@ -222,6 +229,7 @@ def threshold_kernel(
     tl.store(thresholds + row, threshold)
 
 
+@on_its_device
 def unmask_statistics(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 from tabom_kernels.torch_backend import VocabularyStatistics
-from tabom_kernels.triton_backend.launch import CHUNK_WARPS, MERGE_WARPS, alignment, chunk_columns
+from tabom_kernels.triton_backend.launch import CHUNK_WARPS, MERGE_WARPS, alignment, chunk_columns, on_its_device
 
 LOWEST = tl.constexpr(-1e30)
 """Stands for -inf: its exponential is exactly 0, and 0 * LOWEST is not NaN. NaN itself is kept."""
@@ -106,6 +106,7 @@ def merge_kernel(
         tl.store(cross_entropy + row, tl.where(used, tl.log(S) - (z - m), 0.0))
 
 
+@on_its_device
 def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
     """Reads (N, V) logits once; see `torch_backend.vocabulary_statistics`."""
     rows, blocks = len(logits), chunking(logits)
@@ -180,6 +181,7 @@ def gradient_kernel(
         tl.store(destination, dz.to(out.dtype.element_ty), column < COLUMNS)
 
 
+@on_its_device
 def vocabulary_gradient(
     logits: Tensor,
     labels: Tensor | None,
