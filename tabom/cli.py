@@ -24,6 +24,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or hub name. Default: the tiny model that ships with the package."},
     )
+    adapt: bool = field(
+        default=False,
+        metadata={"help": "Turn an autoregressive Qwen2, Qwen3 or Llama into a diffusion language model."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
@@ -199,7 +203,7 @@ def load_model(arguments: ModelArguments) -> "tabom.models.DiffusionModel":  # n
     from tabom.lab.model import BASE_PATH
     from tabom.models import load
 
-    family = load(arguments.model or BASE_PATH, trust_remote_code=arguments.trust_remote_code)
+    family = load(arguments.model or BASE_PATH, adapt=arguments.adapt, trust_remote_code=arguments.trust_remote_code)
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family
 

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from tabom.families import ADAPTABLE, FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -36,21 +48,61 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    adapt: bool = False,
     trust_remote_code: bool = False,
 ) -> DiffusionModel:
     """Loads model and tokenizer from a folder in the Hugging Face layout, or from the hub.
 
+    Dream and LLaDA become transformers' Qwen2 and Llama; masked language models load as they are, and so does what
+    this library saved.
+
+    Args:
+        attn_implementation: "sdpa", "flash_attention_2", "eager"; default: transformers' choice.
+        adapt: turn an autoregressive Qwen2, Qwen3 or Llama into a diffusion language model: bidirectional attention,
+            shifted logits, and a mask token, added if there is none. It must be trained before it is of use.
+
     Raises:
-        ValueError: the model attends causally, or no mask token is known.
+        ValueError: the family is not known, the model attends causally, or no mask token is known.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    settings, _ = PreTrainedConfig.get_config_dict(model_name_or_path)
+    model_type = settings.get("model_type")
+    if model_type in FAMILIES:
+        return load_family(model_name_or_path, FAMILIES[model_type], settings, options)
+    is_masked_lm = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and "is_causal" not in settings
+    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    if is_masked_lm or adapt:
+        config.is_causal = False
+    if adapt and model_type not in ADAPTABLE:
+        raise ValueError(f"adapt: model type {model_type!r}; expected one of {', '.join(ADAPTABLE)}")
+    auto = AutoModelForMaskedLM if is_masked_lm else AutoModelForCausalLM
+    model = auto.from_pretrained(model_name_or_path, config=config, trust_remote_code=trust_remote_code, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    if adapt:
+        add_mask_token(model, tokenizer)
     return describe(model.eval(), tokenizer)
+
+
+def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
+    """A checkpoint in a family's own layout; its weights are renamed while they are read."""
+    config = family.config(settings)
+    config.is_causal = False
+    config.mask_token_id = settings.get("mask_token_id", family.mask_token_id)
+    config.logits_shift = family.logits_shift
+    model = family.architecture.from_pretrained(path, config=config, key_mapping=family.key_mapping, **options)
+    model._weight_conversions = []  # it is saved under transformers' names, which its saved config asks for
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    return describe(model.eval(), family.tokenizer.from_pretrained(path))
+
+
+def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives an autoregressive model a mask token; its logits stay those of the next token."""
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.mask_token_id = tokenizer.mask_token_id
+    model.config.logits_shift = 1
 
 
 def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionModel:
@@ -63,7 +115,9 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if getattr(config, "is_causal", True):
         raise ValueError(
             f"model type {config.model_type!r} attends causally; a diffusion language model needs bidirectional "
-            "attention: set config.is_causal = False"
+            f"attention. These load: {', '.join(FAMILIES)}, masked language models, and what this library saved; "
+            f"adapt=True (--adapt) turns {', '.join(ADAPTABLE)} into one; for another bidirectional model set in its "
+            "config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict token i + 1)"
         )
     mask_token_id = getattr(config, "mask_token_id", None)
     if mask_token_id is None:
@@ -71,7 +125,8 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if mask_token_id is None:
         raise ValueError("no mask token: set config.mask_token_id, or the tokenizer's mask_token")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id)
+    logits_shift = getattr(config, "logits_shift", 0)
+    return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift)
 
 
 def logits_at(
