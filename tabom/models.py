@@ -1,11 +1,13 @@
 """Loading a diffusion language model, and what the rest of the library must know about its family."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from tabom.families import ADAPTABLE, FAMILIES, Family
 
@@ -54,7 +58,7 @@ def load(
     """Loads model and tokenizer from a folder in the Hugging Face layout, or from the hub.
 
     Dream and LLaDA become transformers' Qwen2 and Llama; masked language models load as they are, and so does what
-    this library saved.
+    this library saved. A folder with an adapter loads the base that it names and puts the adapter into it.
 
     Args:
         attn_implementation: "sdpa", "flash_attention_2", "eager"; default: transformers' choice.
@@ -65,6 +69,8 @@ def load(
         ValueError: the family is not known, the model attends causally, or no mask token is known.
     """
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if find_adapter_config_file(model_name_or_path) is not None:
+        return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
     settings, _ = PreTrainedConfig.get_config_dict(model_name_or_path)
     model_type = settings.get("model_type")
     if model_type in FAMILIES:
@@ -93,6 +99,32 @@ def load_family(path: str | Path, family: Family, settings: dict[str, Any], opti
     model._weight_conversions = []  # it is saved under transformers' names, which its saved config asks for
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     return describe(model.eval(), family.tokenizer.from_pretrained(path))
+
+
+def load_with_adapter(path: str | Path, **options: Any) -> DiffusionModel:
+    """An adapter of peft in the base that it names; only the adapter's weights require gradients.
+
+    Adapters that were trained on a family's own modelling code are renamed as its checkpoints are.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(path)
+    base = config.base_model_name_or_path
+    family = load(base, **options)
+    native = FAMILIES.get(PreTrainedConfig.get_config_dict(base)[0].get("model_type"))
+    weights = load_file(cached_file(path, "adapter_model.safetensors"))
+    if native is not None:
+        weights = {rename_adapter_weight(name, native.key_mapping): weight for name, weight in weights.items()}
+    family.model.load_adapter(peft_config=config, adapter_state_dict=weights, is_trainable=True)
+    return family
+
+
+def rename_adapter_weight(name: str, key_mapping: dict[str, str]) -> str:
+    """Renames the layer in a weight of an adapter, which peft prefixes."""
+    prefix = "base_model.model."
+    for pattern, replacement in key_mapping.items():
+        name = prefix + re.sub(pattern, replacement, name.removeprefix(prefix))
+    return name
 
 
 def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -111,11 +111,13 @@ class TabomTrainer(Trainer):
         train_dataset: trajectories.
         eval_dataset: trajectories.
         processing_class: the tokenizer; saved beside the model.
-        peft_config: trains an adapter of the model instead of its weights (needs peft).
+        peft_config: trains an adapter of the model instead of its weights (needs peft). A model that was loaded with
+            an adapter trains that one.
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: several GPUs in one process, no tokenizer, or a model that `tabom.models.describe` refuses.
+        ValueError: several GPUs in one process, no tokenizer, a second adapter, or a model that
+            `tabom.models.describe` refuses.
     """
 
     def __init__(
@@ -135,6 +137,11 @@ class TabomTrainer(Trainer):
             )
         if processing_class is None:
             raise ValueError("processing_class=None: pass the tokenizer; it says what masks, pads and ends a response")
+        if peft_config is not None and model._hf_peft_config_loaded:
+            raise ValueError(
+                "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "
+                "merge this one into its base and save that (peft's merge_and_unload)"
+            )
         family = describe(model, processing_class)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:

@@ -249,3 +249,33 @@ def test_what_cannot_be_adapted_or_mapped_is_refused_by_name(tmp_path, rng):
     save_with_characters(BertForMaskedLM(BertConfig(vocab_size=60, **sizes)), bert)
     with pytest.raises(ValueError, match=r"adapt: model type 'bert'; expected one of qwen2, qwen3, llama"):
         load(bert, adapt=True)
+
+
+@pytest.mark.parametrize(
+    "write, layer", [(write_dream, "model.layers.1.self_attn"), (write_llada, "model.transformer.blocks.1")]
+)
+def test_an_adapter_in_the_names_of_the_authors_loads_into_its_base(tmp_path, rng, write, layer):
+    """y = x W + (alpha / r) x A B, so merging it by hand into the base's weights must give the same logits."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    original = write(base)
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+    names = {f"base_model.model.{layer}.q_proj.lora_A.weight": a, f"base_model.model.{layer}.q_proj.lora_B.weight": b}
+    save_file(names, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+    }
+    settings |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", "inference_mode": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    family = load(adapter)
+    with torch.no_grad():
+        original.model.layers[1].self_attn.q_proj.weight += b @ a
+    input_ids = torch.randint(4, 50, (2, 9))
+    torch.testing.assert_close(family.model(input_ids).logits, original(input_ids).logits, rtol=1e-4, atol=1e-4)
+    trained = [name for name, p in family.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)

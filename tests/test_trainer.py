@@ -267,6 +267,15 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
     torch.testing.assert_close(loaded.model(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
     assert (loaded.model(input_ids=ids).logits - random_model(3).model(input_ids=ids).logits).abs().max() > 1e-3
 
+    with pytest.raises(ValueError, match="peft_config: the model already carries an adapter"):
+        train(loaded, trajectories, config(tmp_path / "again"), peft_config=lora)
+    further = train(loaded, trajectories, config(tmp_path / "again", max_steps=5))
+    further.save_model()
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+    again = load(tmp_path / "again")
+    torch.testing.assert_close(again.model(input_ids=ids).logits, further.model.eval()(input_ids=ids).logits)
+    assert (again.model(input_ids=ids).logits - trainer.model(input_ids=ids).logits).abs().max() > 1e-3
+
 
 def test_a_trained_model_loads_back(tmp_path, rng):
     trainer = train(random_model(3), make_trajectories(rng), config(tmp_path / "run", max_steps=2))
