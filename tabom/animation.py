@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from tabom.encoding import Prompt, encode_prompt
 from tabom.models import DiffusionModel
 from tabom.sampler import DecodingState, SamplerConfig, denoise, response_length
-from tabom.trajectories import Prompt, encode_prompt
 
 SECONDS_PER_STEP = 0.15
 

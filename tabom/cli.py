@@ -79,8 +79,8 @@ def generate(argv: Sequence[str]) -> None:
 
     from tabom.animation import animate
     from tabom.arguments import parse_arguments
+    from tabom.encoding import encode_prompt
     from tabom.sampler import SamplerConfig, decode_response, sample
-    from tabom.trajectories import encode_prompt
 
     types = (GenerateArguments, ModelArguments, SamplerConfig)
     arguments, model_arguments, sampler = parse_arguments(types, argv, "tabom generate", "Answer prompts.")

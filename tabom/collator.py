@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from tabom.encoding import encode_prompt
 from tabom.objectives import ObjectiveSettings, Target, make_target
-from tabom.trajectories import Trajectory, encode_prompt
+from tabom.trajectories import Trajectory, fit_response
 from tabom.windows import example_rng
 from tabom_kernels import count_ordered_pairs
 
@@ -25,6 +26,11 @@ class TrajectoryDataset(Dataset):
 
     The epoch is part of the key, not a state of the dataset, so a worker that was started in another epoch, another
     rank or a resumed run draws the same cut.
+
+    Args:
+        max_prompt_length: tokens; see `tabom.encoding.encode_prompt` for what is cut.
+        max_response_length: tokens; the end is cut.
+        pad_token_id: fills responses up to `max_response_length`; None: they stay as long as they are.
     """
 
     def __init__(
@@ -33,9 +39,14 @@ class TrajectoryDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         settings: ObjectiveSettings,
         seed: int,
+        max_prompt_length: int | None = None,
+        max_response_length: int | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         self.trajectories = trajectories
-        self.prompts = [encode_prompt(tokenizer, trajectory.prompt) for trajectory in trajectories]
+        if max_response_length is not None:
+            self.trajectories = [fit_response(each, max_response_length, pad_token_id) for each in trajectories]
+        self.prompts = [encode_prompt(tokenizer, trajectory.prompt, max_prompt_length) for trajectory in trajectories]
         self.settings = settings
         self.seed = seed
 

@@ -13,10 +13,11 @@ from typing import Any, TextIO
 
 from rich.progress import Progress
 
+from tabom.encoding import encode_prompt
 from tabom.models import DiffusionModel
 from tabom.prompts import PromptSet
 from tabom.sampler import Completion, SamplerConfig, decode_response, response_length, sample
-from tabom.trajectories import Trajectory, encode_prompt, non_ltr_positions
+from tabom.trajectories import Trajectory, non_ltr_positions
 
 
 @dataclass

@@ -23,6 +23,8 @@ class ObjectiveSettings:
     rank_window: int = 32
     mask_ratio: float = 0.5
     cut_among_non_ltr: bool = False
+    rank_ties: bool = False
+    drop_short: bool = False
 
 
 class Target(NamedTuple):
@@ -45,6 +47,9 @@ def make_target(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.ran
     `tabom` and `window` replay the decoding at a random cut (`tabom.windows`); they differ only in the loss, where
     `window` does not use the ranking. `nelbo` masks each token with probability t ~ U(0, 1) and weighs by 1/t.
     `fixed_ratio` masks `mask_ratio` of the tokens, at least one.
+
+    With `rank_ties`, tokens of one step are ranked as if unmasked one by one, left to right. With `drop_short`, a
+    trajectory of no more than M steps is asked nothing.
     """
     steps = np.asarray(trajectory.decoding_order)
     length = len(steps)
@@ -61,13 +66,24 @@ def make_target(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.ran
         masked[rng.permutation(length)[: max(1, round(settings.mask_ratio * length))]] = True
         return Target(masked, masked, unranked, weights, num_tokens=int(masked.sum()))
 
+    if settings.drop_short and steps.max() < settings.supervised_window:
+        nothing = np.zeros(length, dtype=bool)
+        return Target(~nothing, nothing, unranked, weights, num_tokens=0)
+
     among_positions = trajectory.non_ltr_positions if settings.cut_among_non_ltr else None
     cut = draw_cut(steps, settings.supervised_window, rng, among_positions)
     window = window_at(steps, cut, settings.supervised_window, settings.rank_window)
     return Target(
         masked=~window.visible,
         supervised=window.supervised,
-        steps=np.where(window.ranked, steps, -1),
+        steps=np.where(window.ranked, break_ties(steps) if settings.rank_ties else steps, -1),
         token_weights=weights,
         num_tokens=int(window.supervised.sum()),
     )
+
+
+def break_ties(steps: np.ndarray) -> np.ndarray:
+    """Ranks from 0 in the order of `steps`, equal ones from left to right."""
+    ranks = np.empty_like(steps)
+    ranks[np.argsort(steps, kind="stable")] = np.arange(len(steps))
+    return ranks

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tabom.trajectories import Prompt, parse_prompt, read_json_lines, text
+from tabom.encoding import Prompt
+from tabom.trajectories import parse_prompt, read_json_lines, text
 
 
 def same_text(prompt: Prompt, answer: str | None, response: str) -> bool:

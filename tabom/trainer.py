@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ class TabomConfig(TrainingArguments):
     """Settings of the trainer, on top of transformers' `TrainingArguments`.
 
     Raises:
-        ValueError: a window below one step, or a ratio outside (0, 1].
+        ValueError: a window or length below one, a ratio outside (0, 1], or padding up to no length.
     """
 
     objective: Objective = field(
@@ -45,6 +45,29 @@ class TabomConfig(TrainingArguments):
     cut_among_non_ltr: bool = field(
         default=False, metadata={"help": "Draw the cut among the steps of the record's non_ltr_positions."}
     )
+    rank_ties: bool = field(
+        default=False, metadata={"help": "Rank tokens of one step as if unmasked one by one, left to right."}
+    )
+    drop_short: bool = field(
+        default=False, metadata={"help": "Learn nothing from trajectories of no more than supervised_window steps."}
+    )
+    loss_average: Literal["global_batch", "micro_batch"] = field(
+        default="global_batch",
+        metadata={
+            "help": "Of tokens and of sequences: over all micro-batches and ranks of a step, or over each micro-batch "
+            "and then over micro-batches and ranks."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
+    )
+    max_response_length: int | None = field(
+        default=None, metadata={"help": "Tokens; longer responses lose their end. Default: no limit."}
+    )
+    pad_response: bool = field(
+        default=False,
+        metadata={"help": "Fill responses up to max_response_length with padding to be learnt, decoded last."},
+    )
     loss_backend: Literal["triton", "torch", "reference"] | None = field(
         default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
     )
@@ -64,15 +87,19 @@ class TabomConfig(TrainingArguments):
         for name in ("supervised_window", "rank_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1 step")
+        for name in ("max_prompt_length", "max_response_length"):
+            length = getattr(self, name)
+            if length is not None and length < 1:
+                raise ValueError(f"{name}={length}: expected at least 1 token")
+        if self.pad_response and self.max_response_length is None:
+            raise ValueError("pad_response=True with max_response_length=None: give the length to fill up to")
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: expected a share in (0, 1]")
 
     @property
     def objective_settings(self) -> ObjectiveSettings:
         """The part that makes examples from trajectories."""
-        return ObjectiveSettings(
-            self.objective, self.supervised_window, self.rank_window, self.mask_ratio, self.cut_among_non_ltr
-        )
+        return ObjectiveSettings(**{each.name: getattr(self, each.name) for each in fields(ObjectiveSettings)})
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -101,9 +128,9 @@ class TabomTrainer(Trainer):
     """Trains a diffusion language model on trajectories.
 
     Both denominators of the loss are counted over the global batch (all micro-batches of a step, all ranks), so
-    gradient accumulation and data parallelism do not change it. Logs `cross_entropy` and `rank` (nats), and on the
-    logging step itself `entropy` (mean over the rows of the loss, nats) and `order_accuracy` (share of the pairs in
-    the rank window whose earlier position has the lower entropy).
+    gradient accumulation and data parallelism do not change it, unless `loss_average` says otherwise. Logs
+    `cross_entropy` and `rank` (nats), and on the logging step itself `entropy` (mean over the rows of the loss, nats)
+    and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy).
 
     Args:
         model: with bidirectional attention; see `tabom.models.load`.
@@ -152,7 +179,15 @@ class TabomTrainer(Trainer):
         def dataset(trajectories: Sequence[Trajectory] | None) -> TrajectoryDataset | None:
             if trajectories is None:
                 return None
-            return TrajectoryDataset(trajectories, processing_class, args.objective_settings, args.seed)
+            return TrajectoryDataset(
+                trajectories,
+                processing_class,
+                args.objective_settings,
+                args.seed,
+                args.max_prompt_length,
+                args.max_response_length,
+                family.pad_token_id if args.pad_response else None,
+            )
 
         super().__init__(
             model=model,
@@ -190,13 +225,18 @@ class TabomTrainer(Trainer):
         num_items_in_batch: dict[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LossOutput]:
         """This micro-batch's share of the loss; `num_items_in_batch` are the global denominators."""
-        inputs = {**inputs, **num_items_in_batch}
+        processes = self.accelerator.num_processes
+        if self.args.loss_average == "global_batch":
+            inputs = {**inputs, **num_items_in_batch}
+            share = 1.0
+        else:  # the collator's denominators are those of the micro-batch
+            share = 1 / processes / (self.current_gradient_accumulation_steps if model.training else 1)
         will_log = model.training and (self.state.global_step + 1) % self.state.logging_steps == 0
         output = model(**inputs, return_entropy=will_log)
         if model.training:
             self._sums["steps"] += 1 / self.current_gradient_accumulation_steps
-            self._sums["cross_entropy"] += output.cross_entropy
-            self._sums["rank"] += output.rank
+            self._sums["cross_entropy"] += output.cross_entropy * share
+            self._sums["rank"] += output.rank * share
         if will_log:
             in_order, pairs = count_pairs_in_order(output.entropy, inputs["steps"], inputs["cu_seqlens"])
             self._sums["entropy"] += output.entropy.sum()
@@ -204,7 +244,7 @@ class TabomTrainer(Trainer):
             self._sums["in_order"] += in_order
             self._sums["pairs"] += pairs
         # Data parallelism averages over the ranks, while this loss is a sum over them.
-        loss = output.loss * self.accelerator.num_processes
+        loss = output.loss * share * processes
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

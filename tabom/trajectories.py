@@ -1,15 +1,14 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Prompt = str | list[dict[str, str]]
-"""Plain text, or a conversation of `{"role": ..., "content": ...}` messages."""
+from tabom.encoding import Prompt, encode_response
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
 RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
@@ -63,7 +62,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     if "response_token_ids" in record:
         token_ids = integers(record, "response_token_ids", 0, vocab_size)
     else:
-        token_ids = tokenizer(response, add_special_tokens=False).input_ids
+        token_ids = encode_response(tokenizer, prompt, response)
     if not token_ids:
         raise RecordError("response_token_ids", "is empty; a trajectory needs at least one token")
     order = integers(record, "decoding_order", -1, None) if "decoding_order" in record else range(len(token_ids))
@@ -156,14 +155,14 @@ def read_trajectories(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     *,
-    method: str | None = None,
+    method: Sequence[str] | None = None,
     skip_invalid: bool = False,
 ) -> tuple[list[Trajectory], int]:
     """Reads a JSONL file of trajectories.
 
     Args:
         vocab_size: the model's; token ids must be below it.
-        method: keep only the records whose `method` field is this.
+        method: keep only the records whose `method` field is one of these.
         skip_invalid: count and leave out the lines that do not parse, instead of raising.
 
     Returns:
@@ -178,30 +177,32 @@ def read_trajectories(
         try:
             if isinstance(record, ValueError):
                 raise record
-            if method is None or record.get("method") == method:
+            if method is None or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
         except ValueError as error:
             if not skip_invalid:
                 raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method={method!r}"
+        chosen = "" if method is None else f" with method {' or '.join(method)}"
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: by the chat template where the tokenizer has one, else as plain text.
+def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None = None) -> Trajectory:
+    """Cuts a response off after `length` tokens; with a `pad_token_id`, also fills it up to them.
 
-    Raises:
-        ValueError: a conversation, and the tokenizer has no chat template.
+    The filling is decoded after everything else, left to right.
     """
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError("prompt is a list of messages, but this tokenizer has no chat template; use plain text")
-        return tokenizer(prompt).input_ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
+    next_step = max(trajectory.decoding_order) + 1
+    positions = trajectory.non_ltr_positions
+    return replace(
+        trajectory,
+        response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
+        decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
+        non_ltr_positions=None if positions is None else [position for position in positions if position < length],
+    )
 
 
 def non_ltr_positions(decoding_order: list[int]) -> list[int]:

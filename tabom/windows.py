@@ -40,13 +40,13 @@ def draw_cut(
     Args:
         steps: (T,) decoding steps from 0, -1 for never.
         supervised_window: M, in steps.
-        among_positions: draw among the steps of these positions instead (the record's `non_ltr_positions`), those
-            above s_max - M counting as s_max - M. Without a decoded position among them: as if not given.
+        among_positions: draw among the steps of these positions instead (the record's `non_ltr_positions`), as far as
+            they are at most s_max - M. Where none is: as if not given.
     """
     last_cut = max(int(steps.max()) - supervised_window, 0)
     if among_positions:
-        candidates = steps[np.asarray(among_positions)]
-        candidates = np.unique(candidates[candidates >= 0].clip(max=last_cut))
+        candidates = np.unique(steps[np.asarray(among_positions)])
+        candidates = candidates[(candidates >= 0) & (candidates <= last_cut)]
         if len(candidates):
             return int(rng.choice(candidates))
     return int(rng.integers(last_cut + 1))

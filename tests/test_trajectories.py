@@ -3,10 +3,11 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from tabom.encoding import encode_prompt, encode_response
 from tabom.lab.model import character_tokenizer
 from tabom.trajectories import (
     Trajectory,
-    encode_prompt,
+    fit_response,
     non_ltr_positions,
     parse_trajectory,
     read_trajectories,
@@ -91,9 +92,9 @@ def test_method_filter(tmp_path):
     path = tmp_path / "t.jsonl"
     lines = [{"prompt": "q", "response": "abc", "method": m} for m in ("default", "other", "default")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert len(read_trajectories(path, TOKENIZER, len(TOKENIZER), method="default")[0]) == 2
-    with pytest.raises(ValueError, match="method='none'"):
-        read_trajectories(path, TOKENIZER, len(TOKENIZER), method="none")
+    assert len(read_trajectories(path, TOKENIZER, len(TOKENIZER), method=["default"])[0]) == 2
+    with pytest.raises(ValueError, match="method none or some"):
+        read_trajectories(path, TOKENIZER, len(TOKENIZER), method=["none", "some"])
 
 
 def test_non_ltr_positions():
@@ -109,6 +110,48 @@ def test_prompts_go_through_the_chat_template_where_there_is_one():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] + ' ' + m.content }}{% endfor %}="
     assert tokenizer.decode(encode_prompt(tokenizer, "abc")) == "u abc="
     assert encode_prompt(tokenizer, [{"role": "user", "content": "abc"}]) == encode_prompt(tokenizer, "abc")
+
+
+CHAT = "{% for m in messages %}{{ m.role[0] }}={{ m.content }}.{% endfor %}{% if add_generation_prompt %}a-{% endif %}"
+
+
+def test_a_long_conversation_loses_the_end_of_its_last_message_and_keeps_the_turn_of_the_assistant():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT
+    conversation = [{"role": "system", "content": "xyz"}, {"role": "user", "content": "0123456789"}]
+    whole = tokenizer.decode(encode_prompt(tokenizer, conversation))
+    assert whole == "s=xyz.u=0123456789.a-"
+    for max_length in range(4, len(whole) + 2):
+        shortened = tokenizer.decode(encode_prompt(tokenizer, conversation, max_length))
+        assert shortened == (whole if max_length >= len(whole) else whole[: max_length - 3] + ".a-")
+    with pytest.raises(ValueError, match=r"max_length=3 tokens.*needs 3 after"):
+        encode_prompt(tokenizer, conversation, 3)
+
+
+def test_long_plain_text_keeps_its_end():
+    assert TOKENIZER.decode(encode_prompt(TOKENIZER, "12345+1=", 4)) == "5+1="
+    assert encode_prompt(TOKENIZER, "1+1=", 4) == encode_prompt(TOKENIZER, "1+1=")
+
+
+def test_a_response_is_encoded_as_the_chat_template_ends_it():
+    tokenizer = character_tokenizer()
+    assert tokenizer.decode(encode_response(tokenizer, "q", "abc")) == "abc"
+    tokenizer.chat_template = CHAT.replace("=", "-", 1)
+    assert tokenizer.decode(encode_response(tokenizer, "q", "xyz")) == "xyz."
+    tokenizer.chat_template += "{% if not add_generation_prompt %}=={% endif %}"
+    assert tokenizer.decode(encode_response(tokenizer, "q", "xyz")) == "xyz.=="
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="writes a prompt differently"):
+        encode_response(tokenizer, "q", "xyz")
+
+
+def test_a_response_is_cut_and_filled_up():
+    trajectory = Trajectory("q", "abc", [5, 6, 7, 8], [3, 0, 2, 5], non_ltr_positions=[1, 2])
+    cut = fit_response(trajectory, 2, pad_token_id=0)
+    assert (cut.response_token_ids, cut.decoding_order, cut.non_ltr_positions) == ([5, 6], [3, 0], [1])
+    filled = fit_response(trajectory, 6, pad_token_id=0)
+    assert (filled.response_token_ids, filled.decoding_order) == ([5, 6, 7, 8, 0, 0], [3, 0, 2, 5, 6, 7])
+    assert fit_response(trajectory, 6) == trajectory
 
 
 def test_the_tokenizer_saves_and_loads(tmp_path):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from tabom.collator import TrajectoryCollator
+from tabom.encoding import encode_prompt
 from tabom.lab.tasks import Problem, Task
 from tabom.metrics import count_pairs_in_order
 from tabom.models import DiffusionModel, logits_at
 from tabom.objectives import Target
 from tabom.sampler import Completion, SamplerConfig, decode_response, sample
-from tabom.trajectories import Trajectory, encode_prompt
+from tabom.trajectories import Trajectory
 from tabom.windows import window_at
 from tabom_kernels import softmax_entropy
 
