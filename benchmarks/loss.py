@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import RESULTS, Contender, environment, peak_memory_of, time_interleaved, write_json
+from tabom.released import released_loss
 from tabom_kernels import fused_linear_tabom_loss, tabom_loss
 
 SETTINGS = {"form": "hinge", "margin": 0.1, "rank_weight": 1.0}
@@ -68,21 +69,9 @@ def draw_problem(shape: Shape, device: torch.device) -> Problem:
 
 
 def authors_loss(problem: Problem) -> Tensor:
-    """As published: fp32 logits of every position, softmax, log(p + 1e-10), a loop over the sequences."""
-    hidden, weight, rows, labels, steps, _ = problem
-    batch, length, _ = hidden.shape
-    logits = F.linear(hidden, weight).float()
-    all_labels = torch.full((batch * length,), -100, device=hidden.device).index_put((rows,), labels)
-    loss = F.cross_entropy(logits.flatten(0, 1), all_labels)
-    p = torch.softmax(logits, dim=-1)
-    entropy = -(p * torch.log(p + 1e-10)).sum(-1)
-    window = len(rows) // batch
-    total = entropy.new_zeros(())
-    for b in range(batch):
-        e, s = entropy[b, length - window :], steps[b * window : (b + 1) * window]
-        first, second = torch.nonzero(s[:, None] < s, as_tuple=True)
-        total = total + F.relu(e[first] - e[second] + SETTINGS["margin"]).mean()
-    return loss + SETTINGS["rank_weight"] * total / batch
+    """As published, on the logits of all positions."""
+    logits = F.linear(problem.hidden, problem.weight)
+    return released_loss(logits, *problem[2:], margin=SETTINGS["margin"], rank_weight=SETTINGS["rank_weight"])
 
 
 def selected(problem: Problem) -> Tensor:

@@ -1,4 +1,4 @@
-"""Command lines from dataclasses, with a YAML file of defaults: `--config FILE.yaml [--any-field value]`."""
+"""Command lines from dataclasses, with YAML files of defaults: `--config FILE.yaml [--any-field value]`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,9 +9,17 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+RECIPES = Path(__file__).parent / "recipes"
+"""YAML files that ship with the package, for `--recipe`."""
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple:
-    """One instance of each dataclass; the command line wins over the YAML file, the file over the defaults.
+
+def parse_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str], prog: str, description: str, takes_recipe: bool = False
+) -> tuple:
+    """One instance of each dataclass; the command line wins over the YAML file, it over the recipe and its defaults.
+
+    Args:
+        takes_recipe: `--recipe NAME` reads a YAML file of the package.
 
     Raises:
         ValueError: the file is not a mapping, or has a field that no dataclass knows.
@@ -19,10 +27,16 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], prog: 
     """
     parser = Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Fields and their values; the command line wins.")
-    known, _ = parser_for_config().parse_known_args(argv)
-    if known.config:
-        apply_config(parser, read_config(known.config, dataclass_types))
-    *instances, _config, unknown = parser.parse_args_into_dataclasses(
+    files = {"config": parser.parse_option("--config", argv)}
+    if takes_recipe:
+        names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+        parser.add_argument("--recipe", choices=names, help="Fields and their values as published; --config wins.")
+        recipe = parser.parse_option("--recipe", argv, choices=names)
+        files = {"recipe": recipe and str(RECIPES / f"{recipe}.yaml"), **files}
+    for path in files.values():
+        if path:
+            apply_config(parser, read_config(path, dataclass_types))
+    *instances, _files, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
@@ -36,12 +50,11 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-
-def parser_for_config() -> HfArgumentParser:
-    """Finds `--config` before anything else is parsed."""
-    parser = HfArgumentParser((), add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
+    def parse_option(self, option: str, argv: Sequence[str], **settings: Any) -> str | None:
+        """The value of one option, before the others are parsed."""
+        parser = Parser((), prog=self.prog, add_help=False, allow_abbrev=False)
+        parser.add_argument(option, dest="value", **settings)
+        return parser.parse_known_args(argv)[0].value
 
 
 def read_config(path: str, dataclass_types: Sequence[type]) -> dict[str, Any]:

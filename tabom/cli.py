@@ -9,7 +9,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
-  train         post-train on trajectories
+  train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
 
@@ -27,6 +27,12 @@ class ModelArguments:
     adapt: bool = field(
         default=False,
         metadata={"help": "Turn an autoregressive Qwen2, Qwen3 or Llama into a diffusion language model."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the weights in memory."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, flash_attention_2 or eager. Default: transformers' choice."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -59,10 +65,12 @@ class PromptArguments:
 
 @dataclass
 class DataArguments:
-    """Which trajectories `tabom train` learns from, and whether by an adapter."""
+    """What `tabom train` learns from, and whether by an adapter."""
 
-    data: str = field(metadata={"help": "JSONL file of trajectories."})
-    method: str | None = field(default=None, metadata={"help": "Keep only the records of this method."})
+    data: str | None = field(default=None, metadata={"help": "JSONL file of trajectories."})
+    method: list[str] | None = field(
+        default=None, metadata={"help": "Keep only the records of these methods. Default, and `all`: every record."}
+    )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip lines that do not parse."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -71,6 +79,11 @@ class DataArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Layers that get an adapter."}
     )
+    random_weights: bool = field(
+        default=False,
+        metadata={"help": "Dry run: the model's architecture with random weights, on made-up data, to see its cost."},
+    )
+    scale: Literal["full", "tiny"] = field(default="full", metadata={"help": "Size of the dry run's model."})
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -139,8 +152,22 @@ def train(argv: Sequence[str]) -> None:
     from tabom.trajectories import read_trajectories
 
     types = (DataArguments, ModelArguments, TabomConfig)
-    arguments, model_arguments, config = parse_arguments(types, argv, "tabom train", "Post-train on trajectories.")
+    arguments, model_arguments, config = parse_arguments(
+        types, argv, "tabom train", "Post-train on trajectories.", takes_recipe=True
+    )
+    if (arguments.data is None) != arguments.random_weights:
+        raise ValueError(
+            f"data={arguments.data!r}, random_weights={arguments.random_weights}: give exactly one of them"
+        )
+    if model_arguments.adapt and arguments.use_peft:
+        raise ValueError(
+            "adapt=True with use_peft=True: an adapter does not train the new mask token; train all weights, or adapt "
+            "and save the model first (tabom.models.load)"
+        )
     set_seed(config.seed)
+    if arguments.random_weights:
+        random_weights_run(arguments, model_arguments, config)
+        return
     family = load_model(model_arguments)
     trajectories, invalid = read_trajectories(
         arguments.data,
@@ -161,6 +188,28 @@ def train(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model()
     print(f"saved to {config.output_dir}")
+
+
+def random_weights_run(
+    arguments: DataArguments,
+    model_arguments: ModelArguments,
+    config: "tabom.trainer.TabomConfig",  # noqa: F821
+) -> None:
+    """The dry run of `--random-weights`."""
+    import torch
+
+    from tabom.dry_run import dry_run, random_model
+
+    if arguments.scale == "full" and config.device.type == "cpu":
+        raise ValueError("random_weights=True with scale='full': no GPU; --scale tiny runs on a CPU")
+    family = random_model(
+        model_arguments.model,
+        arguments.scale,
+        getattr(torch, model_arguments.dtype),
+        model_arguments.attn_implementation,
+        config.device,
+    )
+    dry_run(family, config, lora_config(arguments) if arguments.use_peft else None)
 
 
 def lora_config(arguments: DataArguments) -> "peft.LoraConfig":  # noqa: F821
@@ -203,7 +252,13 @@ def load_model(arguments: ModelArguments) -> "tabom.models.DiffusionModel":  # n
     from tabom.lab.model import BASE_PATH
     from tabom.models import load
 
-    family = load(arguments.model or BASE_PATH, adapt=arguments.adapt, trust_remote_code=arguments.trust_remote_code)
+    family = load(
+        arguments.model or BASE_PATH,
+        dtype=getattr(torch, arguments.dtype),
+        attn_implementation=arguments.attn_implementation,
+        adapt=arguments.adapt,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family
 

@@ -119,3 +119,13 @@ FAMILIES = {
 
 ADAPTABLE = ("qwen2", "qwen3", "llama")
 """Autoregressive model types whose attention `config.is_causal = False` makes bidirectional."""
+
+
+def native_config(settings: dict[str, Any]) -> PreTrainedConfig:
+    """The config of transformers for a config.json of one of the families, and what `tabom.models.describe` reads."""
+    family = FAMILIES[settings["model_type"]]
+    config = family.config(settings)
+    config.is_causal = False
+    config.mask_token_id = settings.get("mask_token_id", family.mask_token_id)
+    config.logits_shift = family.logits_shift
+    return config

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from tabom.families import ADAPTABLE, FAMILIES, Family
+from tabom.families import ADAPTABLE, FAMILIES, Family, native_config
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ def load(
 
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
     """A checkpoint in a family's own layout; its weights are renamed while they are read."""
-    config = family.config(settings)
-    config.is_causal = False
-    config.mask_token_id = settings.get("mask_token_id", family.mask_token_id)
-    config.logits_shift = family.logits_shift
+    config = native_config(settings)
     model = family.architecture.from_pretrained(path, config=config, key_mapping=family.key_mapping, **options)
     model._weight_conversions = []  # it is saved under transformers' names, which its saved config asks for
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)

@@ -83,6 +83,7 @@ class TabomConfig(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         super().__post_init__()
         for name in ("supervised_window", "rank_window"):
             if getattr(self, name) < 1:

@@ -162,7 +162,7 @@ def read_trajectories(
 
     Args:
         vocab_size: the model's; token ids must be below it.
-        method: keep only the records whose `method` field is one of these.
+        method: keep only the records whose `method` field is one of these; None, or "all" among them: every record.
         skip_invalid: count and leave out the lines that do not parse, instead of raising.
 
     Returns:
@@ -177,7 +177,7 @@ def read_trajectories(
         try:
             if isinstance(record, ValueError):
                 raise record
-            if method is None or record.get("method") in method:
+            if method is None or "all" in method or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
         except ValueError as error:
             if not skip_invalid:

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
-from tabom.cli import COMMANDS, main
+from tabom.arguments import parse_arguments
+from tabom.cli import COMMANDS, DataArguments, ModelArguments, main
+from tabom.trainer import TabomConfig
 from tests.conftest import random_model
 
 
@@ -150,3 +152,61 @@ def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+PUBLISHED = {  # learning rate, rank weight, margin, methods
+    "dream_prm12k": (2e-5, 1.0, 0.1, ["entropy"]),
+    "dream_ling_coder": (1e-4, 2.0, 0.1, ["entropy"]),
+    "llada_prm12k": (2e-5, 1.0, 0.2, ["entropy", "default", "credit"]),
+    "llada_ling_coder": (2e-5, 1.0, 0.3, ["default"]),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_hold_the_published_values(recipe):
+    types = (DataArguments, ModelArguments, TabomConfig)
+    arguments, model, config = parse_arguments(types, ["--recipe", recipe], "tabom train", "", takes_recipe=True)
+    assert (config.learning_rate, config.rank_weight, config.margin, arguments.method) == PUBLISHED[recipe]
+    assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
+    assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
+    assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
+    lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
+    assert lora == (True, 16, 16, ["q_proj", "v_proj"])
+    assert (config.weight_decay, config.max_grad_norm, config.num_train_epochs) == (0.01, 1.0, 5)
+    assert (config.lr_scheduler_type, config.warmup_steps, config.per_device_train_batch_size) == ("cosine", 50, 8)
+    assert (config.max_prompt_length, config.max_response_length, config.pad_response) == (256, 256, True)
+
+
+def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("margin: 0.5\nrank_weight: 3.0\n")
+    argv = ["--recipe", "dream_prm12k", "--config", str(path), "--rank_weight", "4"]
+    types = (DataArguments, ModelArguments, TabomConfig)
+    _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
+    assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+
+
+@pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
+def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
+    arguments = ["--recipe", recipe, "--random-weights", "--max-steps", "2", "--scale", "tiny"]
+    assert run("train", *arguments, "--output_dir", str(tmp_path)) == 0
+    table = capsys.readouterr().out
+    for figure in ("step", "tokens a second", "peak memory", "of it head and loss", "with the released loss"):
+        assert figure in table
+    assert "8 sequences of 256 + 256 tokens" in table
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--random-weights"], "random_weights with model=None"),
+        (["--random-weights", "--data", "t.jsonl"], "data='t.jsonl', random_weights=True: give exactly one"),
+        ([], "data=None, random_weights=False: give exactly one"),
+        (["--recipe", "dream"], "invalid choice: 'dream'"),
+        (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
+    ],
+)
+def test_training_that_cannot_start_says_why(capsys, tmp_path, arguments, error):
+    assert run("train", *arguments, "--output_dir", str(tmp_path), "--scale", "tiny") == 2
+    assert error in capsys.readouterr().err
