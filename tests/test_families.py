@@ -205,6 +205,14 @@ def test_left_padded_prompts_give_the_logits_of_each_alone(tmp_path, rng):
     torch.testing.assert_close(padded[1, 4:], model(short).logits[0])
 
 
+def test_the_attention_implementation_is_chosen_and_changes_nothing(tmp_path, rng):
+    write_dream(tmp_path)
+    eager, sdpa = (load(tmp_path, attn_implementation=name).model for name in ("eager", "sdpa"))
+    assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
+    input_ids = torch.randint(4, 50, (2, 9))
+    torch.testing.assert_close(eager(input_ids).logits, sdpa(input_ids).logits)
+
+
 def save_with_characters(model, folder):
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)

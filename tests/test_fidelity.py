@@ -10,9 +10,11 @@ import torch
 
 from tabom.encoding import encode_prompt
 from tabom.models import load
+from tabom.released import released_loss
 from tabom.trainer import TabomConfig, TabomTrainer
 from tabom.trajectories import Trajectory
 from tabom.windows import draw_cut, example_rng
+from tabom_kernels import tabom_loss
 from tests.test_families import write_dream, write_llada
 
 M, MARGIN, RANK_WEIGHT, SEED, MICRO_BATCH, MICRO_BATCHES = 4, 0.2, 2.0, 11, 4, 2
@@ -52,6 +54,22 @@ def loss_of_micro_batch(family, indexed_trajectories):
         if pairs:
             rank_losses.append(torch.stack(pairs).mean())
     return torch.cat(token_losses).mean() + RANK_WEIGHT * torch.stack(rank_losses).mean()
+
+
+def test_the_released_loss_that_is_timed_is_the_hinge_loss(rng):
+    """Three sequences: with pairs, without a pair, without rows."""
+    logits = torch.randn(3, 8, 20, requires_grad=True)
+    rows, labels = torch.tensor([1, 2, 3, 4, 9, 10]), torch.randint(20, (6,))
+    steps, cu_seqlens = torch.tensor([2, 0, -1, 1, 3, 3]), torch.tensor([0, 4, 6, 6], dtype=torch.int32)
+    settings = {"margin": MARGIN, "rank_weight": RANK_WEIGHT}
+    released = released_loss(logits, rows, labels, steps, cu_seqlens, **settings)
+    (grad,) = torch.autograd.grad(released, logits)
+    loss = tabom_loss(logits.flatten(0, 1)[rows], labels, steps, cu_seqlens, form="hinge", **settings).loss
+    (expected,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(released, loss)
+    torch.testing.assert_close(grad, expected)
+    no_pair = released_loss(logits, rows, labels, torch.full((6,), -1), cu_seqlens, **settings)
+    torch.testing.assert_close(no_pair, torch.nn.functional.cross_entropy(logits.flatten(0, 1)[rows], labels))
 
 
 @pytest.mark.parametrize("write", [write_dream, write_llada])

@@ -277,6 +277,24 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
     assert (again.model(input_ids=ids).logits - trainer.model(input_ids=ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, rng, with_lora):
+    peft = pytest.importorskip("peft")
+    trajectories = make_trajectories(rng)
+    runs, recomputed = [], []
+    for checkpointing in (False, True):
+        family = random_model(3)
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian") if with_lora else None
+        calls = []
+        family.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        args = config(tmp_path, max_steps=3, gradient_checkpointing=checkpointing, optim="sgd")
+        runs.append(weights(train(family, trajectories, args, peft_config=lora)))
+        recomputed.append(len(calls))
+    assert recomputed == [3, 6]
+    assert_same(*runs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_trained_model_loads_back(tmp_path, rng):
     trainer = train(random_model(3), make_trajectories(rng), config(tmp_path / "run", max_steps=2))
     trainer.save_model()
