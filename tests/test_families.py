@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AttentionInterface,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tabom.lab.model import character_tokenizer
 from tabom.models import load
@@ -211,6 +213,20 @@ def test_the_attention_implementation_is_chosen_and_changes_nothing(tmp_path, rn
     assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
     input_ids = torch.randint(4, 50, (2, 9))
     torch.testing.assert_close(eager(input_ids).logits, sdpa(input_ids).logits)
+
+
+def test_an_attention_without_a_mask_is_told_not_to_be_causal(tmp_path, rng):
+    """As flash attention, which gets no mask for an unpadded batch and must know from the flag."""
+    told = []
+
+    def probe(module, query, key, value, attention_mask, **kwargs):
+        told.append((attention_mask, kwargs["is_causal"]))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("probe", probe)
+    write_dream(tmp_path)
+    load(tmp_path, attn_implementation="probe").model(torch.randint(4, 50, (1, 9)))
+    assert told == [(None, False)] * 2
 
 
 def save_with_characters(model, folder):
