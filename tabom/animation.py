@@ -25,7 +25,7 @@ def animate(
     """Decodes one prompt and draws every step; green is early or certain, red is late or uncertain."""
     encoded = encode_prompt(model.tokenizer, prompt)
     length = response_length(model, config)
-    steps = sum(map(len, config.schedule(length)))
+    steps = sum(block.steps for block in config.plan(length))
     with Live(console=console, auto_refresh=False) as live:
         for state in denoise(model, [encoded], length, config):
             live.update(render(model, prompt, state, steps, color_by), refresh=True)

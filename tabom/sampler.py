@@ -1,16 +1,18 @@
 """Sampling: a response of mask tokens is filled in over many steps, the most certain positions first."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tabom.models import DiffusionModel, logits_at
-from tabom_kernels import UnmaskStatistics, mix_keys, unmask_statistics
-
-Policy = Literal["entropy", "confidence", "margin", "random"]
+from tabom.policies import POLICIES, Candidates, PolicySettings, Step, by_chance, choose
+from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels.noise import uniform_noise
+from tabom_kernels.reference import filter_logits
 
 
 @dataclass
@@ -25,9 +27,13 @@ class SamplerConfig:
         default=None,
         metadata={"help": "Length of the response, tokens. Default: the model's generation config."},
     )
-    policy: Policy = field(
+    policy: str = field(
         default="entropy",
-        metadata={"help": "Unmask first: lowest entropy, highest probability, largest top-2 margin, or random."},
+        metadata={
+            "help": "What is unmasked first: lowest entropy, highest probability (confidence), largest top-2 margin, "
+            "or random; or as many as a threshold or entropy_bound allows; or as Dream and LLaDA do.",
+            "choices": sorted(POLICIES),
+        },
     )
     tokens_per_step: int | None = field(
         default=None, metadata={"help": "Tokens unmasked in one step. Default 1; excludes steps."}
@@ -42,24 +48,49 @@ class SamplerConfig:
     temperature: float = field(default=0.0, metadata={"help": "Of the token choice; 0 is greedy."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k most probable tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample within this probability mass."})
-    seed: int = field(default=0, metadata={"help": "Of tokens and of the random policy."})
+    alg_temp: float = field(
+        default=0.0, metadata={"help": "Temperature of the choice of positions (Dream); 0 takes the most certain."}
+    )
+    eps: float = field(default=1e-3, metadata={"help": "Where the time of the dream_ policies ends."})
+    threshold: float = field(default=0.9, metadata={"help": "Probability from which the threshold policy unmasks."})
+    entropy_bound: float = field(default=0.1, metadata={"help": "Of the entropy_bound policy, nats."})
+    stop_early: bool = field(
+        default=False,
+        metadata={"help": "Stop once all before the first end token is decided; the rest is padding, never unmasked."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of tokens and of the random policies."})
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "tokens_per_step", "steps", "block_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
-        if self.policy not in Policy.__args__:
-            raise ValueError(f"policy={self.policy!r}: expected one of {', '.join(Policy.__args__)}")
+        for name in ("temperature", "alg_temp", "entropy_bound"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or above")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}")
         if self.tokens_per_step is not None and self.steps is not None:
             raise ValueError(f"tokens_per_step={self.tokens_per_step} and steps={self.steps}: give only one of them")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy) or above")
+        pace = [name for name in ("tokens_per_step", "steps") if getattr(self, name) is not None]
+        if pace and not POLICIES[self.policy].paced:
+            raise ValueError(f"{pace[0]}={getattr(self, pace[0])} with policy={self.policy!r}: it finds its own pace")
+        if self.tokens_per_step is not None and self.policy.startswith("dream_"):
+            raise ValueError(f"tokens_per_step={self.tokens_per_step} with policy={self.policy!r}: give steps")
+        if self.alg_temp > 0 and POLICIES[self.policy].certainty is by_chance:
+            raise ValueError(f"alg_temp={self.alg_temp} with policy={self.policy!r}: it is random already")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a probability mass in (0, 1]")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps={self.eps}: expected a time in (0, 1)")
 
-    def schedule(self, length: int) -> list[list[int]]:
-        """How many tokens each step unmasks, a list a block.
+    @property
+    def policy_settings(self) -> PolicySettings:
+        """The part that `tabom.policies` takes."""
+        return PolicySettings(**{each.name: getattr(self, each.name) for each in fields(PolicySettings)})
+
+    def plan(self, length: int) -> list[Step]:
+        """The first step of every block; `steps` is the most that the block can take.
 
         Args:
             length: of the response, tokens.
@@ -67,22 +98,18 @@ class SamplerConfig:
         Raises:
             ValueError: the steps do not share out over the blocks and tokens.
         """
-        block_length = min(self.block_length or length, length)
-        if length % block_length:
-            raise ValueError(f"block_length={block_length}: expected a divisor of the response length {length}")
-        blocks = length // block_length
+        tokens = min(self.block_length or length, length)
+        if length % tokens:
+            raise ValueError(f"block_length={tokens}: expected a divisor of the response length {length}")
+        blocks = length // tokens
         if self.steps is None:
-            per_step = self.tokens_per_step or 1
-            full, rest = divmod(block_length, per_step)
-            return [[per_step] * full + [rest] * (rest > 0)] * blocks
+            return [Step(0, math.ceil(tokens / (self.tokens_per_step or 1)), tokens)] * blocks
         steps, rest = divmod(self.steps, blocks)
-        if rest or steps > block_length:
-            raise ValueError(
-                f"steps={self.steps}: expected a multiple of the {blocks} blocks and at most {length}, "
-                "so that every step unmasks a token"
-            )
-        few, more = divmod(block_length, steps)
-        return [[few + 1] * more + [few] * (steps - more)] * blocks
+        if rest:
+            raise ValueError(f"steps={self.steps}: expected a multiple of the {blocks} blocks")
+        if steps > tokens and not self.policy.startswith("dream_"):
+            raise ValueError(f"steps={self.steps}: expected at most {length}, so that every step unmasks a token")
+        return [Step(0, steps, tokens)] * blocks
 
 
 class Completion(NamedTuple):
@@ -101,15 +128,46 @@ class DecodingState(NamedTuple):
     entropy: Tensor  # (B, T) nats, 0 where masked
 
 
-def certainty(policy: Policy, statistics: UnmaskStatistics, keys: Tensor) -> Tensor:
-    """(N,) scores of masked positions; the highest is unmasked first."""
-    if policy == "entropy":
-        return -statistics.entropy
-    if policy == "confidence":
-        return statistics.probability
-    if policy == "margin":
-        return statistics.margin
-    return mix_keys(keys, 1).double()  # the tokens use the key itself
+def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
+    """The token that would be unmasked at each masked position (B, T), and how certain the model is.
+
+    Args:
+        logits: (N, V) of the masked positions, row by row of `masked`.
+        masked: (B, T) bool.
+        keys: (N,) of the random numbers.
+    """
+    temperature, top_k, top_p = config.temperature, config.top_k, config.top_p
+    if POLICIES[config.policy].on_draw_distribution:
+        logits = filter_logits(filter_logits(logits / (temperature or 1.0), None, top_p), top_k, None)
+        temperature, top_k, top_p = float(temperature > 0), None, None
+    statistics = unmask_statistics(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=keys)
+
+    def on_grid(values: Tensor) -> Tensor:
+        return values.new_zeros(masked.shape).masked_scatter_(masked, values)
+
+    token, *certainties = map(on_grid, statistics)
+    return token, Candidates(masked, *certainties, on_grid(uniform_noise(mix_keys(keys, 1))))
+
+
+def is_decided(tokens: Tensor, order: Tensor, eos_token_id: int | None) -> Tensor:
+    """(B,) whether nothing is masked before the first end token of (B, T) responses; False without an end token."""
+    ended = ((order >= 0) & (tokens == eos_token_id)).cumsum(1) > 0
+    return ended[:, -1] & ((order >= 0) | ended).all(1)
+
+
+def left_pad(model: DiffusionModel, prompts: Sequence[Sequence[int]], length: int) -> dict[str, Tensor]:
+    """What the model takes: prompts, left-padded, and `length` mask tokens; no padding is seen or counted."""
+    prompt_length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), prompt_length + length), model.mask_token_id)
+    attention_mask = torch.ones_like(input_ids)
+    for b, prompt in enumerate(prompts):
+        padding = prompt_length - len(prompt)
+        input_ids[b, :padding] = model.pad_token_id
+        attention_mask[b, :padding] = 0
+        input_ids[b, padding:prompt_length] = torch.tensor(prompt, dtype=torch.long)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 @torch.inference_mode()
@@ -131,54 +189,39 @@ def denoise(
         length: of the responses, tokens.
         seeds: one for each prompt; default `config.seed` for all.
     """
-    device = model.device
-    batch, prompt_length = len(prompts), max(map(len, prompts))
-    input_ids = torch.full((batch, prompt_length + length), model.mask_token_id, device=device)
-    attention_mask = torch.ones_like(input_ids)
-    for b, prompt in enumerate(prompts):
-        padding = prompt_length - len(prompt)
-        input_ids[b, :padding] = model.pad_token_id
-        attention_mask[b, :padding] = 0
-        input_ids[b, padding:prompt_length] = torch.tensor(prompt, dtype=torch.long)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-    tokens = input_ids[:, prompt_length:]  # a view: what is unmasked here is what the model sees next
-    order = torch.full((batch, length), -1, device=device)
-    entropy = torch.zeros(batch, length, device=device)
-    sequence_seeds = torch.tensor(seeds or [config.seed] * batch, device=device)[:, None]
-    offsets = torch.arange(batch, device=device)[:, None] * input_ids.shape[1] + prompt_length
+    inputs = left_pad(model, prompts, length)
+    positions = inputs["input_ids"].shape[1]
+    tokens = inputs["input_ids"][:, -length:]  # a view: what is unmasked here is what the model sees next
+    order = torch.full_like(tokens, -1)
+    entropy = torch.zeros_like(tokens, dtype=torch.float32)
+    sequence_seeds = torch.tensor(seeds or [config.seed] * len(prompts), device=model.device)
 
     yield DecodingState(tokens, order, entropy)
-    step = 0
-    for block, counts in enumerate(config.schedule(length)):
-        block_end = (block + 1) * sum(counts)
-        for count in counts:
-            # Every sequence has the same number of masked tokens, so their positions form a (B, m) matrix.
-            masked = (order[:, :block_end] < 0).nonzero()[:, 1].view(batch, -1)
-            logits = logits_at(
-                model.model,
-                (offsets + masked - model.logits_shift).flatten(),
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-            )
+    step = block_end = 0
+    for block in config.plan(length):
+        block_end += block.tokens
+        for index in range(block.steps):
+            masked = order < 0
+            masked[:, block_end:] = False
+            if config.stop_early:
+                masked &= ~is_decided(tokens, order, model.eos_token_id)[:, None]
+            b, t = masked.nonzero(as_tuple=True)
+            if len(b) == 0:
+                break
+            rows = (b + 1) * positions - length + t - model.logits_shift
+            logits = logits_at(model.model, rows, **inputs)
             logits[:, model.mask_token_id] = -torch.inf
-            keys = mix_keys(sequence_seeds, step, masked).flatten()
-            statistics = unmask_statistics(
-                logits,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                generator=keys,
-            )
-            scores = certainty(config.policy, statistics, keys).view(batch, -1)
-            chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-            positions = masked.gather(1, chosen)
-            tokens.scatter_(1, positions, statistics.token.view(batch, -1).gather(1, chosen))
-            entropy.scatter_(1, positions, statistics.entropy.view(batch, -1).gather(1, chosen))
-            order.scatter_(1, positions, step)
+            keys = mix_keys(sequence_seeds[b], step, t)
+            token, candidates = read_candidates(logits, masked, keys, config)
+            chosen = choose(POLICIES[config.policy], candidates, block._replace(index=index), config.policy_settings)
+            tokens.copy_(torch.where(chosen, token, tokens))
+            entropy = torch.where(chosen, candidates.entropy, entropy)
+            order = torch.where(chosen, step, order)
             step += 1
             yield DecodingState(tokens, order, entropy)
+    if config.stop_early:
+        tokens.masked_fill_(order < 0, model.pad_token_id)
+        yield DecodingState(tokens, order, entropy)
 
 
 def sample(

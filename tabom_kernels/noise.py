@@ -38,6 +38,11 @@ def gumbel_noise(keys: Tensor, columns: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
+def uniform_noise(keys: Tensor) -> Tensor:
+    """(N,) uniform numbers in (0, 1), fp64, one an int64 key: (k + 1/2) / 2^52 for a 52-bit k."""
+    return (shift_right(split_mix(keys), 12).double() + 0.5) * 2.0**-52
+
+
 def row_keys(generator: torch.Generator | Tensor | None, rows: int, device: torch.device) -> Tensor:
     """(N,) keys: those given, or derived from one draw of a generator."""
     if isinstance(generator, Tensor):

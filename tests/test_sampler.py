@@ -39,6 +39,7 @@ def brute_force(model, prompt, policy, tokens_per_step=1, block_length=LENGTH):
 @pytest.mark.parametrize("policy", ["entropy", "confidence", "margin"])
 @pytest.mark.parametrize("tokens_per_step, block_length", [(1, 6), (2, 6), (4, 6), (1, 2), (2, 3)])
 def test_greedy_decoding_against_brute_force(model, policy, tokens_per_step, block_length):
+    model.model.double()  # in fp32 a batch rounds differently from a prompt alone, and turns near ties
     config = SamplerConfig(
         max_new_tokens=LENGTH, policy=policy, tokens_per_step=tokens_per_step, block_length=block_length
     )
@@ -111,8 +112,12 @@ def test_the_mask_token_is_never_chosen(model):
         (SamplerConfig(block_length=99), [[1] * 8]),
     ],
 )
-def test_schedules(config, schedule):
-    assert config.schedule(8) == schedule
+def test_schedules(model, config, schedule):
+    [prompt] = encode(model, ["1+2="])
+    config.max_new_tokens = 8
+    [completion] = sample(model, [prompt], config)
+    counts = torch.tensor(completion.decoding_order).bincount().tolist()
+    assert counts == [count for block in schedule for count in block]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_schedules(config, schedule):
 )
 def test_contradictory_settings_are_refused_by_name(settings, argument):
     with pytest.raises(ValueError, match=argument):
-        SamplerConfig(**settings).schedule(8)
+        SamplerConfig(**settings).plan(8)
 
 
 def test_states_show_one_more_step_each(model):
