@@ -97,7 +97,7 @@ def generate(argv: Sequence[str]) -> None:
 
     types = (GenerateArguments, ModelArguments, SamplerConfig)
     arguments, model_arguments, sampler = parse_arguments(types, argv, "tabom generate", "Answer prompts.")
-    model = load_model(model_arguments)
+    model = load_to_sample(model_arguments)
     console = Console(highlight=False)
     if arguments.animate:
         for prompt in arguments.prompt:
@@ -126,10 +126,10 @@ def collect(argv: Sequence[str]) -> None:
     )
     if (arguments.task is None) == (arguments.prompts is None):
         raise ValueError(f"task={arguments.task!r}, prompts={arguments.prompts!r}: give exactly one of them")
-    if config.samples_per_prompt > 1 and sampler.temperature == 0 and sampler.policy != "random":
+    if config.samples_per_prompt > 1 and not sampler.is_random:
         raise ValueError(
             f"samples_per_prompt={config.samples_per_prompt} with temperature=0: all samples of a prompt would be the "
-            "same; give --temperature above 0, or --policy random"
+            "same; give --temperature or --alg_temp above 0, or a random --policy"
         )
     if arguments.task is not None:
         task = make_task(arguments.task, **({"givens": arguments.givens} if arguments.task == "sudoku" else {}))
@@ -139,7 +139,7 @@ def collect(argv: Sequence[str]) -> None:
         prompts, invalid = read_prompts(arguments.prompts, skip_invalid=arguments.skip_invalid)
         if invalid:
             print(f"{arguments.prompts}: {invalid} invalid lines left out")
-    report = run(load_model(model_arguments), prompts, sampler, config)
+    report = run(load_to_sample(model_arguments), prompts, sampler, config)
     print(f"{config.output}: {report.correct} right of {report.attempts} attempts ({report.new_attempts} made now)")
 
 
@@ -246,19 +246,26 @@ def lab_pretrain(argv: Sequence[str]) -> None:
 
 
 def load_model(arguments: ModelArguments) -> "tabom.models.DiffusionModel":  # noqa: F821
-    """The model of the command line, on the GPU where there is one."""
+    """The model of the command line."""
     import torch
 
     from tabom.lab.model import BASE_PATH
     from tabom.models import load
 
-    family = load(
+    return load(
         arguments.model or BASE_PATH,
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation,
         adapt=arguments.adapt,
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def load_to_sample(arguments: ModelArguments) -> "tabom.models.DiffusionModel":  # noqa: F821
+    """The model of the command line, on the GPU where there is one; a trainer moves it to its own."""
+    import torch
+
+    family = load_model(arguments)
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return family
 

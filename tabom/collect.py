@@ -29,6 +29,9 @@ class CollectConfig:
         default=1,
         metadata={"help": "Attempts a prompt, with seeds seed, seed + 1, ... Needs temperature > 0."},
     )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
@@ -60,6 +63,7 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
         "prompts": prompts.fingerprint(),
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
+        "max_prompt_length": config.max_prompt_length,
     }
     right, wrong = start_or_resume(output, rejected, settings, config.overwrite)
     attempts = [
@@ -73,7 +77,9 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
         bar = progress.add_task("collecting", total=len(attempts))
         for start in range(0, len(attempts), config.batch_size):
             batch = attempts[start : start + config.batch_size]
-            encoded = [encode_prompt(model.tokenizer, prompts.prompts[index]) for index, _ in batch]
+            encoded = [
+                encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length) for index, _ in batch
+            ]
             seeds = [sampler.seed + repeat for _, repeat in batch]
             for (index, repeat), completion in zip(batch, sample(model, encoded, sampler, seeds), strict=True):
                 trajectory = to_trajectory(model, prompts, index, completion, sampler.policy)

@@ -19,11 +19,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from tabom.families import ADAPTABLE, FAMILIES, Family, native_config
+
+
+WHAT_LOADS = (
+    f"These load: {', '.join(FAMILIES)}, masked language models, and what this library saved; adapt=True (--adapt) turns "
+    f"{', '.join(ADAPTABLE)} into a diffusion language model; for another bidirectional model of transformers set in its "
+    "config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict token i + 1); code that "
+    "comes with a model runs with trust_remote_code=True only"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ def load(
     model_type = settings.get("model_type")
     if model_type in FAMILIES:
         return load_family(model_name_or_path, FAMILIES[model_type], settings, options)
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise ValueError(f"model type {model_type!r} in {model_name_or_path} is not known. {WHAT_LOADS}")
     is_masked_lm = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and "is_causal" not in settings
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if is_masked_lm or adapt:
@@ -144,9 +155,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if getattr(config, "is_causal", True):
         raise ValueError(
             f"model type {config.model_type!r} attends causally; a diffusion language model needs bidirectional "
-            f"attention. These load: {', '.join(FAMILIES)}, masked language models, and what this library saved; "
-            f"adapt=True (--adapt) turns {', '.join(ADAPTABLE)} into one; for another bidirectional model set in its "
-            "config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict token i + 1)"
+            f"attention. {WHAT_LOADS}"
         )
     mask_token_id = getattr(config, "mask_token_id", None)
     if mask_token_id is None:

@@ -85,6 +85,11 @@ class SamplerConfig:
             raise ValueError(f"eps={self.eps}: expected a time in (0, 1)")
 
     @property
+    def is_random(self) -> bool:
+        """Whether another seed can give another answer."""
+        return self.temperature > 0 or self.alg_temp > 0 or POLICIES[self.policy].certainty is by_chance
+
+    @property
     def policy_settings(self) -> PolicySettings:
         """The part that `tabom.policies` takes."""
         return PolicySettings(**{each.name: getattr(self, each.name) for each in fields(PolicySettings)})

@@ -264,6 +264,15 @@ def test_an_autoregressive_model_is_adapted_when_asked(tmp_path, rng, build):
     assert torch.equal(again.model(first).logits, family.model(first).logits) and again.logits_shift == 1
 
 
+@pytest.mark.parametrize("settings", [{"model_type": "sedd"}, {"vocab_size": 9}])
+def test_an_unknown_family_is_refused_with_what_is_known_and_no_code_of_it_runs(tmp_path, settings):
+    remote = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings | remote))
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match=r"is not known\. These load: Dream, llada, .*mask_token_id and logits_shift"):
+        load(tmp_path)
+
+
 def test_what_cannot_be_adapted_or_mapped_is_refused_by_name(tmp_path, rng):
     write_llada(tmp_path, alibi=True)
     with pytest.raises(ValueError, match="alibi=True in a LLaDA config: expected False"):
