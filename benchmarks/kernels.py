@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Contender, ceilings, environment, time_interleaved, write_json
+from benchmarks.measure import Contender, ceilings, environment, result_name, time_interleaved, write_json
 from tabom_kernels import (
     backends,
     cross_entropy_with_entropy,
@@ -169,8 +169,7 @@ def main() -> None:
     limits = ceilings(device)
     records = measure_all(device, SHAPES, RANK_LENGTHS)
     found = environment(device)
-    name = found["device"].lower().replace(" ", "-")
-    path = write_json(f"kernels-{name}", found | {"ceilings": limits, "figures": records})
+    path = write_json(result_name("kernels", device), found | {"ceilings": limits, "figures": records})
     print_table(records, limits["copy_bytes_per_second"])
     print(f"{found['device']}, copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s; wrote {path}")
 

@@ -1,12 +1,14 @@
-"""The whole loss, forward and backward from the hidden states, in the ways that people compute it.
+"""The whole loss, forward and backward from the hidden states: ours, its peers, and the ways that people write it.
 
     python -m benchmarks.loss        (also part of `make gpu`)
 
 Everything is timed in one run on the same inputs, after a check that all give the same loss and gradient. The head is
-frozen, as under LoRA. Writes benchmarks/results/loss-<device>.json and the picture beside it.
+frozen, as under LoRA. A peer that knows no ranking is timed at the cross-entropy alone, and so are we beside it. Writes
+benchmarks/results/loss-<device>.json; `python -m benchmarks.pictures` draws it.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +19,19 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import RESULTS, Contender, environment, peak_memory_of, time_interleaved, write_json
+from benchmarks.measure import (
+    Contender,
+    ceilings,
+    environment,
+    peak_memory_of,
+    result_name,
+    time_interleaved,
+    write_json,
+)
 from tabom.released import released_loss
-from tabom_kernels import fused_linear_tabom_loss, tabom_loss
+from tabom_kernels import fused_linear_tabom_loss, reference, tabom_loss, trajectory_rank_loss
 
 SETTINGS = {"form": "hinge", "margin": 0.1, "rank_weight": 1.0}
 
@@ -82,22 +93,80 @@ def selected(problem: Problem) -> Tensor:
 def loss_of_logits(problem: Problem, **options: Any) -> Tensor:
     """`tabom_loss` of the logits of the rows."""
     logits = F.linear(selected(problem), problem.weight)
-    return tabom_loss(logits, *problem[3:], **SETTINGS, **options).loss
+    return tabom_loss(logits, *problem[3:], **SETTINGS | options).loss
 
 
-def fused_loss(problem: Problem) -> Tensor:
+def fused_loss(problem: Problem, rank_weight: float = SETTINGS["rank_weight"]) -> Tensor:
     """`fused_linear_tabom_loss`."""
-    return fused_linear_tabom_loss(selected(problem), problem.weight, *problem[3:], **SETTINGS).loss
+    settings = SETTINGS | {"rank_weight": rank_weight}
+    return fused_linear_tabom_loss(selected(problem), problem.weight, *problem[3:], **settings).loss
 
 
-LOSSES: dict[str, Callable[[Problem], Tensor]] = {
+CHECKPOINT_ROWS = 512
+
+
+def checkpointed_loss(problem: Problem) -> Tensor:
+    """Plain PyTorch a chunk of rows at a time, whose logits are thrown away and computed again in backward."""
+
+    def statistics(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.cross_entropy_with_entropy(F.linear(hidden, problem.weight), labels, -100)
+
+    chunks = zip(selected(problem).split(CHECKPOINT_ROWS), problem.labels.split(CHECKPOINT_ROWS), strict=True)
+    parts = [checkpoint(statistics, *chunk, use_reentrant=False) for chunk in chunks]
+    cross_entropy, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return with_ranking(problem, cross_entropy, entropy)
+
+
+def with_ranking(problem: Problem, cross_entropy: Tensor, entropy: Tensor) -> Tensor:
+    """The loss from the statistics of the rows, for peers that have no ranking of their own."""
+    rank = trajectory_rank_loss(
+        entropy, problem.steps, problem.cu_seqlens, form=SETTINGS["form"], margin=SETTINGS["margin"]
+    )
+    return cross_entropy.mean() + SETTINGS["rank_weight"] * rank.mean()
+
+
+Loss = Callable[[Problem], Tensor]
+
+LOSSES: dict[str, Loss] = {
     "authors' way": authors_loss,
     "reference": lambda problem: loss_of_logits(problem, backend="reference"),
     "torch.compile": torch.compile(lambda problem: loss_of_logits(problem, backend="reference")),
+    "checkpoint": checkpointed_loss,
     "ours, logits": lambda problem: loss_of_logits(problem, inplace_backward=True),
     "ours, fused": fused_loss,
 }
-WAIT_FOR_HOST = {"authors' way", "reference", "torch.compile"}
+CROSS_ENTROPY_ALONE: dict[str, Loss] = {
+    "ours, fused, CE alone": lambda problem: fused_loss(problem, rank_weight=0.0),
+}
+WAIT_FOR_HOST = {"authors' way", "reference", "torch.compile", "checkpoint", "Liger CE + entropy", "Liger CE", "Cut CE"}
+
+
+def add_peers(device: torch.device) -> None:
+    """The other libraries that are installed and run here."""
+    has_gpu = device.type == "cuda"
+    # Liger's entropy op is its own kernel on Hopper, where it needs the CUTLASS DSL, and chunked PyTorch elsewhere.
+    needs_cutlass = has_gpu and torch.cuda.get_device_capability(device) == (9, 0)
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        def liger_entropy(problem: Problem) -> Tensor:
+            statistics = LigerFusedLinearScaledCrossEntropyFunction.apply(
+                selected(problem), problem.weight, problem.labels, 1.0, -100, 1, True
+            )
+            return with_ranking(problem, *(part.float() for part in statistics))
+
+        if not needs_cutlass or importlib.util.find_spec("cutlass"):
+            LOSSES["Liger CE + entropy"] = liger_entropy
+        if has_gpu:
+            liger = LigerFusedLinearCrossEntropyLoss()
+            CROSS_ENTROPY_ALONE["Liger CE"] = lambda problem: liger(problem.weight, selected(problem), problem.labels)
+    if has_gpu and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        CROSS_ENTROPY_ALONE["Cut CE"] = lambda problem: linear_cross_entropy(
+            selected(problem), problem.weight, problem.labels
+        )
 
 
 def two_matmuls(problem: Problem) -> Tensor:
@@ -106,13 +175,14 @@ def two_matmuls(problem: Problem) -> Tensor:
         return F.linear(selected(problem), problem.weight) @ problem.weight
 
 
-def check_agreement(problem: Problem, losses: dict[str, Callable[[Problem], Tensor]]) -> None:
+def check_agreement(problem: Problem, losses: dict[str, Loss], rank_weight: float) -> None:
     """All losses and gradients are those of the reference, within bf16.
 
     Raises:
         AssertionError: they are not.
     """
-    expected, expected_grad = value_and_gradient(problem, LOSSES["reference"])
+    naive = lambda problem: loss_of_logits(problem, backend="reference", rank_weight=rank_weight)  # noqa: E731
+    expected, expected_grad = value_and_gradient(problem, naive)
     for name, loss in losses.items():
         value, grad = value_and_gradient(problem, loss)
         error = (grad - expected_grad).norm() / expected_grad.norm()
@@ -120,7 +190,7 @@ def check_agreement(problem: Problem, losses: dict[str, Callable[[Problem], Tens
         assert error < 2e-2, (name, error)
 
 
-def value_and_gradient(problem: Problem, loss: Callable[[Problem], Tensor]) -> tuple[float, Tensor]:
+def value_and_gradient(problem: Problem, loss: Loss) -> tuple[float, Tensor]:
     """The loss, and its fp32 gradient by the rows."""
     problem.hidden.grad = None
     value = loss(problem)
@@ -128,28 +198,38 @@ def value_and_gradient(problem: Problem, loss: Callable[[Problem], Tensor]) -> t
     return value.item(), problem.hidden.grad.flatten(0, 1)[problem.rows].float()
 
 
-def measure(shape: Shape, device: torch.device, rounds: int, memory: int) -> list[dict[str, Any]]:
-    """Time and incremental peak memory of every way that fits, in one run."""
+def measure(
+    shape: Shape, device: torch.device, rounds: int, memory: int, names: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Time and incremental peak memory of every way (or of those named) that fits, in one run."""
     problem = draw_problem(shape, device)
-    losses = {
-        name: loss for name, loss in LOSSES.items() if name != "authors' way" or shape.authors_bytes < 0.8 * memory
-    }
-    check_agreement(problem, losses)
+    whole, alone = (
+        {
+            name: loss
+            for name, loss in losses.items()
+            if (names is None or name in names) and (name != "authors' way" or shape.authors_bytes < 0.8 * memory)
+        }
+        for losses in (LOSSES, CROSS_ENTROPY_ALONE)
+    )
+    check_agreement(problem, whole, SETTINGS["rank_weight"])
+    check_agreement(problem, alone, 0.0)
 
-    def step(loss: Callable[[Problem], Tensor]) -> Callable[[], None]:
+    def step(loss: Loss) -> Callable[[], None]:
         def run() -> None:
             problem.hidden.grad = None
             loss(problem).backward()
 
         return run
 
-    contenders = [Contender(name, step(loss), name not in WAIT_FOR_HOST) for name, loss in losses.items()]
+    contenders = [Contender(name, step(loss), name not in WAIT_FOR_HOST) for name, loss in (whole | alone).items()]
     contenders.append(Contender("two matmuls", lambda: two_matmuls(problem)))
     timings = time_interleaved(contenders, device, rounds)
+    computes = dict.fromkeys(whole, "everything") | dict.fromkeys(alone, "cross-entropy alone")
     return [
         {
             "shape": shape._asdict() | {"rows": shape.rows},
             "contender": contender.name,
+            "computes": computes.get(contender.name, "the floor"),
             "seconds": timings[contender.name]._asdict(),
             "peak_bytes": peak_memory_of(contender.call, device),
         }
@@ -158,49 +238,27 @@ def measure(shape: Shape, device: torch.device, rounds: int, memory: int) -> lis
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
-    """Milliseconds, MiB, and both against the authors' way where it fits."""
-    table = Table("V", "rows", "contender", "ms", "spread", "MiB", "x faster", "x less memory")
+    """Milliseconds, MiB, the time in units of the two matmuls, and both against the authors' way where it fits."""
+    table = Table("V", "rows", "contender", "computes", "ms", "spread", "matmuls", "MiB", "x faster", "x less memory")
     for record in records:
         shape, seconds = record["shape"], record["seconds"]
-        authors = next((r for r in records if r["shape"] == shape and r["contender"] == "authors' way"), None)
+        beside = {r["contender"]: r for r in records if r["shape"] == shape}
+        authors, floor = beside.get("authors' way"), beside["two matmuls"]
         faster = f"{authors['seconds']['median'] / seconds['median']:.1f}" if authors else ""
         smaller = f"{authors['peak_bytes'] / max(record['peak_bytes'], 1):.1f}" if authors else ""
         table.add_row(
             str(shape["vocabulary"]),
             str(shape["rows"]),
             record["contender"],
+            record["computes"],
             f"{seconds['median'] * 1e3:.2f}",
             f"{seconds['low'] * 1e3:.2f}-{seconds['high'] * 1e3:.2f}",
+            f"{seconds['median'] / floor['seconds']['median']:.2f}",
             f"{record['peak_bytes'] / 2**20:.1f}",
             faster,
             smaller,
         )
-    Console(width=110).print(table)
-
-
-def draw_picture(records: list[dict[str, Any]], title: str, path: str) -> None:
-    """Time and memory against the number of rows, at the largest vocabulary."""
-    from matplotlib.figure import Figure
-
-    vocabulary = max(record["shape"]["vocabulary"] for record in records)
-    chosen = [record for record in records if record["shape"]["vocabulary"] == vocabulary]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name in dict.fromkeys(record["contender"] for record in chosen):
-        lines = [record for record in chosen if record["contender"] == name]
-        rows = [record["shape"]["rows"] for record in lines]
-        style = {"marker": "o", "label": name}
-        time_axes.plot(rows, [record["seconds"]["median"] * 1e3 for record in lines], **style)
-        memory_axes.plot(rows, [record["peak_bytes"] / 2**20 for record in lines], **style)
-    for axes, label in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory above the inputs, MiB")):
-        ticks = sorted({record["shape"]["rows"] for record in chosen})
-        axes.set(xscale="log", yscale="log", xlabel="rows in the windows", ylabel=label)
-        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    memory_axes.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    Console(width=130).print(table)
 
 
 def main() -> None:
@@ -210,12 +268,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[126464, 152064])
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if torch.cuda.is_available():
-        device, memory, rounds = torch.device("cuda"), torch.cuda.mem_get_info()[0], 30
-        length, window, width = 512, 32, 3584  # Dream's width, the recipes' windows
-    else:
-        device, memory, rounds = torch.device("cpu"), psutil.virtual_memory().available, 5
-        length, window, width = 128, 16, 512
+    device, memory, rounds, (length, window, width) = machine()
+    add_peers(device)
     records = []
     for vocabulary in arguments.vocabulary:
         for rows in arguments.rows:
@@ -223,12 +277,16 @@ def main() -> None:
             print(f"V={vocabulary}, {rows} rows", file=sys.stderr, flush=True)
             records += measure(shape, device, rounds, memory)
     found = environment(device)
-    name = "loss-" + (found["device"].lower().replace(" ", "-") if device.type == "cuda" else "cpu")
-    path = write_json(name, found | {"figures": records})
-    title = f"{found['device']}, V = {max(arguments.vocabulary)}, D = {width}, bf16, {length // window} positions a row"
-    draw_picture(records, title, RESULTS / f"{name}.png")
+    path = write_json(result_name("loss", device), found | {"ceilings": ceilings(device), "figures": records})
     print_table(records)
-    print(f"{found['device']}, torch {found['torch']}; wrote {path} and the picture beside it")
+    print(f"{found['device']}, torch {found['torch']}; wrote {path}")
+
+
+def machine() -> tuple[torch.device, int, int, tuple[int, int, int]]:
+    """The device, its free bytes, rounds, and the length, window and width of a sequence that suit it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.mem_get_info()[0], 30, (512, 32, 3584)  # Dream, as in the recipes
+    return torch.device("cpu"), psutil.virtual_memory().available, 5, (128, 16, 512)
 
 
 if __name__ == "__main__":

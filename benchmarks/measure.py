@@ -120,14 +120,15 @@ def peak_memory_of(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this GPU reaches in this run: device copy (bytes/s, read + written), bf16 matmul on random data (FLOP/s)."""
-    source, target = (torch.randn(2**29, device=device).bfloat16() for _ in range(2))
-    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    """What the device reaches in this run: copy (bytes/s, read + written), bf16 matmul on random data (FLOP/s)."""
+    elements, width, rounds = (2**29, 8192, ROUNDS) if device.type == "cuda" else (2**27, 2048, 5)
+    source, target = (torch.randn(elements, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
     contenders = [Contender("copy", lambda: target.copy_(source)), Contender("matmul", lambda: a @ b)]
-    timings = time_interleaved(contenders, device)
+    timings = time_interleaved(contenders, device, rounds)
     return {
         "copy_bytes_per_second": 2 * source.nbytes / timings["copy"].median,
-        "matmul_flop_per_second": 2 * 8192**3 / timings["matmul"].median,
+        "matmul_flop_per_second": 2 * width**3 / timings["matmul"].median,
     }
 
 
@@ -141,7 +142,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if device.type != "cuda":
-        return found | {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads"}
+        from cpuinfo import get_cpu_info
+
+        cpu = get_cpu_info()
+        name = f"{cpu['brand_raw']}, {torch.get_num_threads()} threads"
+        return found | {"device": name, "clock_seen": cpu["hz_actual_friendly"]}
     import triton
 
     driver, clock = output_of(
@@ -155,6 +160,13 @@ def output_of(*command: str) -> str:
     """The last line that a command prints, '' if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def result_name(benchmark: str, device: torch.device) -> str:
+    """The name of a result file: benchmark and device."""
+    return (
+        f"{benchmark}-{'cpu' if device.type == 'cpu' else torch.cuda.get_device_name(device).lower().replace(' ', '-')}"
+    )
 
 
 def write_json(name: str, record: dict[str, Any]) -> Path:

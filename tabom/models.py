@@ -29,8 +29,8 @@ from tabom.families import ADAPTABLE, FAMILIES, Family, native_config
 WHAT_LOADS = (
     f"These load: {', '.join(FAMILIES)}, masked language models, and what this library saved; adapt=True (--adapt) "
     f"turns {', '.join(ADAPTABLE)} into a diffusion language model; for another bidirectional model of transformers "
-    "set in its config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict token i + 1); "
-    "code that comes with a model runs with trust_remote_code=True only"
+    "set in its config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict the token "
+    "at i + 1); code that comes with a model runs with trust_remote_code=True only"
 )
 
 
