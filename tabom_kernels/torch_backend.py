@@ -1,7 +1,7 @@
 """Closed forms in PyTorch, without autograd: for the CPU and every other device.
 
-The vocabulary is read a chunk of rows at a time, so that the fp32 copies of a chunk stay in the cache. With
-d = z - max z, S = sum exp(d) and U = sum exp(d) * d of a row of logits z,
+The vocabulary is read a chunk of rows at a time, in buffers that are used again, so that the fp32 copies of a chunk
+stay in the cache. With d = z - max z, S = sum exp(d) and U = sum exp(d) * d of a row of logits z,
 
     lse = max z + log S        E = log S - U / S        ce = log S - d_y
     dz  = p * (a - g * (log p + E)) - a * [column == y]        for a = dL/dce, g = dL/dE.
@@ -19,8 +19,8 @@ from torch import Tensor
 from tabom_kernels.noise import gumbel_noise
 from tabom_kernels.reference import filter_logits, working_dtype
 
-CHUNK_ELEMENTS = 2**18
-"""Of a chunk of logits, or of pairs: 1 MiB in fp32."""
+CHUNK_ELEMENTS = 2**17
+"""Of a chunk of logits, or of pairs, for each thread: two fp32 buffers take 1 MiB, which fits most L2 caches."""
 
 LOWEST = -1e4
 """Stands for d = -inf: exp(LOWEST) is exactly 0 in every dtype, and 0 * LOWEST is not NaN."""
@@ -38,24 +38,19 @@ class VocabularyStatistics(NamedTuple):
 def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
     """Reads (N, V) logits once."""
     rows, dtype = len(logits), working_dtype(logits.dtype)
-    entropy, maximum, log_sum, label_logit = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
-    for chunk in row_chunks(logits):
-        z = logits[chunk].to(dtype)
-        m = z.amax(-1, keepdim=True)
-        d = (z - m).clamp_(min=LOWEST)
-        p = d.exp()
-        total = p.sum(-1)
-        weighted = p.mul_(d).sum(-1)
-        maximum[chunk] = m.squeeze(-1)
-        log_sum[chunk] = total.log()
-        entropy[chunk] = log_sum[chunk] - weighted / total
-        if labels is not None:
-            label = labels[chunk].masked_fill(labels[chunk] == ignore_index, 0)
-            label_logit[chunk] = z.gather(1, label[:, None]).squeeze(1)
+    maximum, total, weighted = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    for chunk, d, p in row_chunks(logits):
+        torch.amax(d.copy_(logits[chunk]), -1, out=maximum[chunk])
+        torch.exp(d.sub_(maximum[chunk, None]).clamp_(min=LOWEST), out=p)
+        torch.sum(p, -1, out=total[chunk])
+        torch.sum(p.mul_(d), -1, out=weighted[chunk])
+    log_sum = total.log()
+    entropy = log_sum - weighted / total
     if labels is None:
         return VocabularyStatistics(None, entropy, maximum, log_sum)
-    ce = (log_sum - (label_logit - maximum)).masked_fill_(labels == ignore_index, 0.0)
-    return VocabularyStatistics(ce, entropy, maximum, log_sum)
+    label = labels.masked_fill(labels == ignore_index, 0)
+    ce = log_sum - (logits.gather(1, label[:, None]).squeeze(1) - maximum)
+    return VocabularyStatistics(ce.masked_fill_(labels == ignore_index, 0.0), entropy, maximum, log_sum)
 
 
 def vocabulary_gradient(
@@ -76,17 +71,16 @@ def vocabulary_gradient(
     g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
     if labels is not None:
         a.masked_fill_(labels == ignore_index, 0.0)
-    unused = (a == 0) & (g == 0)
-    for chunk in row_chunks(logits):
-        z = logits[chunk].to(statistics.entropy.dtype)
-        log_p = (z - statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None]).clamp_(min=LOWEST)
-        dz = log_p.exp()
-        dz *= log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None])
+        label = labels.masked_fill(labels == ignore_index, 0)
+    for chunk, log_p, dz in row_chunks(logits):
+        log_p.copy_(logits[chunk]).sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
+        torch.exp(log_p.clamp_(min=LOWEST), out=dz)
+        dz.mul_(log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None]))
         if grad_ce is not None:
-            label = labels[chunk].masked_fill(labels[chunk] == ignore_index, 0)
-            dz.scatter_add_(1, label[:, None], -a[chunk, None])
-        out[chunk] = dz.masked_fill_(unused[chunk, None], 0.0)
-    return out
+            dz.scatter_add_(1, label[chunk, None], -a[chunk, None])
+        out[chunk] = dz
+    unused = (a == 0) & (g == 0)
+    return out.index_fill_(0, unused.nonzero().squeeze(1), 0.0)  # their logits may be NaN
 
 
 class RankLoss(NamedTuple):
@@ -175,33 +169,41 @@ def unmask_statistics(
     rows, dtype = len(logits), working_dtype(logits.dtype)
     token = logits.new_empty(rows, dtype=torch.int64)
     probability, margin, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
-    for chunk in row_chunks(logits):
-        z = logits[chunk].to(dtype)
+    for chunk, d, p in row_chunks(logits):
+        best, best_token = d.copy_(logits[chunk]).max(-1, keepdim=True)
         if temperature == 0:
-            token[chunk] = z.argmax(-1)
+            token[chunk] = best_token.squeeze(1)
         else:
-            noise = gumbel_noise(keys[chunk], z.shape[1])
-            token[chunk] = (filter_logits(z / temperature, top_k, top_p) + noise).argmax(-1)
-        best, second = F.pad(z, (0, 1), value=-torch.inf).topk(2).values.unbind(-1)
-        d = (z - best[:, None]).clamp_(min=LOWEST)
-        p = d.exp()
+            noise = gumbel_noise(keys[chunk], d.shape[1])
+            token[chunk] = (filter_logits(d / temperature, top_k, top_p) + noise).argmax(-1)
+        torch.exp(d.sub_(best).clamp_(min=LOWEST), out=p)
         total = p.sum(-1)
         probability[chunk] = p.gather(1, token[chunk, None]).squeeze(1) / total
-        margin[chunk] = (1 - (second - best).exp()) / total
-        entropy[chunk] = total.log() - p.mul_(d).sum(-1) / total
+        entropy[chunk] = total.log() - torch.mul(p, d, out=d).sum(-1) / total
+        second = p.scatter_(1, best_token, 0.0).amax(-1)  # relative to the best, whose place in p is 1
+        margin[chunk] = (1 - second) / total
     return token, probability, margin, entropy
 
 
-def row_chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows with about CHUNK_ELEMENTS logits each."""
-    size = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    return (slice(start, start + size) for start in range(0, len(logits), size))
+def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of rows, and two buffers of the working dtype for them, the same memory every time."""
+    rows, columns = logits.shape
+    size = max(1, round(chunk_elements(logits.device) / columns))
+    a, b = (logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype)) for _ in range(2))
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        yield slice(start, stop), a[: stop - start], b[: stop - start]
 
 
 def pair_chunks(padded: Tensor) -> Iterator[slice]:
-    """Slices of the first index of the (B, T, T) pairs with about CHUNK_ELEMENTS pairs each."""
-    size = max(1, CHUNK_ELEMENTS // max(padded.numel(), 1))
+    """Slices of the first index of the (B, T, T) pairs."""
+    size = max(1, chunk_elements(padded.device) // max(padded.numel(), 1))
     return (slice(start, start + size) for start in range(0, padded.shape[1], size))
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Of a chunk: what suits the threads' caches on a CPU, and 64 MiB of fp32 elsewhere."""
+    return CHUNK_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 2**24
 
 
 def pad_steps(steps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
