@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format gpu clean
+.PHONY: demo test lint format bench gpu clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# ARGS="--benchmark-save=NAME" keeps a run, ARGS="--benchmark-compare" shows the last one kept beside this one.
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m pytest benchmarks/suite.py $(ARGS)
 
 # Runs on the machine's own Python, whose torch sees the GPU: nothing is installed.
 gpu:
