@@ -7,7 +7,7 @@ times and the memory are those of a real run.
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -191,12 +191,13 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
 
     seconds: dict[Callable[[], torch.Tensor], list[float]] = {with_own_loss: [], with_released_loss: []}
     shares, peaks = [], {}
+    head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
     for round in range(COMPARED_ROUNDS + 1):
         for loss, times in seconds.items():
             model.zero_grad()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with head_timer(trainer) as head, trainer.compute_loss_context_manager():
+            with timed(head, device) as seconds_in_head, trainer.compute_loss_context_manager():
                 start = now(device)
                 loss().backward()
                 took = now(device) - start
@@ -204,7 +205,7 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
                 times.append(took)
                 peaks[loss] = peak_memory(device)
                 if loss is with_own_loss:
-                    shares.append(sum(head) / took)
+                    shares.append(sum(seconds_in_head) / took)
     model.zero_grad()
     own, released = (statistics.median(times) for times in seconds.values())
     rows = {"one micro-batch, forward + backward": f"{spread(seconds[with_own_loss])} s"}
@@ -217,13 +218,12 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
 
 
 @contextmanager
-def head_timer(trainer: TabomTrainer) -> Any:
-    """Seconds in the head's forward, which holds the whole of the fused loss and its gradient."""
-    head, device = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings(), trainer.args.device
+def timed(module: torch.nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """Seconds of each forward of a module; that of the head holds the whole of the fused loss and its gradient."""
     starts: list[float] = []
     seconds: list[float] = []
-    before = head.register_forward_pre_hook(lambda *_: starts.append(now(device)))
-    after = head.register_forward_hook(lambda *_: seconds.append(now(device) - starts[-1]))
+    before = module.register_forward_pre_hook(lambda *_: starts.append(now(device)))
+    after = module.register_forward_hook(lambda *_: seconds.append(now(device) - starts[-1]))
     yield seconds
     before.remove()
     after.remove()

@@ -1,0 +1,34 @@
+"""Models with random weights, to be timed."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tabom.dry_run import DREAM_7B, random_model
+from tabom.families import native_config
+from tabom.lab.model import character_tokenizer
+from tabom.models import DiffusionModel, describe
+
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:
+    """Dream-7B in bf16 on a GPU; elsewhere four small layers in fp32 under Dream's real vocabulary."""
+    if device.type == "cuda":
+        name = "Dream-7B, random weights, bf16"
+        family = random_model("Dream-org/Dream-v0-Instruct-7B", "full", torch.bfloat16, None, device)
+    else:
+        name = "4 layers of 256, V = 152064, random weights, fp32"
+        config = native_config(DREAM_7B)
+        config.update(SMALL)
+        family = describe(AutoModelForCausalLM.from_config(config), character_tokenizer())
+    family.model.eval()
+    with torch.no_grad():
+        family.model.lm_head.weight.mul_(20)  # far from uniform, so that certainties are no near ties
+    return name, family
