@@ -12,7 +12,7 @@ from tabom.models import DiffusionModel, logits_at
 from tabom.policies import POLICIES, Candidates, PolicySettings, Step, by_chance, choose
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
-from tabom_kernels.reference import filter_logits
+from tabom_kernels.sampling import filter_logits
 
 
 @dataclass
@@ -143,7 +143,7 @@ def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: Sample
     """
     temperature, top_k, top_p = config.temperature, config.top_k, config.top_p
     if POLICIES[config.policy].on_draw_distribution:
-        logits = filter_logits(filter_logits(logits / (temperature or 1.0), None, top_p), top_k, None)
+        logits = filter_logits(filter_logits(logits, temperature=temperature or 1.0, top_p=top_p), top_k=top_k)
         temperature, top_k, top_p = float(temperature > 0), None, None
     statistics = unmask_statistics(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=keys)
 

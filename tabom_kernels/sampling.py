@@ -37,6 +37,28 @@ def _(
 
 
 @torch.no_grad()
+def filter_logits(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """(N, V) logits / temperature, -inf outside top-k and then top-p: what `unmask_statistics` draws tokens from.
+
+    Args:
+        logits: (N, V) of any floating dtype.
+    """
+    backend = resolve(backend, logits)
+    if backend == "reference":
+        return reference.filter_logits(logits / temperature, top_k, top_p)
+    thresholds = closed_forms(backend).filter_thresholds(logits, temperature, top_k, top_p)
+    scaled = logits / temperature
+    return scaled if thresholds is None else scaled.masked_fill_(logits < thresholds[:, None], -torch.inf)
+
+
+@torch.no_grad()
 def unmask_statistics(
     logits: Tensor,
     *,

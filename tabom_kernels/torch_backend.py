@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tabom_kernels.noise import gumbel_noise
-from tabom_kernels.reference import filter_logits, working_dtype
+from tabom_kernels.reference import working_dtype
 
 CHUNK_ELEMENTS = 2**17
 """Of a chunk of logits, or of pairs, for each thread: two fp32 buffers take 1 MiB, which fits most L2 caches."""
+
+NUCLEUS = 1024
+"""Of the most probable tokens, how many top-p looks at before it sorts them all."""
 
 LOWEST = -1e4
 """Stands for d = -inf: exp(LOWEST) is exactly 0 in every dtype, and 0 * LOWEST is not NaN."""
@@ -174,8 +177,11 @@ def unmask_statistics(
         if temperature == 0:
             token[chunk] = best_token.squeeze(1)
         else:
-            noise = gumbel_noise(keys[chunk], d.shape[1])
-            token[chunk] = (filter_logits(d / temperature, top_k, top_p) + noise).argmax(-1)
+            score = gumbel_noise(keys[chunk], d.shape[1]).add_(d / temperature)
+            thresholds = filter_thresholds(d, temperature, top_k, top_p)
+            if thresholds is not None:
+                score.masked_fill_(d < thresholds[:, None], -torch.inf)
+            token[chunk] = score.max(-1).indices
         torch.exp(d.sub_(best).clamp_(min=LOWEST), out=p)
         total = p.sum(-1)
         probability[chunk] = p.gather(1, token[chunk, None]).squeeze(1) / total
@@ -183,6 +189,25 @@ def unmask_statistics(
         second = p.scatter_(1, best_token, 0.0).amax(-1)  # relative to the best, whose place in p is 1
         margin[chunk] = (1 - second) / total
     return token, probability, margin, entropy
+
+
+def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor | None:
+    """(N,) the lowest logit of each row that top-k, and then top-p, keeps; None when they keep all."""
+    columns = logits.shape[1]
+    top_k = None if top_k is None or top_k >= columns else top_k
+    if top_p is None or top_p >= 1:
+        return None if top_k is None else logits.topk(top_k).values[:, -1]
+    scaled = logits.to(working_dtype(logits.dtype)) / temperature
+    p = scaled.softmax(-1)
+    mass = 1.0
+    if top_k is not None:
+        mass = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0).sum(-1, keepdim=True)
+    # What is kept is mostly a small part of the vocabulary: only if the best are not enough, all are sorted.
+    best, order = p.topk(min(NUCLEUS, columns))
+    if (best.sum(-1, keepdim=True) < top_p * mass).any():
+        best, order = p.sort(descending=True)
+    dropped = best.cumsum(-1) - best >= top_p * mass
+    return logits.gather(1, order).masked_fill(dropped, torch.inf).amin(-1)
 
 
 def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -6,13 +6,14 @@ fp16 or fp32, every sum is fp32, and nothing waits for the host.
 
 from tabom_kernels.torch_backend import RankLoss, VocabularyStatistics
 from tabom_kernels.triton_backend.ranking import count_ordered_pairs, trajectory_rank_loss
-from tabom_kernels.triton_backend.sampling import unmask_statistics
+from tabom_kernels.triton_backend.sampling import filter_thresholds, unmask_statistics
 from tabom_kernels.triton_backend.vocabulary import vocabulary_gradient, vocabulary_statistics
 
 __all__ = [
     "RankLoss",
     "VocabularyStatistics",
     "count_ordered_pairs",
+    "filter_thresholds",
     "trajectory_rank_loss",
     "unmask_statistics",
     "vocabulary_gradient",

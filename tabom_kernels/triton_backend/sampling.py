@@ -278,6 +278,7 @@ def unmask_statistics(
     return token, probability, margin, entropy
 
 
+@on_its_device
 def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor | None:
     """(N,) the lowest logit of each row that top-k, and then top-p, keeps; None when they keep all."""
     rows, columns = logits.shape

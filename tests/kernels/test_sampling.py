@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from tabom_kernels import mix_keys, noise, reference, unmask_statistics
+from tabom_kernels import mix_keys, noise, reference, torch_backend, unmask_statistics
 from tabom_kernels.noise import GOLDEN_GAMMA, gumbel_noise, split_mix
+from tabom_kernels.sampling import filter_logits
 from tests.kernels.inputs import SHAPES, VALUES, gaussian
 
 
@@ -154,6 +155,29 @@ def test_noise_is_gumbel_and_finite():
 def test_noise_is_finite_at_both_ends(monkeypatch, bits, uniform):
     monkeypatch.setattr(noise, "split_mix", lambda state: torch.full_like(state, bits))
     assert gumbel_noise(torch.zeros(1, dtype=torch.int64), 1).item() == pytest.approx(-math.log(-math.log(uniform)))
+
+
+@pytest.mark.parametrize("nucleus", [2, 50, 10**6])
+@pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.9), (40, 0.8), (1, 0.1), (7, 0.999), (None, None)])
+def test_filters_that_sort_only_what_they_must_keep_the_same_set(rng, monkeypatch, nucleus, top_k, top_p):
+    monkeypatch.setattr(torch_backend, "NUCLEUS", nucleus)
+    for scale in (0.1, 3.0, 30.0):
+        logits = scale * torch.randn(5, 300, dtype=torch.float64)
+        logits[:, ::7] = -torch.inf
+        settings = {"temperature": 0.7, "top_k": top_k, "top_p": top_p}
+        ours, theirs = (filter_logits(logits, backend=backend, **settings) for backend in ("torch", "reference"))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_filtered_logits_are_those_that_tokens_are_drawn_from(rng, backend):
+    logits, keys = 3 * torch.randn(6, 200), torch.randint(-(2**62), 2**62, (6,))
+    settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.9}
+    filtered = filter_logits(logits, backend=backend, **settings)
+    assert (filtered.isfinite().sum(1) <= 20).all()
+    drawn = unmask_statistics(filtered, temperature=1.0, generator=keys, backend=backend)
+    directly = unmask_statistics(logits, generator=keys, backend=backend, **settings)
+    assert torch.equal(drawn.token, directly.token)
 
 
 def test_top_p_of_one_filters_nothing():
