@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -28,6 +28,12 @@ gpu:
 	$(PYTHON) -m pytest tests/kernels -q
 	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.kernels
+
+gpu-models:
+	$(PYTHON) -m benchmarks.scaling
+	$(PYTHON) -m benchmarks.sampler
+	$(PYTHON) -m benchmarks.trainer
+	$(PYTHON) -m tabom.cli train --recipe dream_prm12k --random-weights --max-steps 3
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.

@@ -55,6 +55,7 @@ class Training:
         self.optimizer.step()
 
     def loss(self, way: str, batch: Batch) -> Tensor:
+        """Under the forward that `way` has."""
         if way != "released":
             return self.wrapped(**batch).loss
         logits = self.wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

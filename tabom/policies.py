@@ -6,10 +6,13 @@ distribution that the tokens are drawn from, after temperature and filters; all 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tabom.sampler import SamplerConfig
 
 
 class Candidates(NamedTuple):
@@ -30,21 +33,10 @@ class Step(NamedTuple):
     tokens: int  # of the block
 
 
-@dataclass(frozen=True)
-class PolicySettings:
-    """The settings of single policies; the fields are those of `tabom.sampler.SamplerConfig`."""
-
-    tokens_per_step: int | None = None
-    threshold: float = 0.9
-    entropy_bound: float = 0.1
-    eps: float = 1e-3
-    alg_temp: float = 0.0
-
-
 Certainty = Callable[[Candidates], Tensor]
 """(B, T) scores; the highest is unmasked first, the leftmost of equals."""
 
-Count = Callable[[Candidates, Step, PolicySettings], Tensor | int]
+Count = Callable[[Candidates, Step, "SamplerConfig"], Tensor | int]
 """(B,) how many positions are unmasked, or one number for all sequences."""
 
 
@@ -59,56 +51,60 @@ class Policy:
 
 
 def by_entropy(candidates: Candidates) -> Tensor:
+    """Lowest entropy first."""
     return -candidates.entropy
 
 
 def by_probability(candidates: Candidates) -> Tensor:
+    """Highest probability first."""
     return candidates.probability
 
 
 def by_margin(candidates: Candidates) -> Tensor:
+    """Largest gap between the best two first."""
     return candidates.margin
 
 
 def by_chance(candidates: Candidates) -> Tensor:
+    """In a random order."""
     return -candidates.uniform
 
 
-def even_count(_candidates: Candidates, step: Step, settings: PolicySettings) -> int:
+def even_count(_candidates: Candidates, step: Step, config: "SamplerConfig") -> int:
     """The same number every step, one more in the first steps where it does not come out even (LLaDA)."""
-    if settings.tokens_per_step is not None:
-        return settings.tokens_per_step
+    if config.tokens_per_step is not None:
+        return config.tokens_per_step
     few, more = divmod(step.tokens, step.steps)
     return few + (step.index < more)
 
 
-def share_by_time(step: Step, settings: PolicySettings) -> Tensor:
+def share_by_time(step: Step, config: "SamplerConfig") -> Tensor:
     """1 - s/t, what is unmasked of the masked between the times t and s; time runs evenly from 1 to eps (Dream)."""
     if step.index == step.steps - 1:
         return torch.ones(())
-    times = torch.linspace(1, settings.eps, step.steps + 1)
+    times = torch.linspace(1, config.eps, step.steps + 1)
     return 1 - times[step.index + 1] / times[step.index]
 
 
-def count_by_time(candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:
+def count_by_time(candidates: Candidates, step: Step, config: "SamplerConfig") -> Tensor:
     """The expected number of the time schedule, rounded down; a step may unmask nothing (Dream)."""
-    return (candidates.masked.sum(1).float() * share_by_time(step, settings).item()).long()
+    return (candidates.masked.sum(1).float() * share_by_time(step, config).item()).long()
 
 
-def chance_by_time(candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:
+def chance_by_time(candidates: Candidates, step: Step, config: "SamplerConfig") -> Tensor:
     """Every position by itself, with the probability of the time schedule (Dream's `origin`)."""
-    return (candidates.masked & (candidates.uniform < share_by_time(step, settings).item())).sum(1)
+    return (candidates.masked & (candidates.uniform < share_by_time(step, config).item())).sum(1)
 
 
-def above_threshold(candidates: Candidates, _step: Step, settings: PolicySettings) -> Tensor:
+def above_threshold(candidates: Candidates, _step: Step, config: "SamplerConfig") -> Tensor:
     """All whose token has at least the probability `threshold`, and never none (Fast-dLLM, arXiv 2505.22618)."""
-    return (candidates.masked & (candidates.probability >= settings.threshold)).sum(1).clamp(min=1)
+    return (candidates.masked & (candidates.probability >= config.threshold)).sum(1).clamp(min=1)
 
 
-def within_entropy_bound(candidates: Candidates, _step: Step, settings: PolicySettings) -> Tensor:
+def within_entropy_bound(candidates: Candidates, _step: Step, config: "SamplerConfig") -> Tensor:
     """As many as keep the sum of their entropies without the largest at most `entropy_bound` (arXiv 2505.24857)."""
     entropy = candidates.entropy.masked_fill(~candidates.masked, torch.inf).sort(1).values
-    return (entropy.cumsum(1) - entropy <= settings.entropy_bound).sum(1)
+    return (entropy.cumsum(1) - entropy <= config.entropy_bound).sum(1)
 
 
 def dream(certainty: Certainty, count: Count = count_by_time) -> Policy:
@@ -132,15 +128,15 @@ POLICIES = {
 }
 
 
-def choose(policy: Policy, candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:
+def choose(policy: Policy, candidates: Candidates, step: Step, config: "SamplerConfig") -> Tensor:
     """(B, T) bool: the candidates that are unmasked.
 
     With `alg_temp` they are drawn without replacement, by the softmax of certainty / alg_temp (Gumbel top-k).
     """
     certainty = policy.certainty(candidates)
-    if settings.alg_temp > 0:
-        certainty = certainty / settings.alg_temp - candidates.uniform.log().neg().log()
-    count = policy.count(candidates, step, settings)
+    if config.alg_temp > 0:
+        certainty = certainty / config.alg_temp - candidates.uniform.log().neg().log()
+    count = policy.count(candidates, step, config)
     order = certainty.masked_fill(~candidates.masked, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tabom.models import DiffusionModel, logits_at
-from tabom.policies import POLICIES, Candidates, PolicySettings, Step, by_chance, choose
+from tabom.policies import POLICIES, Candidates, Step, by_chance, choose
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
@@ -88,11 +88,6 @@ class SamplerConfig:
     def is_random(self) -> bool:
         """Whether another seed can give another answer."""
         return self.temperature > 0 or self.alg_temp > 0 or POLICIES[self.policy].certainty is by_chance
-
-    @property
-    def policy_settings(self) -> PolicySettings:
-        """The part that `tabom.policies` takes."""
-        return PolicySettings(**{each.name: getattr(self, each.name) for each in fields(PolicySettings)})
 
     def plan(self, length: int) -> list[Step]:
         """The first step of every block; `steps` is the most that the block can take.
@@ -218,7 +213,7 @@ def denoise(
             logits[:, model.mask_token_id] = -torch.inf
             keys = mix_keys(sequence_seeds[b], step, t)
             token, candidates = read_candidates(logits, masked, keys, config)
-            chosen = choose(POLICIES[config.policy], candidates, block._replace(index=index), config.policy_settings)
+            chosen = choose(POLICIES[config.policy], candidates, block._replace(index=index), config)
             tokens.copy_(torch.where(chosen, token, tokens))
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)

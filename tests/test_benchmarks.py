@@ -1,15 +1,18 @@
 """The benchmarks run, and the compiler's figures of the kernels are the committed ones."""
 
+import copy
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
+from tabom.dry_run import random_model
 
 CPU = torch.device("cpu")
 
@@ -49,6 +52,71 @@ def test_every_kernel_benchmark_runs(capsys):
     assert all(record["seconds"]["low"] <= record["seconds"]["median"] for record in records)
     kernels.print_table(records, 1e9)
     assert "of copy bandwidth" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tiny_dream():
+    torch.manual_seed(0)
+    family = random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, CPU)
+    family.model.eval()
+    with torch.no_grad():
+        family.model.lm_head.weight.mul_(20)
+    return family
+
+
+def test_every_way_of_computing_the_loss_agrees_and_is_drawn(capsys):
+    """The benchmark itself raises when a loss or gradient is not that of the reference."""
+    loss.add_peers(CPU)
+    names = [name for name in loss.LOSSES if name != "torch.compile"] + list(loss.CROSS_ENTROPY_ALONE)
+    assert "Liger CE + entropy" in names
+    shapes = [loss.Shape(sequences, 8, 4, 16, 60) for sequences in (2, 3)]
+    records = [record for shape in shapes for record in loss.measure(shape, CPU, 2, 2**40, names)]
+    assert {record["contender"] for record in records} == {*names, "two matmuls"}
+    loss.print_table(records)
+    assert "x less memory" in capsys.readouterr().out
+    result = {"device": "d", "figures": [record | {"sweep": "sequences"} for record in records]}
+    for draw in (pictures.draw_loss, pictures.draw_scaling):
+        lines = draw(result).axes[0].get_lines()
+        assert {line.get_label() for line in lines} >= {"ours, fused", "reference", "authors' way"}
+
+
+def test_a_peer_that_disagrees_is_not_timed(monkeypatch):
+    monkeypatch.setitem(loss.LOSSES, "wrong", lambda problem: 1.1 * loss.fused_loss(problem))
+    with pytest.raises(AssertionError, match="wrong"):
+        loss.measure(loss.Shape(2, 8, 4, 16, 60), CPU, 2, 2**40, ["wrong"])
+
+
+def test_scaling_varies_one_quantity_at_a_time():
+    for on_gpu in (False, True):
+        for quantity, shapes in scaling.sweeps(128, 16, 512, on_gpu).items():
+            others = {shape._replace(**{quantity: 0}) for shape in shapes}
+            assert len(others) == 1 and len({getattr(shape, quantity) for shape in shapes}) == len(shapes) > 3
+
+
+def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    records = sampler.measure("tiny", tiny_dream, prompts, length=8, steps=4)
+    assert [record["loop"] for record in records] == ["ours", "straightforward"] * 2
+    assert all(0 < record["shares"]["head"] < 1 for record in records[::2])
+
+
+def test_the_trainer_benchmark_runs_and_its_losses_agree(tiny_dream):
+    family = replace(tiny_dream, model=copy.deepcopy(tiny_dream.model))
+    training = trainer.Training(family)
+    batch = trainer.make_batch(family, 2, prompt=8, response=12, window=4)
+    trainer.check_agreement(training, batch)
+    for way in training.forwards:
+        training.step(way, batch)
+    assert 0 < trainer.share_of_head_and_loss(training, batch) < 1
+
+
+def test_the_suite_runs_and_compares_with_a_stored_run(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/suite.py", "-k", "softmax_entropy and 32000 and torch"]
+    command += [f"--benchmark-storage={tmp_path}", "-p", "no:cacheprovider"]
+    save = subprocess.run([*command, "--benchmark-save=before"], capture_output=True, text=True)
+    compare = subprocess.run([*command, "--benchmark-compare"], capture_output=True, text=True)
+    assert save.returncode == compare.returncode == 0, save.stdout + compare.stdout
+    assert "0001_before" in compare.stdout
 
 
 def test_contenders_take_turns():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tabom.policies import POLICIES, Candidates, PolicySettings, Step, choose
+from tabom.policies import POLICIES, Candidates, Step, choose
 from tabom.sampler import SamplerConfig, denoise, sample
 from tabom_kernels import mix_keys
 from tabom_kernels.noise import gumbel_noise, uniform_noise
@@ -205,8 +205,8 @@ def test_positions_are_drawn_by_the_softmax_of_their_certainty(rng):
     masked = torch.tensor([True, False, True, True]).expand(count, 4)
     uniform = uniform_noise(torch.arange(4 * count) + rng.randrange(2**40)).view(count, 4)
     candidates = Candidates(masked, probability, probability, probability, uniform)
-    settings = PolicySettings(tokens_per_step=1, alg_temp=alg_temp)
-    chosen = choose(POLICIES["confidence"], candidates, Step(0, 4, 4), settings).double().mean(0)
+    config = SamplerConfig(policy="confidence", alg_temp=alg_temp)
+    chosen = choose(POLICIES[config.policy], candidates, Step(0, 4, 4), config).double().mean(0)
     expected = (probability[0] / alg_temp).masked_fill(~masked[0], -torch.inf).softmax(0).double()
     assert (chosen - expected).abs().max() < 5 * (0.25 / count) ** 0.5
 
