@@ -237,9 +237,14 @@ def measure(
     ]
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """Milliseconds, MiB, the time in units of the two matmuls, and both against the authors' way where it fits."""
-    table = Table("V", "rows", "contender", "computes", "ms", "spread", "matmuls", "MiB", "x faster", "x less memory")
+def print_table(records: list[dict[str, Any]], matmul_rate: float) -> None:
+    """Milliseconds, MiB, the time against the floor and the ceiling, and both against the authors' way if it fits.
+
+    Args:
+        matmul_rate: FLOP/s that the device reached in the same run.
+    """
+    heads = ("V", "rows", "contender", "computes", "ms", "spread", "x the floor", "of matmul rate", "MiB")
+    table = Table(*heads, "x faster", "x less memory")
     for record in records:
         shape, seconds = record["shape"], record["seconds"]
         beside = {r["contender"]: r for r in records if r["shape"] == shape}
@@ -254,11 +259,12 @@ def print_table(records: list[dict[str, Any]]) -> None:
             f"{seconds['median'] * 1e3:.2f}",
             f"{seconds['low'] * 1e3:.2f}-{seconds['high'] * 1e3:.2f}",
             f"{seconds['median'] / floor['seconds']['median']:.2f}",
+            f"{4 * shape['rows'] * shape['vocabulary'] * shape['width'] / seconds['median'] / matmul_rate:.0%}",
             f"{record['peak_bytes'] / 2**20:.1f}",
             faster,
             smaller,
         )
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 def main() -> None:
@@ -277,8 +283,9 @@ def main() -> None:
             print(f"V={vocabulary}, {rows} rows", file=sys.stderr, flush=True)
             records += measure(shape, device, rounds, memory)
     found = environment(device)
-    path = write_json(result_name("loss", device), found | {"ceilings": ceilings(device), "figures": records})
-    print_table(records)
+    limits = ceilings(device)
+    path = write_json(result_name("loss", device), found | {"ceilings": limits, "figures": records})
+    print_table(records, limits["matmul_flop_per_second"])
     print(f"{found['device']}, torch {found['torch']}; wrote {path}")
 
 

@@ -36,9 +36,15 @@ def draw_lines(axes: Axes, records: list[Record], quantity: str, label: str, val
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=color)
     axes.set(xscale="log", yscale="log", xlabel=quantity, ylabel=label)
     ticks = sorted({record["shape"][quantity] for record in records})
-    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False, rotation=30 if max(ticks) > 9999 else 0)
+    names = [f"{tick // 1000}k" if tick >= 8000 else str(tick) for tick in ticks]
+    axes.set_xticks(ticks, labels=names, minor=False, rotation=45 if max(ticks) >= 8000 else 0)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+
+
+def draw_legend(figure: Figure) -> None:
+    """Beside the axes, where no line runs."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
 
 
 def draw_loss(result: Record) -> Figure:
@@ -48,7 +54,7 @@ def draw_loss(result: Record) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (label, value) in zip(figure.subplots(1, 2), (TIME, MEMORY), strict=True):
         draw_lines(axes, records, "rows", label, value)
-    figure.axes[1].legend(frameon=False, fontsize=8)
+    draw_legend(figure)
     shape = records[0]["shape"]
     size = f"V = {vocabulary}, D = {shape['width']}, bf16, {shape['length'] // shape['window']} positions a row"
     figure.suptitle(f"{result['device']}, {size}", fontsize=10)
@@ -59,10 +65,10 @@ def draw_scaling(result: Record) -> Figure:
     """Time above, memory below, a column a sweep."""
     sweeps = list(dict.fromkeys(record["sweep"] for record in result["figures"]))
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    for row, (label, value) in zip(figure.subplots(2, len(sweeps)), (TIME, MEMORY), strict=True):
+    for row, (label, value) in zip(figure.subplots(2, len(sweeps), squeeze=False), (TIME, MEMORY), strict=True):
         for axes, sweep in zip(row, sweeps, strict=True):
             draw_lines(axes, [r for r in result["figures"] if r["sweep"] == sweep], sweep, label, value)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    draw_legend(figure)
     figure.suptitle(f"{result['device']}: the loss, one quantity at a time", fontsize=10)
     return figure
 

@@ -6,6 +6,7 @@ times and the memory are those of a real run.
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,8 @@ def dry_run(family: DiffusionModel, config: TabomConfig, peft_config: Any = None
     )
     for name, text in compare_losses(trainer).items():
         table.add_row(name, text)
-    Console().print(table)
+    if trainer.is_world_process_zero():
+        Console().print(table)
 
 
 def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
@@ -240,7 +242,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU the allocator's peak, elsewhere that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def spread(seconds: list[float]) -> str:
