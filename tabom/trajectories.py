@@ -184,7 +184,7 @@ def read_trajectories(
                 raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method {' or '.join(method)}"
+        chosen = "" if method is None else f" with method {' or '.join(method)} (--method all keeps every record)"
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 

@@ -277,6 +277,19 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
     assert (again.model(input_ids=ids).logits - trainer.model(input_ids=ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("average", ["global_batch", "micro_batch"])
+@pytest.mark.parametrize("fused_linear", [False, True])
+def test_batches_in_which_every_trajectory_is_too_short_change_nothing(tmp_path, rng, average, fused_linear):
+    family = random_model(3)
+    before = {name: p.detach().clone() for name, p in family.model.named_parameters()}
+    args = config(
+        tmp_path, max_steps=2, drop_short=True, supervised_window=99, loss_average=average, fused_linear=fused_linear
+    )
+    trainer = train(family, make_trajectories(rng), args)
+    assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0.0, 0.0]
+    assert_same(weights(trainer), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, rng, with_lora):
     peft = pytest.importorskip("peft")
