@@ -11,12 +11,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
 import torch
 
+PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 30
 FLUSH_BYTES = 2**28
@@ -140,6 +143,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit + ("+" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
     }
     if device.type != "cuda":
         from cpuinfo import get_cpu_info
@@ -147,13 +151,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         cpu = get_cpu_info()
         name = f"{cpu['brand_raw']}, {torch.get_num_threads()} threads"
         return found | {"device": name, "clock_seen": cpu["hz_actual_friendly"]}
-    import triton
-
     driver, clock = output_of(
         "nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader", "-i", "0"
     ).split(", ")
     name = torch.cuda.get_device_name(device)
-    return found | {"device": name, "driver": driver, "sm_clock_seen": clock, "triton": triton.__version__}
+    return found | {"device": name, "driver": driver, "clock_seen": clock}
 
 
 def output_of(*command: str) -> str:

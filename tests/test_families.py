@@ -14,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -234,14 +236,21 @@ def save_with_characters(model, folder):
     character_tokenizer().save_pretrained(folder)
 
 
-def test_a_masked_language_model_loads_as_it_is(tmp_path, rng):
+@pytest.mark.parametrize(
+    "architecture, config", [(BertForMaskedLM, BertConfig), (ModernBertForMaskedLM, ModernBertConfig)]
+)
+def test_a_masked_language_model_loads_as_it_is_and_answers(tmp_path, rng, architecture, config):
     sizes = {name: SIZES[name] for name in SIZES if name not in ("num_key_value_heads", "head_dim")}
-    original = BertForMaskedLM(BertConfig(vocab_size=60, **sizes)).eval()
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    original = architecture(config(vocab_size=60, pad_token_id=0, **tokens, **sizes)).eval()
     save_with_characters(original, tmp_path)
     family = load(tmp_path)
     input_ids = torch.randint(4, 50, (2, 9))
-    assert type(family.model) is BertForMaskedLM and family.logits_shift == 0
+    assert type(family.model) is architecture and family.logits_shift == 0
     assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
+    prompts = [[5, 6, 7], [8, 9]]
+    together = sample(family, prompts, SamplerConfig(max_new_tokens=4))
+    assert [sorted(completion.decoding_order) for completion in together] == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize(
