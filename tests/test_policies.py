@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tabom.policies import POLICIES, Candidates, Step, choose
-from tabom.sampler import SamplerConfig, denoise, sample
+from tabom.sampler import SamplerConfig, denoise, is_decided, sample
 from tabom_kernels import mix_keys
 from tabom_kernels.noise import gumbel_noise, uniform_noise
 from tests.conftest import random_model
@@ -94,7 +94,7 @@ def dream_generate(model, prompts, config):
     "settings",
     [
         {"steps": 8},
-        {"steps": 3, "eps": 0.2},
+        {"steps": 3, "eps": 0.5},
         {"steps": 20},
         {"steps": 5, "temperature": 0.7},
         {"steps": 5, "top_p": 0.8},
@@ -233,6 +233,13 @@ def test_decoding_stops_once_all_before_the_first_end_token_is_decided(seed, pol
             assert -1 not in a.decoding_order[:end]
         for step, token, in_full in zip(a.decoding_order, a.token_ids, b.token_ids, strict=True):
             assert token == (in_full if step >= 0 else model.pad_token_id)
+
+
+def test_a_response_is_decided_when_nothing_is_masked_before_its_first_end_token():
+    tokens = torch.tensor([[5, 1, 9, 1], [9, 1, 5, 6], [5, 6, 7, 8], [5, 1, 6, 1], [1, 9, 9, 9], [5, 1, 9, 9]])
+    order = torch.tensor([[0, 1, -1, 2], [-1, 0, 1, 2], [0, 1, 2, 3], [-1, -1, 0, 1], [0, -1, -1, -1], [0, -1, 1, -1]])
+    assert is_decided(tokens, order, eos_token_id=1).tolist() == [True, False, False, False, True, False]
+    assert not is_decided(tokens, order, eos_token_id=None).any()
 
 
 def test_early_stopping_saves_steps(seed):
