@@ -26,14 +26,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape (N, D), got {tuple(hidden.shape)}")
     check_dtype("weight", weight, (hidden.dtype,))
-    if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != hidden.shape[1]:
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"weight: expected shape (V, {hidden.shape[1]}) with V >= 1, as hidden is {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     check_device("weight", weight, hidden.device)
     if bias is not None:
-        check_rows("bias", bias, len(weight), (hidden.dtype,), hidden.device)
+        check_rows("bias", bias, weight.shape[0], (hidden.dtype,), hidden.device)
 
 
 def check_labels(labels: Tensor, rows: int, columns: int, device: torch.device, ignore_index: int) -> None:
@@ -59,7 +59,7 @@ def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int, device: torch.
     """Steps (N,) and offsets (B + 1,) from 0 to N, none decreasing, all on `device`."""
     check_rows("steps", steps, rows, INTEGERS, device)
     check_dtype("cu_seqlens", cu_seqlens, INTEGERS)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     check_device("cu_seqlens", cu_seqlens, device)
     if values_are_checked(cu_seqlens):

@@ -50,7 +50,7 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]
     A batch that is one chunk is never asked for its lengths, which would make a GPU wait for the host.
     """
     if rows <= max_rows:
-        yield Chunk(slice(0, len(cu_seqlens) - 1), slice(0, rows))
+        yield Chunk(slice(0, cu_seqlens.shape[0] - 1), slice(0, rows))
         return
     offsets = cu_seqlens.tolist()
     first = 0
@@ -65,7 +65,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bo
     """(N, V) logits, in fp32 or in the dtype of `hidden`."""
     if not fp32_logits or hidden.dtype == torch.float32:
         return F.linear(hidden, weight, bias)
-    logits = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
+    logits = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
     for part in vocabulary_slices(weight):
         logits[:, part] = fp32_product(hidden, weight[part].T)
     return logits if bias is None else logits.add_(bias)
@@ -81,7 +81,7 @@ def fp32_product(a: Tensor, b: Tensor) -> Tensor:
 
 def vocabulary_slices(weight: Tensor) -> Iterator[slice]:
     """Slices of the first dimension of (V, D)."""
-    return (slice(start, start + VOCABULARY_SLICE) for start in range(0, len(weight), VOCABULARY_SLICE))
+    return (slice(start, start + VOCABULARY_SLICE) for start in range(0, weight.shape[0], VOCABULARY_SLICE))
 
 
 class HeadGradients:
@@ -99,7 +99,7 @@ class HeadGradients:
         self.weight = weight.new_empty(0)
         if wanted[1] and not one_piece:
             self.weight = torch.zeros_like(weight, dtype=dtype)
-        self.bias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=dtype)
+        self.bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=dtype)
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """The part of `rows`, from their (n, V) dL/dlogits."""
@@ -122,15 +122,15 @@ def fused_linear_op(
     weight: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    margin: Tensor,
+    rank_weight: Tensor | None,
     labels: Tensor,
     steps: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
     num_tokens: Tensor,
     num_sequences: Tensor,
-    rank_weight: float,
     form: str,
-    margin: float,
     ignore_index: int,
     max_chunk_rows: int,
     fp32_logits: bool,
@@ -144,14 +144,14 @@ def fused_linear_op(
     forms = closed_forms(backend)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
-    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     grad_ce = entropy.new_ones(()) if token_weights is None else token_weights.to(dtype)
-    grad_ce = grad_ce.expand(len(hidden))
-    rank_scale = rank_weight * num_tokens / num_sequences
-    gradients = HeadGradients(hidden, weight, bias, wanted, one_piece=len(hidden) <= max_chunk_rows)
+    grad_ce = grad_ce.expand(hidden.shape[0])
+    rank_scale = None if rank_weight is None else rank_weight * num_tokens / num_sequences
+    gradients = HeadGradients(hidden, weight, bias, wanted, one_piece=hidden.shape[0] <= max_chunk_rows)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in plan_chunks(cu_seqlens, len(hidden), max_chunk_rows):
+        for chunk in plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows):
             pieces = chunk.pieces(max_chunk_rows)
             logits, statistics = None, []
             for rows in pieces:
@@ -161,7 +161,7 @@ def fused_linear_op(
                 entropy[rows] = statistics[-1].entropy
                 ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
-            if rank_weight != 0:
+            if rank_scale is not None:
                 offsets = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.rows.start
                 rank = forms.trajectory_rank_loss(
                     entropy[chunk.rows], steps[chunk.rows], offsets, form, margin, temperature
@@ -181,7 +181,7 @@ def fused_linear_op(
                 gradients.add(rows, logits)
 
     cross_entropy, rank_mean = ce_sum / num_tokens, rank_sum / num_sequences
-    loss = cross_entropy + rank_weight * rank_mean
+    loss = cross_entropy if rank_weight is None else cross_entropy + rank_weight * rank_mean
     by_weight, by_bias = gradients.weight.to(weight.dtype), gradients.bias.to(hidden.dtype)
     return loss, cross_entropy, rank_mean, entropy, gradients.hidden, by_weight, by_bias, grad_temperature
 
@@ -191,16 +191,16 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wanted = arguments[-2]
     dtype = reference.working_dtype(hidden.dtype)
     loss, cross_entropy, rank, by_temperature = (hidden.new_empty((), dtype=dtype) for _ in range(4))
-    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     by_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
     by_weight = weight.new_empty(weight.shape if wanted[1] else 0)
-    by_bias = hidden.new_empty(len(weight) if wanted[2] else 0)
+    by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0)
     return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[4:], inputs[8])
+    ctx.save_for_backward(*output[4:], inputs[10])
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
@@ -267,10 +267,10 @@ def fused_linear_tabom_loss(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
     check_head(hidden, weight, bias)
-    check_labels(labels, len(hidden), len(weight), hidden.device, ignore_index)
-    check_sequences(steps, cu_seqlens, len(hidden), hidden.device)
+    check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
+    check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
     check_form(form, temperature)
-    check_token_weights(token_weights, len(hidden), hidden.device)
+    check_token_weights(token_weights, hidden.shape[0], hidden.device)
     if max_chunk_rows is not None and max_chunk_rows < 1:
         raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
     backend = resolve(backend, hidden)
@@ -298,25 +298,25 @@ def fused_linear_tabom_loss(
         return (loss, reference.softmax_entropy(logits.detach())) if return_entropy else loss
 
     if max_chunk_rows is None:
-        max_chunk_rows = max(1, LOGITS_BUDGET // (len(weight) * (4 if fp32_logits else hidden.itemsize)))
+        max_chunk_rows = max(1, LOGITS_BUDGET // (weight.shape[0] * (4 if fp32_logits else hidden.itemsize)))
     like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
-    scalars = (temperature, at_least_one(num_tokens), at_least_one(num_sequences))
-    temperature, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
+    scalars = (temperature, margin, at_least_one(num_tokens), at_least_one(num_sequences))
+    temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, cross_entropy, rank, entropy, *_ = fused_linear_op(
         hidden,
         weight,
         bias,
         temperature,
+        margin,
+        None if rank_weight == 0 else as_scalar(rank_weight, like),
         labels,
         steps,
         cu_seqlens,
         token_weights,
         num_tokens,
         num_sequences,
-        rank_weight,
         form,
-        margin,
         ignore_index,
         max_chunk_rows,
         fp32_logits,

@@ -61,9 +61,9 @@ def tabom_loss(
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    check_sequences(steps, cu_seqlens, len(logits), logits.device)
+    check_sequences(steps, cu_seqlens, logits.shape[0], logits.device)
     check_form(form, temperature)
-    check_token_weights(token_weights, len(logits), logits.device)
+    check_token_weights(token_weights, logits.shape[0], logits.device)
     backend = resolve(backend, logits)
     ce, entropy = cross_entropy_with_entropy(
         logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend

@@ -33,7 +33,7 @@ def _(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = reference.working_dtype(logits.dtype)
-    return tuple(logits.new_empty(len(logits), dtype=d) for d in (torch.int64, dtype, dtype, dtype))
+    return tuple(logits.new_empty(logits.shape[0], dtype=d) for d in (torch.int64, dtype, dtype, dtype))
 
 
 @torch.no_grad()
@@ -95,8 +95,8 @@ def unmask_statistics(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: expected a probability mass in (0, 1]")
     if isinstance(generator, Tensor):
-        check_rows("generator", generator, len(logits), (torch.int64,), logits.device)
-    keys = row_keys(generator, len(logits), logits.device) if temperature > 0 else None
+        check_rows("generator", generator, logits.shape[0], (torch.int64,), logits.device)
+    keys = row_keys(generator, logits.shape[0], logits.device) if temperature > 0 else None
     backend = resolve(backend, logits)
     if backend == "reference":
         return UnmaskStatistics(*reference.unmask_statistics(logits, temperature, top_k, top_p, keys))

@@ -24,7 +24,7 @@ def statistics_op(
 def _(
     logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, dtype = len(logits), reference.working_dtype(logits.dtype)
+    rows, dtype = logits.shape[0], reference.working_dtype(logits.dtype)
     sizes = (0 if labels is None else rows, rows, rows, rows)
     return tuple(logits.new_empty(size, dtype=dtype) for size in sizes)
 
