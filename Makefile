@@ -14,6 +14,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
@@ -33,7 +34,7 @@ gpu-models:
 	$(PYTHON) -m benchmarks.scaling
 	$(PYTHON) -m benchmarks.sampler
 	$(PYTHON) -m benchmarks.trainer
-	$(PYTHON) -m tabom.cli train --recipe dream_prm12k --random-weights --max-steps 3
+	$(PYTHON) -m tabom train --recipe dream_prm12k --random-weights --max-steps 3
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.

@@ -30,7 +30,7 @@ from benchmarks.measure import (
     time_interleaved,
     write_json,
 )
-from tabom.released import released_loss
+from tabom.training.released import released_loss
 from tabom_kernels import fused_linear_tabom_loss, reference, tabom_loss, trajectory_rank_loss
 
 SETTINGS = {"form": "hinge", "margin": 0.1, "rank_weight": 1.0}

@@ -3,10 +3,10 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from tabom.dry_run import DREAM_7B, random_model
-from tabom.families import native_config
+from tabom.lab.dry_run import DREAM_7B, random_model
 from tabom.lab.model import character_tokenizer
-from tabom.models import DiffusionModel, describe
+from tabom.models.diffusion_model import DiffusionModel, describe
+from tabom.models.families import native_config
 
 SMALL = {
     "hidden_size": 256,

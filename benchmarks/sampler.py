@@ -17,11 +17,12 @@ from rich.table import Table
 
 from benchmarks.measure import Timing, environment, result_name, summary, write_json
 from benchmarks.models import random_dream
-from tabom import sampler
-from tabom.dry_run import now, timed
+from tabom.lab.dry_run import now, timed
 from tabom.lab.model import BASE_PATH
-from tabom.models import DiffusionModel, load
-from tabom.sampler import SamplerConfig, left_pad, sample
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.loading import load
+from tabom.sampling import sampler
+from tabom.sampling.sampler import SamplerConfig, left_pad, sample
 
 SETTINGS = {"greedy": {}, "temperature 0.2, top-p 0.95": {"temperature": 0.2, "top_p": 0.95}}
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks.measure import Contender, environment, peak_memory_of, result_name, time_interleaved, write_json
 from benchmarks.models import random_dream
-from tabom.collator import TrajectoryCollator, TrajectoryDataset
-from tabom.dry_run import make_up_trajectories, now, timed
-from tabom.forward import add_loss_to_forward
-from tabom.models import DiffusionModel
-from tabom.objectives import ObjectiveSettings
-from tabom.released import released_loss
+from tabom.lab.dry_run import make_up_trajectories, now, timed
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.training.collator import TrajectoryCollator, TrajectoryDataset
+from tabom.training.forward import add_loss_to_forward
+from tabom.training.objectives import ObjectiveSettings
+from tabom.training.released import released_loss
 
 SETTINGS = {"form": "hinge", "margin": 0.1, "rank_weight": 1.0}
 Batch = dict[str, Tensor]

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 from transformers import LlamaForCausalLM
 
 from tabom.lab.model import character_tokenizer, tiny_config
-from tabom.models import DiffusionModel, describe
+from tabom.models.diffusion_model import DiffusionModel, describe
 
 torch.set_num_threads(1)
 

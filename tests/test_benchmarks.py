@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
-from tabom.dry_run import random_model
+from tabom.lab.dry_run import random_model
 
 CPU = torch.device("cpu")
 

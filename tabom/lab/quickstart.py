@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +11,26 @@ from rich.progress import Progress
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from tabom.collect import CollectConfig, collect
-from tabom.lab.evaluate import (
-    PASS_AT,
-    Scores,
-    accuracy,
-    answer,
-    entropy_by_step,
-    grade,
-    order_accuracy,
-    pass_at_k,
-)
+from tabom.data.prompts import PromptSet
+from tabom.data.trajectories import Trajectory, read_trajectories
+from tabom.evaluation.answers import accuracy, answer, grade, sampled_pass_at
+from tabom.evaluation.metrics import entropy_by_step
+from tabom.evaluation.replay import order_accuracy
 from tabom.lab.model import BASE_PATH
 from tabom.lab.report import (
+    PASS_AT,
+    Scores,
     draw_accuracy_against_retention,
     draw_entropy_by_step,
     print_table,
     print_verdicts,
 )
 from tabom.lab.tasks import Addition, Reversing, Sorting, Subtraction, Sudoku
-from tabom.models import DiffusionModel, load
-from tabom.prompts import PromptSet
-from tabom.sampler import SamplerConfig
-from tabom.trainer import TabomConfig, TabomTrainer
-from tabom.trajectories import Trajectory, read_trajectories
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.loading import load
+from tabom.sampling.collect import CollectConfig, collect
+from tabom.sampling.sampler import SamplerConfig
+from tabom.training.trainer import TabomConfig, TabomTrainer
 
 WEAK_TASK = Subtraction()
 OTHER_TASKS = (Addition(), Sorting(), Reversing(), Sudoku(givens=6))
@@ -190,25 +186,28 @@ def evaluate(
     config: QuickstartConfig, model: DiffusionModel, held_out: list[Trajectory], advance: Callable[[], None]
 ) -> tuple[Scores, np.ndarray]:
     """All measures of one model on held-out problems, and its entropy by decode step."""
-    problems = WEAK_TASK.problems(config.num_problems, "test", config.seed)
+    prompts = WEAK_TASK.prompt_set(config.num_problems, "test", config.seed)
+    sampler = SamplerConfig(max_new_tokens=WEAK_TASK.response_length)
     scores: Scores = {}
-    completions = {k: answer(model, WEAK_TASK, problems, SamplerConfig(tokens_per_step=k)) for k in (1, 2, 4)}
+    completions = {k: answer(model, prompts, replace(sampler, tokens_per_step=k)) for k in (1, 2, 4)}
     for tokens_per_step, answers in completions.items():
-        scores[f"{tokens_per_step} a step"] = grade(model, WEAK_TASK, problems, answers)
+        scores[f"{tokens_per_step} a step"] = grade(model, prompts, answers)
         advance()
     retained = []
     for task in OTHER_TASKS:
-        others = task.problems(config.num_other_problems, "test", config.seed)
-        retained.append(accuracy(model, task, others, SamplerConfig()))
+        others = task.prompt_set(config.num_other_problems, "test", config.seed)
+        retained.append(accuracy(model, others, SamplerConfig(max_new_tokens=task.response_length)))
         scores[task.name] = retained[-1]
         advance()
     scores["retention"] = np.concatenate(retained)
-    sampled = problems[: config.num_pass_problems]
-    for k, estimates in pass_at_k(model, WEAK_TASK, sampled, config.sampling_temperature, advance).items():
+    sampled = prompts.first(config.num_pass_problems)
+    drawn = replace(sampler, temperature=config.sampling_temperature)
+    for k, estimates in sampled_pass_at(PASS_AT, model, sampled, drawn, advance).items():
         scores[f"pass@{k}"] = estimates
     scores["pair order"] = order_accuracy(model, held_out)
     advance()
-    return scores, entropy_by_step(completions[1])
+    orders, entropies = zip(*((each.decoding_order, each.entropy) for each in completions[1]), strict=True)
+    return scores, entropy_by_step(orders, entropies)
 
 
 def save_results(

@@ -8,7 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tabom.lab.evaluate import PASS_AT, Scores
+Scores = dict[str, np.ndarray]
+"""Measure -> its scores in [0, 1], one a problem."""
+
+PASS_AT = (1, 2, 4, 8, 16)
 
 ROWS = {
     "1 a step": "weak task",

@@ -1,0 +1,107 @@
+"""`tabom train`: post-trains on trajectories."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import set_seed
+
+from tabom.cli.arguments import parse_arguments
+from tabom.cli.model import ModelArguments, load_model
+from tabom.data.trajectories import read_trajectories
+from tabom.lab.dry_run import dry_run, random_model
+from tabom.training.trainer import TabomConfig, TabomTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass
+class DataArguments:
+    """What is learnt from, and whether by an adapter."""
+
+    data: str | None = field(default=None, metadata={"help": "JSONL file of trajectories."})
+    method: list[str] | None = field(
+        default=None, metadata={"help": "Keep only the records of these methods. Default, and `all`: every record."}
+    )
+    skip_invalid: bool = field(default=False, metadata={"help": "Count and skip lines that do not parse."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Layers that get an adapter."}
+    )
+    random_weights: bool = field(
+        default=False,
+        metadata={"help": "Dry run: the model's architecture with random weights, on made-up data, to see its cost."},
+    )
+    scale: Literal["full", "tiny"] = field(default="full", metadata={"help": "Size of the dry run's model."})
+
+
+def run(argv: Sequence[str]) -> None:
+    """Trains and saves, or makes the dry run of `--random-weights`."""
+    types = (DataArguments, ModelArguments, TabomConfig)
+    arguments, model_arguments, config = parse_arguments(
+        types, argv, "tabom train", "Post-train on trajectories.", takes_recipe=True
+    )
+    if (arguments.data is None) != arguments.random_weights:
+        raise ValueError(
+            f"data={arguments.data!r}, random_weights={arguments.random_weights}: give exactly one of them"
+        )
+    if model_arguments.adapt and arguments.use_peft:
+        raise ValueError(
+            "adapt=True with use_peft=True: an adapter does not train the new mask token; train all weights, or adapt "
+            "and save the model first (tabom.load)"
+        )
+    set_seed(config.seed)
+    if arguments.random_weights:
+        random_weights_run(arguments, model_arguments, config)
+        return
+    family = load_model(model_arguments)
+    trajectories, invalid = read_trajectories(
+        arguments.data,
+        family.tokenizer,
+        family.model.config.vocab_size,
+        method=arguments.method,
+        skip_invalid=arguments.skip_invalid,
+    )
+    print(f"{arguments.data}: {len(trajectories)} trajectories, {invalid} invalid lines left out")
+    trainer = TabomTrainer(
+        model=family.model,
+        args=config,
+        train_dataset=trajectories,
+        processing_class=family.tokenizer,
+        peft_config=lora_config(arguments) if arguments.use_peft else None,
+    )
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.save_model()
+    print(f"saved to {config.output_dir}")
+
+
+def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:
+    """The dry run of `--random-weights`."""
+    if arguments.scale == "full" and config.device.type == "cpu":
+        raise ValueError("random_weights=True with scale='full': no GPU; --scale tiny runs on a CPU")
+    family = random_model(
+        model_arguments.model,
+        arguments.scale,
+        getattr(torch, model_arguments.dtype),
+        model_arguments.attn_implementation,
+        config.device,
+    )
+    dry_run(family, config, lora_config(arguments) if arguments.use_peft else None)
+
+
+def lora_config(arguments: DataArguments) -> "LoraConfig":
+    """The adapter that `--use_peft` asks for."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+    )

@@ -1,0 +1,214 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tabom.cli.arguments import parse_arguments
+from tabom.cli.main import COMMANDS, main
+from tabom.cli.model import ModelArguments
+from tabom.cli.train import DataArguments
+from tabom.training.trainer import TabomConfig
+from tests.conftest import random_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    family = random_model(0)
+    family.model.save_pretrained(folder)
+    family.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "t.jsonl"
+    record = {"prompt": "1+2=", "response": "0003", "decoding_order": [0, 2, 1, 3], "method": "entropy"}
+    path.write_text("".join(json.dumps({**record, "prompt": f"{i}+2="}) + "\n" for i in range(8)))
+    return str(path)
+
+
+def run(*arguments):
+    """Status of a command line, whether it returns or exits."""
+    try:
+        return main(list(arguments))
+    except SystemExit as exit:
+        return exit.code
+
+
+def test_help(capsys):
+    assert run() == run("--help") == 0
+    overview = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in overview
+        assert run(*command.split(), "--help") == 0
+        assert "--config" in capsys.readouterr().out
+
+
+def test_generate(capsys, model_folder):
+    arguments = ["generate", "--model", model_folder, "--prompt", "1+2=", "[bold]x=", "--max_new_tokens", "5"]
+    assert run(*arguments) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 2 and all(answers)
+
+
+@pytest.mark.parametrize("color_by", ["step", "certainty"])
+def test_generate_animated(capsys, monkeypatch, model_folder, color_by):
+    monkeypatch.setattr("tabom.sampling.animation.SECONDS_PER_STEP", 0)
+    plain, animated = (
+        (run("generate", "--model", model_folder, "--prompt", "1+2=", *options), capsys.readouterr().out)
+        for options in ([], ["--animate", "--color_by", color_by])
+    )
+    assert plain[0] == animated[0] == 0
+    assert animated[1].strip().endswith(plain[1].strip()) and animated[1].strip().startswith("1+2=")
+
+
+def test_collect_then_train_then_generate(capsys, tmp_path, model_folder):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(12)))
+    output = str(tmp_path / "t.jsonl")
+    collect = ["collect", "--model", model_folder, "--prompts", str(prompts), "--output", output]
+    assert run(*collect) == 0
+    assert "12 right of 12 attempts (12 made now)" in capsys.readouterr().out
+    assert run(*collect) == 0
+    assert "12 right of 12 attempts (0 made now)" in capsys.readouterr().out
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "objective: tabom\nsupervised_window: 2\nrank_window: 2\nform: hinge\nmargin: 0.1\nlearning_rate: 2e-5\n"
+        f"max_steps: 2\nuse_cpu: true\nsave_strategy: 'no'\ndata: {output}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    assert run("train", "--config", str(recipe), "--model", model_folder, "--max_steps", "3") == 0
+    assert "12 trajectories, 0 invalid" in capsys.readouterr().out
+    assert run("generate", "--model", str(tmp_path / "run"), "--prompt", "1+2=") == 0
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path, data, model_folder, monkeypatch):
+    from tabom.training.trainer import TabomTrainer
+
+    seen = []
+    monkeypatch.setattr(TabomTrainer, "train", lambda self, **_: seen.append(self.args))
+    monkeypatch.setattr(TabomTrainer, "save_model", lambda self: None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 2e-5\nmargin: 1\nform: hinge\n")
+    arguments = ["--config", str(recipe), "--model", model_folder, "--data", data, "--output_dir", str(tmp_path)]
+    assert run("train", *arguments, "--margin", "0.3") == 0
+    assert (seen[0].learning_rate, seen[0].margin, seen[0].form, seen[0].rank_weight) == (2e-5, 0.3, "hinge", 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nonsense"], "unknown command 'nonsense'"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "1", "--polcy", "x"], "unrecognized arguments: --polcy x"),
+        (["generate", "--prompt", "1", "--policy", "best"], "invalid choice: 'best'"),
+        (["generate", "--prompt", "1", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "--prompt", "1", "--steps", "9", "--max_new_tokens", "4"], "steps=9"),
+        (["generate", "--prompt", "1", "--model", "no/such/folder"], "no/such/folder"),
+        (["collect", "--output", "{tmp}/o.jsonl"], "give exactly one of them"),
+        (["collect", "--output", "{tmp}/o.jsonl", "--task", "chess"], "task='chess'"),
+        (["collect", "--output", "{tmp}/o.jsonl", "--prompts", "{tmp}/missing"], "missing"),
+        (["collect", "--output", "{tmp}/o.jsonl", "--task", "sorting", "--samples_per_prompt", "2"], "temperature=0"),
+        (["train", "--data", "{tmp}/broken.jsonl"], "broken.jsonl, line 2: field 'prompt': missing"),
+        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/bad.yaml"], "did you mean 'learning_rate'?"),
+        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/choice.yaml"], "form='ranknet'"),
+        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/list.yaml"], "expected `field: value` lines"),
+        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
+        (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
+    ],
+)
+def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "response": "2"}\n{"response": "2"}\n')
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    (tmp_path / "choice.yaml").write_text("form: ranknet\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    if "--model" not in arguments and arguments[0] in ("generate", "train", "collect"):
+        arguments += ["--model", model_folder]
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert message in error.splitlines()[-1] or arguments == ["nonsense"]  # which the overview follows
+
+
+def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.delitem(sys.modules, "tabom.lab.report", raising=False)
+    monkeypatch.delitem(sys.modules, "tabom.lab.quickstart", raising=False)
+    assert run("quickstart") == 2
+    assert "pip install 'tabom[plot]'" in capsys.readouterr().err
+
+
+def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
+    """A folder that brings code of its own is refused, and its code does not run."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}})
+    )
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = [sys.executable, "-m", "tabom", "generate", "--model", str(folder), "--prompt", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+PUBLISHED = {  # learning rate, rank weight, margin, methods
+    "dream_prm12k": (2e-5, 1.0, 0.1, ["entropy"]),
+    "dream_ling_coder": (1e-4, 2.0, 0.1, ["entropy"]),
+    "llada_prm12k": (2e-5, 1.0, 0.2, ["entropy", "default", "credit"]),
+    "llada_ling_coder": (2e-5, 1.0, 0.3, ["default"]),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_hold_the_published_values(recipe):
+    types = (DataArguments, ModelArguments, TabomConfig)
+    arguments, model, config = parse_arguments(types, ["--recipe", recipe], "tabom train", "", takes_recipe=True)
+    assert (config.learning_rate, config.rank_weight, config.margin, arguments.method) == PUBLISHED[recipe]
+    assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
+    assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
+    assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
+    lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
+    assert lora == (True, 16, 16, ["q_proj", "v_proj"])
+    assert (config.weight_decay, config.max_grad_norm, config.num_train_epochs) == (0.01, 1.0, 5)
+    assert (config.lr_scheduler_type, config.warmup_steps, config.per_device_train_batch_size) == ("cosine", 50, 8)
+    assert (config.max_prompt_length, config.max_response_length, config.pad_response) == (256, 256, True)
+
+
+def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("margin: 0.5\nrank_weight: 3.0\n")
+    argv = ["--recipe", "dream_prm12k", "--config", str(path), "--rank_weight", "4"]
+    types = (DataArguments, ModelArguments, TabomConfig)
+    _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
+    assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+
+
+@pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
+def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
+    arguments = ["--recipe", recipe, "--random-weights", "--max-steps", "2", "--scale", "tiny"]
+    assert run("train", *arguments, "--output_dir", str(tmp_path)) == 0
+    table = capsys.readouterr().out
+    for figure in ("step", "tokens a second", "peak memory", "of it head and loss", "with the released loss"):
+        assert figure in table
+    assert "8 sequences of 256 + 256 tokens" in table
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--random-weights"], "random_weights with model=None"),
+        (["--random-weights", "--data", "t.jsonl"], "data='t.jsonl', random_weights=True: give exactly one"),
+        ([], "data=None, random_weights=False: give exactly one"),
+        (["--recipe", "dream"], "invalid choice: 'dream'"),
+        (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
+    ],
+)
+def test_training_that_cannot_start_says_why(capsys, tmp_path, arguments, error):
+    assert run("train", *arguments, "--output_dir", str(tmp_path), "--scale", "tiny") == 2
+    assert error in capsys.readouterr().err
