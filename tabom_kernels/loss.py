@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tabom_kernels.backends import Backend, resolve
 from tabom_kernels.checks import check_form, check_logits, check_sequences, check_token_weights
+from tabom_kernels.derivatives import refuse_forward_mode
 from tabom_kernels.ranking import Form, rank_loss_and_pairs
 from tabom_kernels.vocabulary import cross_entropy_with_entropy
 
@@ -65,6 +66,7 @@ def tabom_loss(
     check_form(form, temperature)
     check_token_weights(token_weights, logits.shape[0], logits.device)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits, temperature)
     ce, entropy = cross_entropy_with_entropy(
         logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
@@ -36,6 +37,7 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+    refuse_second_derivatives()
     grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
     by_entropy = by_temperature = None
     if ctx.needs_input_grad[0]:
@@ -98,6 +100,7 @@ def trajectory_rank_loss(
     check_sequences(steps, cu_seqlens, entropy.shape[0], entropy.device)
     check_form(form, temperature)
     backend = resolve(backend, entropy)
+    refuse_forward_mode(backend, entropy, temperature)
     return rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)[0]
 
 

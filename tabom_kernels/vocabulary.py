@@ -8,6 +8,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import check_labels, check_logits
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.torch_backend import VocabularyStatistics
 
 
@@ -79,6 +80,7 @@ def save_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 
 
 def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
+    refuse_second_derivatives()
     if grad_ce is None and grad_entropy is None:
         return None, None, None, None, None
     logits, labels, *statistics = ctx.saved_tensors
@@ -110,6 +112,7 @@ def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor
     """
     check_logits(logits)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.softmax_entropy(logits)
     return statistics_op(logits, None, 0, False, backend)[1]
@@ -142,6 +145,7 @@ def cross_entropy_with_entropy(
     check_logits(logits)
     check_labels(labels, *logits.shape, logits.device, ignore_index)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.cross_entropy_with_entropy(logits, labels, ignore_index)
     return statistics_op(logits, labels, ignore_index, inplace_backward, backend)[:2]
