@@ -20,6 +20,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import (
+    check_denominators,
     check_form,
     check_head,
     check_labels,
@@ -27,7 +28,7 @@ from tabom_kernels.checks import (
     check_token_weights,
 )
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
-from tabom_kernels.loss import TabomLoss, at_least_one, tabom_loss
+from tabom_kernels.loss import TabomLoss, denominator, tabom_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
 
 LOGITS_BUDGET = 2**28
@@ -67,9 +68,10 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]
         start, left = offsets[first], rows - offsets[first]
         share = left / max(1, ceil_div(left, max_rows))
         last = first + 1
-        # One sequence more, while that fits and brings the chunk nearer to its share.
+        # One sequence more, while that fits and brings the chunk nearer to its share, or adds nothing.
         while last < len(offsets) - 1 and (
-            offsets[last + 1] - start <= max_rows and (offsets[last] + offsets[last + 1]) / 2 - start <= share
+            offsets[last + 1] == offsets[last]
+            or (offsets[last + 1] - start <= max_rows and (offsets[last] + offsets[last + 1]) / 2 - start <= share)
         ):
             last += 1
         yield Chunk(slice(first, last), slice(start, offsets[last]))
@@ -310,7 +312,8 @@ def fused_linear_tabom_loss(
     check_head(hidden, weight, bias)
     check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
     check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
-    check_form(form, temperature)
+    check_form(form, margin, temperature)
+    check_denominators(rank_weight, num_tokens, num_sequences)
     check_token_weights(token_weights, hidden.shape[0], hidden.device)
     if max_chunk_rows is not None and max_chunk_rows < 1:
         raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
@@ -342,7 +345,7 @@ def fused_linear_tabom_loss(
     if max_chunk_rows is None:
         max_chunk_rows = max(1, LOGITS_BUDGET // (weight.shape[0] * (4 if fp32_logits else hidden.itemsize)))
     like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
-    scalars = (temperature, margin, at_least_one(num_tokens), at_least_one(num_sequences))
+    scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
     temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, cross_entropy, rank, entropy, *_ = fused_linear_op(

@@ -98,7 +98,7 @@ def trajectory_rank_loss(
     """
     check_entropy(entropy)
     check_sequences(steps, cu_seqlens, entropy.shape[0], entropy.device)
-    check_form(form, temperature)
+    check_form(form, margin, temperature)
     backend = resolve(backend, entropy)
     refuse_forward_mode(backend, entropy, temperature)
     return rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)[0]

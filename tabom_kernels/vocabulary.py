@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_labels, check_logits
+from tabom_kernels.checks import check_labels, check_logits, check_overlap
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.torch_backend import VocabularyStatistics
 
@@ -17,6 +17,8 @@ def statistics_op(
     logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ce, entropy, maximum, log_sum), each (N,), by a backend; ce is empty without labels."""
+    if inplace_backward:
+        check_overlap(logits)
     ce, entropy, maximum, log_sum = closed_forms(backend).vocabulary_statistics(logits, labels, ignore_index)
     return entropy.new_empty(0) if ce is None else ce, entropy, maximum, log_sum
 
@@ -132,7 +134,8 @@ def cross_entropy_with_entropy(
         logits: (N, V) of any floating dtype and row stride.
         labels: (N,) int64; `ignore_index` = no cross-entropy on this row (it is 0, and so is its gradient).
         inplace_backward: backward writes the gradient over the logits and so destroys them; a second backward
-            through the same graph then raises a RuntimeError. `reference` has no in-place form and ignores it.
+            through the same graph then raises a RuntimeError. The logits must not be an expanded view. `reference`
+            has no in-place form and ignores it.
         backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Returns:
@@ -140,7 +143,7 @@ def cross_entropy_with_entropy(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or device is wrong, a label is out of range, or the backend does not exist.
+        ValueError: a shape, stride or device is wrong, a label is out of range, or the backend does not exist.
     """
     check_logits(logits)
     check_labels(labels, *logits.shape, logits.device, ignore_index)

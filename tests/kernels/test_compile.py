@@ -30,7 +30,7 @@ def whole_loss(logits, labels, steps, cu_seqlens, hidden, weight, setting):
 
 
 def whole_loss_with_its_own_counts(logits, labels, steps, cu_seqlens, hidden, weight, setting):
-    return tabom_loss(logits, labels, steps, cu_seqlens, token_weights=hidden[:, 0], **SETTINGS).loss
+    return tabom_loss(logits, labels, steps, cu_seqlens, token_weights=hidden[:, 0].detach(), **SETTINGS).loss
 
 
 def fused_loss(logits, labels, steps, cu_seqlens, hidden, weight, setting):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -251,6 +253,23 @@ def test_under_autocast_it_is_a_linear_layer(rng):
     for name in ours:
         torch.testing.assert_close(ours[name].to(low[name].dtype), low[name], rtol=1e-5, atol=1e-6)
     assert ours["weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "lengths, limit, expected",
+    [([128] * 8, 861, [512, 512]), ([3] * 6, 13, [9, 9]), ([700, 300, 24], 861, [700, 324]), ([8, 0, 0], 5, [8])],
+)
+def test_chunks_are_about_equal(lengths, limit, expected):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    chunks = list(fused_linear.plan_chunks(offsets, sum(lengths), limit))
+    assert [c.rows.stop - c.rows.start for c in chunks] == expected
+
+
+@pytest.mark.parametrize("rows, size, expected", [(0, 5, [0]), (5, 5, [5]), (6, 5, [3, 3]), (1024, 861, [512, 512])])
+def test_pieces_are_about_equal(rows, size, expected):
+    pieces = fused_linear.Chunk(slice(0, 1), slice(10, 10 + rows)).pieces(size)
+    assert [p.stop - p.start for p in pieces] == expected
+    assert pieces[0].start == 10 and all(a.stop == b.start for a, b in pairwise(pieces))
 
 
 @pytest.mark.parametrize("rows, limit, expected", [(17, 17, [17]), (17, 9, [6, 9, 2]), (17, 5, [5, 1, 9, 2])])
