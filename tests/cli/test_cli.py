@@ -117,6 +117,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/list.yaml"], "expected `field: value` lines"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
+        (["train", "--data", "{tmp}/t", "--rank_window", "most"], "rank_window=most: expected a number"),
     ],
 )
 def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
@@ -172,6 +173,7 @@ def test_recipes_hold_the_published_values(recipe):
     assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
     assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
     assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.window_unit, config.skip_last_step) == ("steps", True)
     assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
     lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
     assert lora == (True, 16, 16, ["q_proj", "v_proj"])
@@ -187,6 +189,15 @@ def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
     types = (DataArguments, ModelArguments, TabomConfig)
     _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
     assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+
+
+@pytest.mark.parametrize("text, window", [("all", "all"), ("7", 7), (7, 7)])
+def test_windows_are_numbers_or_all_in_files_and_on_the_command_line(tmp_path, text, window):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"supervised_window: {text}\nwindow_unit: tokens\n")
+    argv = ["--config", str(path), "--rank_window", str(text), "--output_dir", "x"]
+    (config,) = parse_arguments((TabomConfig,), argv, "tabom train", "")
+    assert (config.supervised_window, config.rank_window, config.window_unit) == (window, window, "tokens")
 
 
 @pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
