@@ -13,6 +13,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
+  lab study     the objectives compared: a grid of runs, a table, two pictures
 
 `tabom COMMAND --help` lists the fields of a command; `tabom --version` says which version this is."""
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",
+    "lab study": "tabom.cli.lab_study",
 }
 """The module of each command; its `run` takes the rest of the command line."""
 
