@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,8 +42,9 @@ BASE = "base"
 """The method of a run that trains nothing."""
 PASS_SAMPLES = 16
 TOKENS_PER_STEP = (1, 2, 4)
-ADAPTIVE = tuple(("threshold", bound) for bound in (0.5, 0.7, 0.9, 0.98)) + tuple(
-    ("entropy_bound", bound) for bound in (0.5, 0.2, 0.05, 0.01)
+ADAPTIVE = (
+    *(("threshold", probability) for probability in (0.5, 0.7, 0.9, 0.98)),
+    *(("entropy_bound", nats) for nats in (0.5, 0.1, 0.02)),
 )
 
 
@@ -72,6 +73,7 @@ class StudyConfig:
     num_path_problems: int = field(default=40, metadata={"help": "Of each other task, at path_steps."})
     num_other_problems: int = field(default=100, metadata={"help": "Of each other task, at the end."})
     num_pass_problems: int = field(default=100, metadata={"help": f"Problems sampled {PASS_SAMPLES} times."})
+    num_adaptive_problems: int = field(default=200, metadata={"help": "Problems of the weak task for each policy."})
     num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
 
     def __post_init__(self) -> None:
@@ -99,15 +101,17 @@ class Run:
     num_path_problems: int
     num_other_problems: int
     num_pass_problems: int
+    num_adaptive_problems: int
     num_replayed: int
+
+
+SIZES = tuple(each.name for each in fields(Run))[6:]
+"""What is the same in every run of a grid: all after the seed."""
 
 
 def grid(config: StudyConfig) -> Iterator[Run]:
     """The bases, then all methods of one seed before the next, so that an unfinished study compares them all."""
-    sizes = {
-        name: value for name, value in asdict(config).items() if name in Run.__annotations__ and name != "attempts"
-    }
-    sizes["path_steps"] = tuple(config.path_steps)
+    sizes = {name: getattr(config, name) for name in SIZES} | {"path_steps": tuple(config.path_steps)}
     for base, task in product(config.bases, config.tasks):
         yield Run(**sizes, base=base, task=task, method=BASE, learning_rate=0.0, attempts=0, seed=0)
     for base, task, attempts, seed, learning_rate, method in product(
@@ -203,14 +207,11 @@ def weak_task(run: Run, model: DiffusionModel) -> str:
 
 def other_tasks_of(run: Run, model: DiffusionModel, num_problems: int) -> dict[str, str]:
     """The same of each other task."""
-    return {
-        task.name: digits(
-            accuracy(
-                model, task.prompt_set(num_problems, "test", 0), SamplerConfig(max_new_tokens=task.response_length)
-            )
-        )
-        for task in other_tasks(WEAK_TASKS[run.task])
-    }
+    right = {}
+    for task in other_tasks(WEAK_TASKS[run.task]):
+        prompts = task.prompt_set(num_problems, "test", 0)
+        right[task.name] = digits(accuracy(model, prompts, SamplerConfig(max_new_tokens=task.response_length)))
+    return right
 
 
 def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict
         "right_samples": right_samples(model, prompts.first(run.num_pass_problems), replace(sampler, temperature=1.0)),
         "pair_order": np.round(order_accuracy(model, held_out), 4).tolist(),
         "tds": np.round(replayed_tds(model, own), 5).tolist(),
-        "adaptive": [adaptive(model, prompts, sampler, policy, bound) for policy, bound in ADAPTIVE],
+        "adaptive": [adaptive(model, prompts.first(run.num_adaptive_problems), sampler, *each) for each in ADAPTIVE],
     }
 
 
