@@ -136,7 +136,7 @@ def study(config: StudyConfig) -> Path:
         for count, result in enumerate(results_of(runs, output, config.processes), start=1):
             write_line(lines, result)
             write_to_disk(lines)
-            console.print(f"{count} of {len(runs)}: {describe_result(result)}", highlight=False)
+            console.print(f"{count} of {len(runs)}: {describe_result(result)}", highlight=False, soft_wrap=True)
     return path
 
 
