@@ -34,6 +34,7 @@ class Method(NamedTuple):
 
     settings: dict[str, Any]  # fields of `TabomConfig`
     shuffles_pairs: bool = False
+    on_truth: bool = False  # the right answers to all prompts, instead of the base's own
 
 
 def both_windows(size: int | str) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def both_windows(size: int | str) -> dict[str, Any]:
 
 
 METHODS = {
+    "NELBO, truth of all prompts": Method({"objective": "nelbo"}, on_truth=True),
     "NELBO": Method({"objective": "nelbo"}),
     "NELBO, exact weights": Method({"objective": "nelbo_exact"}),
     "NELBO with ranking": Method({"objective": "nelbo", "rank_weight": 1.0}),

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.evaluation.answers import accuracy, answer, grade
+from tabom.evaluation.metrics import entropy_by_step
 from tabom.evaluation.replay import order_accuracy, replayed_tds
 from tabom.lab.experiment import (
     METHODS,
@@ -29,6 +30,7 @@ from tabom.lab.experiment import (
     WEAK_TASKS,
     base_path,
     forward_passes,
+    ground_truth,
     other_tasks,
     post_train,
     right_answers,
@@ -65,6 +67,7 @@ class StudyConfig:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of prompts, cuts and batches."})
     processes: int = field(default=1, metadata={"help": "Runs at a time."})
+    save_models: bool = field(default=False, metadata={"help": "Keep the trained models, under models."})
     max_steps: int = field(default=300, metadata={"help": "Training steps."})
     path_steps: list[int] = field(default_factory=lambda: [75, 150], metadata={"help": "Steps also measured on."})
     batch_size: int = field(default=64, metadata={"help": "Trajectories a training step."})
@@ -73,7 +76,9 @@ class StudyConfig:
     num_path_problems: int = field(default=40, metadata={"help": "Of each other task, at path_steps."})
     num_other_problems: int = field(default=100, metadata={"help": "Of each other task, at the end."})
     num_pass_problems: int = field(default=100, metadata={"help": f"Problems sampled {PASS_SAMPLES} times."})
-    num_adaptive_problems: int = field(default=200, metadata={"help": "Problems of the weak task for each policy."})
+    num_adaptive_problems: int = field(
+        default=200, metadata={"help": "Problems of the weak task for each adaptive policy; 0: none is tried."}
+    )
     num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
 
     def __post_init__(self) -> None:
@@ -133,25 +138,25 @@ def study(config: StudyConfig) -> Path:
     finished = {json.dumps(record["run"]) for record in read_lines(path)}
     runs = [run for run in grid(config) if json.dumps(asdict(run)) not in finished]
     with path.open("a") as lines:
-        for count, result in enumerate(results_of(runs, output, config.processes), start=1):
+        for count, result in enumerate(results_of(runs, output, config.processes, config.save_models), start=1):
             write_line(lines, result)
             write_to_disk(lines)
             console.print(f"{count} of {len(runs)}: {describe_result(result)}", highlight=False, soft_wrap=True)
     return path
 
 
-def results_of(runs: list[Run], output: Path, processes: int) -> Iterator[dict[str, Any]]:
+def results_of(runs: list[Run], output: Path, processes: int, save_models: bool = False) -> Iterator[dict[str, Any]]:
     """The results as they come."""
     if processes == 1:
         torch.set_num_threads(1)
-        yield from (result_of(run, output) for run in runs)
+        yield from (result_of(run, output, save_models) for run in runs)
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(result_of, run, output) for run in runs]):
+        for future in as_completed([pool.submit(result_of, run, output, save_models) for run in runs]):
             yield future.result()
 
 
-def result_of(run: Run, output: Path) -> dict[str, Any]:
+def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, Any]:
     """Trains and measures: `run`, `kept` (trajectories), `path` (steps -> accuracies) and the measures at the end."""
     logging.disable_progress_bar()
     base = load(base_path(run.base))
@@ -164,10 +169,11 @@ def result_of(run: Run, output: Path) -> dict[str, Any]:
         if step in run.path_steps:
             path[step] = {"1 a step": weak_task(run, model)} | other_tasks_of(run, model, run.num_path_problems)
 
-    data = trajectories_of(run, "train", output, base)
+    method = METHODS[run.method]
+    data = truth_of(run, base) if method.on_truth else trajectories_of(run, "train", output, base)
     model = post_train(
         run.base,
-        METHODS[run.method],
+        method,
         data,
         output / "work",
         max_steps=run.max_steps,
@@ -176,7 +182,16 @@ def result_of(run: Run, output: Path) -> dict[str, Any]:
         seed=run.seed,
         after_step=after_step,
     )
+    if save_models:
+        folder = output / "models" / f"{run.method}, seed {run.seed}".replace(", ", "-").replace(" ", "-")
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
     return {"run": asdict(run), "kept": len(data), "path": path, **measure(run, model, held_out)}
+
+
+def truth_of(run: Run, base: DiffusionModel) -> list[Trajectory]:
+    """The right answers to all prompts of the run."""
+    return ground_truth(base, WEAK_TASKS[run.task].prompt_set(run.num_prompts, "train", run.seed))
 
 
 def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) -> list[Trajectory]:
@@ -226,8 +241,15 @@ def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict
         | other_tasks_of(run, model, run.num_other_problems),
         "right_samples": right_samples(model, prompts.first(run.num_pass_problems), replace(sampler, temperature=1.0)),
         "pair_order": np.round(order_accuracy(model, held_out), 4).tolist(),
+        "entropy_by_step": entropy_by_step(
+            [each.decoding_order for each in answers[1]], [each.entropy for each in answers[1]]
+        ).tolist(),
         "tds": np.round(replayed_tds(model, own), 5).tolist(),
-        "adaptive": [adaptive(model, prompts.first(run.num_adaptive_problems), sampler, *each) for each in ADAPTIVE],
+        "adaptive": [
+            adaptive(model, prompts.first(run.num_adaptive_problems), sampler, *each)
+            for each in ADAPTIVE
+            if run.num_adaptive_problems
+        ],
     }
 
 

@@ -55,13 +55,14 @@ def groups_of(results: Iterable[Result]) -> list[Group]:
 
 def scores(result: Result, measure: str) -> np.ndarray:
     """One score a problem: percent, TDS in thousandths of nats^2."""
-    if measure.endswith("a step"):
-        return 100 * np.array([int(digit) for digit in result["right"][measure]])
+    if measure in result["right"]:
+        return digits_of(result["right"][measure])
     if measure == "other tasks":
         weak = {f"{k} a step" for k in TOKENS_PER_STEP}
-        return 100 * np.array([int(d) for name, right in result["right"].items() if name not in weak for d in right])
-    if measure == "pass@16":
-        return 100 * pass_at_k(np.array(result["right_samples"]), PASS_SAMPLES, PASS_SAMPLES)
+        return digits_of("".join(right for name, right in result["right"].items() if name not in weak))
+    if measure.startswith("pass@"):
+        k = int(measure.removeprefix("pass@"))
+        return 100 * pass_at_k(np.array(result["right_samples"]), PASS_SAMPLES, k)
     return 100 * np.array(result["pair_order"]) if measure == "pair order" else 1000 * np.array(result["tds"])
 
 
@@ -176,9 +177,9 @@ def draw_paths(results: list[Result], group: Group, path: Path) -> None:
 def path_of(base: Result, run: Result) -> list[tuple[float, float]]:
     """Points of the picture from the base to the end of the training."""
     between = [
-        (
-            100 * np.mean([int(d) for name, r in right.items() if name != "1 a step" for d in r]),
-            share(right["1 a step"]),
+        tuple(
+            digits_of("".join(r for name, r in right.items() if (name == "1 a step") == is_weak)).mean()
+            for is_weak in (False, True)
         )
         for right in run["path"].values()
     ]
@@ -190,9 +191,9 @@ def points_of(result: Result) -> tuple[float, float]:
     return scores(result, "other tasks").mean(), scores(result, "1 a step").mean()
 
 
-def share(right: str) -> float:
-    """Percent of the digits that are 1."""
-    return 100 * right.count("1") / len(right)
+def digits_of(right: str) -> np.ndarray:
+    """0 or 100, one a problem."""
+    return 100 * np.array([int(digit) for digit in right])
 
 
 def draw_passes(results: list[Result], group: Group, path: Path) -> None:

@@ -137,8 +137,8 @@ def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, argum
 def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    monkeypatch.delitem(sys.modules, "tabom.lab.report", raising=False)
-    monkeypatch.delitem(sys.modules, "tabom.lab.quickstart", raising=False)
+    for name in ("lab.report", "lab.study_report", "lab.quickstart", "cli.quickstart"):
+        monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
     assert run("quickstart") == 2
     assert "pip install 'tabom[plot]'" in capsys.readouterr().err
 
