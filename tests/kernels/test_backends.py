@@ -11,7 +11,7 @@ def no_interpreter(monkeypatch):
 
 def test_what_triton_refuses(no_interpreter):
     """The dtype first: it is wrong on every device."""
-    with pytest.raises(TypeError, match="backend='triton': .* got float64"):
+    with pytest.raises(TypeError, match=r"backend='triton': .* got float64"):
         softmax_entropy(torch.zeros(1, 2, dtype=torch.float64, device="cpu"), backend="triton")
     with pytest.raises(ValueError, match="backend='triton': expected a CUDA tensor, got cpu; use 'torch'"):
         softmax_entropy(torch.zeros(1, 2, device="cpu"), backend="triton")
