@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -376,3 +377,12 @@ def test_an_adapter_in_the_names_of_the_authors_loads_into_its_base(tmp_path, rn
     torch.testing.assert_close(family.model(input_ids).logits, original(input_ids).logits, rtol=1e-4, atol=1e-4)
     trained = [name for name, p in family.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_mistyped_folder_is_named_at_once(tmp_path, monkeypatch):
+    """The hub is not asked: a name in a folder that is here was meant to be here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: pytest.fail("asked the hub"))
+    (tmp_path / "runs" / "tabom").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"model=runs/taobm: nothing of this name in runs; there are tabom"):
+        load("runs/taobm")
