@@ -118,7 +118,7 @@ def test_scores_and_errors_worked_out_by_hand():
     assert scores(run, "other tasks").tolist() == [100, 0, 100, 100]
     assert scores(run, "pass@16").tolist() == [0, 100]
     assert scores(run, "TDS") == pytest.approx([1, 3])
-    # Means of the seeds 50 and 100: 75 +- 25. Problems: 50, 100, 100, 50: a standard deviation of 28.9, over the root of 4.
+    # Seeds: 50 and 100, so 75 +- 25. Problems: 50, 100, 100, 50, a standard deviation of 28.9 over the root of 4.
     assert cell(np.array([[0, 100, 100, 0], [100, 100, 100, 100]])) == "75.0 ±25.0 (14.4)"
 
 
