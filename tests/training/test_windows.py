@@ -1,4 +1,5 @@
 from math import gamma
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_windows_in_tokens_and_in_steps_worked_out_by_hand(cut, m, by_steps, by_
         window = window_at(PARALLEL, cut, m, m, unit, PARALLEL_ENTROPY)
         assert np.flatnonzero(window.supervised).tolist() == np.flatnonzero(window.ranked).tolist() == expected
         assert (window.visible == (cut > PARALLEL)).all(), "the cut stands between two steps, whatever the unit"
+
+
+def test_the_document_has_the_same_tables():
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for cut, m, *supervised in IN_UNITS:
+        assert f"| {cut} | {m} | {' | '.join(' '.join(map(str, each)) for each in supervised)} |\n" in text
+    rows = [row for row in LAW if row[0] in (4, "all") or row[:2] == (2, False) or row[:2] == (2, True)]
+    for m, skip_last_step, times, cuts in rows:
+        skip = " `skip_last_step`" if skip_last_step else ""
+        assert f"| {m} |{skip} | {' | '.join(map(str, times))} | {cuts} |\n" in text
+    steps = np.arange(256) // 2
+    assert (window_at(steps, 5, 32, 32).supervised.sum(), last_cut(steps, 32)) == (64, 96)
+    assert (window_at(steps, 5, 32, 32, "tokens").supervised.sum(), last_cut(steps, 32, "tokens")) == (32, 112)
 
 
 def test_last_cut_in_tokens_worked_out_by_hand():
