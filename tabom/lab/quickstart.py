@@ -31,8 +31,8 @@ class QuickstartConfig:
     num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
     attempts: int = field(default=8, metadata={"help": "Attempts a prompt; the first right one is kept."})
     num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
-    num_other_problems: int = field(default=80, metadata={"help": "Held-out problems of each other task."})
-    num_pass_problems: int = field(default=100, metadata={"help": "Held-out problems sampled 16 times for pass@k."})
+    num_other_problems: int = field(default=60, metadata={"help": "Held-out problems of each other task."})
+    num_pass_problems: int = field(default=80, metadata={"help": "Held-out problems sampled 16 times for pass@k."})
     max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})
     batch_size: int = field(default=64, metadata={"help": "Trajectories a training step."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of each method."})
@@ -89,7 +89,7 @@ def as_study(config: QuickstartConfig) -> StudyConfig:
         max_steps=config.max_steps,
         path_steps=[config.max_steps // 4, config.max_steps // 2],
         batch_size=config.batch_size,
-        num_path_problems=min(40, config.num_other_problems),
+        num_path_problems=min(25, config.num_other_problems),
         num_adaptive_problems=0,
     )
 
