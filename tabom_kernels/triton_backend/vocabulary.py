@@ -326,6 +326,7 @@ def gradient_kernel(
         z_label = tl.load(start + label * column_stride, has_label, other=0.0).to(tl.float32)
 
         t = bits(load_logits(start, column, column_stride, inside), scale, c)
+        tl.debug_barrier()  # in place, every thread has read the label's logit before one writes over it
         dz = exp2(t) * (at_zero - slope * t)
         tl.store(destination, dz.to(out.dtype.element_ty), inside)
         # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
