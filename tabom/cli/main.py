@@ -25,7 +25,14 @@ COMMANDS = {
 }
 """The module of each command; its `run` takes the rest of the command line."""
 
-EXTRAS = {"matplotlib": "plot", "peft": "lora"}
+EXTRAS = {
+    "datasets": "data",
+    "jinja2": "report",
+    "lm_eval": "eval",
+    "math_verify": "math",
+    "matplotlib": "plot",
+    "peft": "lora",
+}
 """Packages that the core install leaves out, and the extra that brings each."""
 
 

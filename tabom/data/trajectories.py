@@ -1,6 +1,7 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -173,18 +174,22 @@ def read_trajectories(
     """
     trajectories: list[Trajectory] = []
     invalid = 0
+    others: Counter[str] = Counter()
     for number, record in read_json_lines(path):
         try:
             if isinstance(record, ValueError):
                 raise record
             if method is None or "all" in method or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
+            else:
+                others[str(record.get("method"))] += 1
         except ValueError as error:
             if not skip_invalid:
                 raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method {' or '.join(method)} (--method all keeps every record)"
+        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+        chosen = "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 

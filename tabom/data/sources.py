@@ -1,0 +1,59 @@
+"""Records from anywhere: JSON lines by ourselves; JSON, Parquet, CSV, saved data sets and the hub through `datasets`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tabom.data.trajectories import read_json_lines
+
+READERS = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+"""How `datasets` calls the format of a file."""
+
+
+def read_records(
+    source: str | Path, split: str | None = None, config_name: str | None = None
+) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """Pairs of a place ("line 3") and a record, or the error that this line gives.
+
+    A field that Arrow fills with None because other records have it is left out.
+
+    Args:
+        source: a file (.jsonl, .json, .parquet, .csv, .tsv), a folder that `datasets` saved or can load, or a hub name.
+        split: of a folder or a hub name; default: `test`, else the only one there is.
+        config_name: of a hub name.
+
+    Raises:
+        ValueError: no such split.
+        ModuleNotFoundError: a source that needs `datasets`, and it is not installed.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in READERS):
+        for number, record in read_json_lines(path):
+            yield f"line {number}", record if isinstance(record, ValueError) else present(record)
+        return
+    for number, record in enumerate(load_table(path, str(source), split, config_name), start=1):
+        yield f"record {number}", present(record)
+
+
+def load_table(path: Path, name: str, split: str | None, config_name: str | None) -> Any:
+    """A `datasets.Dataset`."""
+    import datasets
+
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    tables = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, config_name, split=split)
+    if not isinstance(tables, datasets.DatasetDict):
+        return tables
+    chosen = split or ("test" if "test" in tables else next(iter(tables)))
+    if chosen not in tables or (split is None and "test" not in tables and len(tables) > 1):
+        raise ValueError(f"{name}, split={split!r}: expected one of {', '.join(tables)}")
+    return tables[chosen]
+
+
+def present(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are there."""
+    return {name: value for name, value in record.items() if value is not None}
