@@ -27,7 +27,6 @@ COMMANDS = {
 
 EXTRAS = {
     "datasets": "data",
-    "jinja2": "report",
     "lm_eval": "eval",
     "math_verify": "math",
     "matplotlib": "plot",

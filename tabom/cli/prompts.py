@@ -12,7 +12,8 @@ class ReadingArguments:
     """How prompts are read and answers judged."""
 
     split: str | None = field(
-        default=None, metadata={"help": "Split of a task, a data set or a hub name. Default: train of a task, else test."}
+        default=None,
+        metadata={"help": "Split of a task, a data set or a hub name. Default: train of a task, else test."},
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub name, such as `main`."})
     prompt_column: str | None = field(default=None, metadata={"help": "Field of the prompt, if not a known one."})
@@ -36,9 +37,9 @@ class ReadingArguments:
     allow_code_execution: bool = field(
         default=False,
         metadata={
-            "help": "Where bubblewrap does not work: run the model's programs all the same, under limits of time, memory "
-            "and processes alone. They then run as a user of this machine and can read and change what that user can, "
-            "use the network, and end that user's processes."
+            "help": "Where bubblewrap does not work: run the model's programs all the same, under limits of time, "
+            "memory and processes alone. They then run as a user of this machine: they can read and change what that "
+            "user can, use the network, and end that user's processes."
         },
     )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip records that do not parse."})
@@ -77,5 +78,7 @@ class PromptArguments(ReadingArguments):
     prompt_seed: int = field(default=0, metadata={"help": "Draws the task's prompts."})
     prompts: str | None = field(
         default=None,
-        metadata={"help": "JSONL, JSON, Parquet or CSV file, folder of `datasets`, or hub name: prompts, with answers."},
+        metadata={
+            "help": "JSONL, JSON, Parquet or CSV file, folder of `datasets`, or hub name: prompts, with answers."
+        },
     )

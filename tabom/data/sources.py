@@ -1,4 +1,4 @@
-"""Records from anywhere: JSON lines by ourselves; JSON, Parquet, CSV, saved data sets and the hub through `datasets`."""
+"""Records from anywhere: JSON lines; and through `datasets` JSON, Parquet, CSV, saved data sets and the hub."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -189,7 +189,9 @@ def read_trajectories(
             invalid += 1
     if not trajectories:
         found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
-        chosen = "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        chosen = (
+            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        )
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 

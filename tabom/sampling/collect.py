@@ -1,8 +1,9 @@
 """`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
 
 Two files grow side by side: `<output>` gets the right answers and those that nobody could check (`"correct": null`),
-`<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished attempt is a line of exactly one of them, so a process killed at any moment
-loses at most the batch in flight, and a restart repeats nothing.
+`<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
+attempt is a line of exactly one of them, so a process killed at any moment loses at most the batch in flight, and a
+restart repeats nothing.
 """
 
 import json
@@ -135,9 +136,7 @@ def attempt_id(index: int, repeat: int) -> str:
     return f"{index}-{repeat}"
 
 
-def start_or_resume(
-    output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool
-) -> dict[str, bool | None]:
+def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, bool | None]:
     """Readies both files for appending and returns the verdicts on the attempts that are finished."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if overwrite:

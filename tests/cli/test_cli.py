@@ -3,6 +3,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
@@ -83,6 +85,40 @@ def test_collect_then_train_then_generate(capsys, tmp_path, model_folder):
     assert run("train", "--config", str(recipe), "--model", model_folder, "--max_steps", "3") == 0
     assert "12 trajectories, 0 invalid" in capsys.readouterr().out
     assert run("generate", "--model", str(tmp_path / "run"), "--prompt", "1+2=") == 0
+
+
+@pytest.mark.parametrize("recipe, policy", [("dream_prm12k", "entropy"), ("llada_ling_coder", "llada_low_confidence")])
+def test_collect_then_train_with_the_matching_recipe(tmp_path, model_folder, recipe, policy):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(4)))
+    output = str(tmp_path / "t.jsonl")
+    collect = ["--prompts", str(prompts), "--policy", policy, "--steps", "6", "--output", output]
+    assert run("collect", "--model", model_folder, *collect) == 0
+    train = ["--recipe", recipe, "--model", model_folder, "--data", output, "--output_dir", str(tmp_path / "run")]
+    assert run("train", *train, "--dtype", "float32", "--bf16", "false", "--max_steps", "1") == 0
+    assert run("generate", "--model", str(tmp_path / "run"), "--prompt", "1+2=") == 0
+
+
+def test_records_of_other_methods_are_named(capsys, tmp_path, data, model_folder):
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path)]
+    assert run("train", *arguments, "--method", "default", "credit") == 2
+    assert "no valid trajectory with method default or credit, but 8 entropy" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_and_early_stopping(tmp_path, data, model_folder):
+    """With a learning rate that ruins the model, the first evaluation is the best and training stops early."""
+    arguments = ["--model", model_folder, "--data", data, "--eval_data", data, "--output_dir", str(tmp_path / "run")]
+    rhythm = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "40"]
+    stopping = ["--load_best_model_at_end", "true", "--early_stopping_patience", "2"]
+    ruin = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--supervised_window", "2"]
+    assert run("train", *arguments, *rhythm, *stopping, *ruin) == 0
+    state = json.loads(sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))[-1].read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert state["best_metric"] == losses[best] and state["best_global_step"] == best
+    assert max(losses) == best + 4 < 40
+    saved, kept = (load_file(tmp_path / "run" / path / "model.safetensors") for path in (".", f"checkpoint-{best}"))
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path, data, model_folder, monkeypatch):
@@ -207,6 +243,8 @@ def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
         (["--random-weights", "--data", "t.jsonl"], "data='t.jsonl', random_weights=True: give exactly one"),
         ([], "data=None, random_weights=False: give exactly one"),
         (["--recipe", "dream"], "invalid choice: 'dream'"),
+        (["--data", "t.jsonl", "--eval_data", "e.jsonl"], "eval_data='e.jsonl' with eval_strategy='no'"),
+        (["--data", "t.jsonl", "--early_stopping_patience", "2"], "needs --load_best_model_at_end true"),
         (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
     ],
 )

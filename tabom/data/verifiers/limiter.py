@@ -55,7 +55,7 @@ def run(job: dict) -> None:
         given.write(job.get("stdin", ""))
         given.seek(0)
         os.dup2(given.fileno(), 0)
-    sys.stdin = open(0)
+    sys.stdin = os.fdopen(0)
     sys.argv = ["program.py"]
     module = types.ModuleType("__main__" if "stdin" in job else "program")
     sys.modules[module.__name__] = module

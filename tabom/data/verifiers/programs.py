@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tabom.data.encoding import Prompt
@@ -28,7 +29,7 @@ class Tests(NamedTuple):
     """
 
     source: str | None = None
-    pairs: list[tuple[str, str]] = []
+    pairs: Sequence[tuple[str, str]] = ()
     header: str = ""
     entry_point: str | None = None
 
@@ -36,11 +37,11 @@ class Tests(NamedTuple):
 class Code(Verifier):
     """The response's last fenced block, or all of it, passes the record's tests, each run in a process of its own.
 
-    The tests are asserts (text, or a list as MBPP's `test_list`), HumanEval's `test` with its `entry_point`, or pairs of
-    standard input and output, as `{"input": ..., "output": ...}` or as `{"inputs": [...], "outputs": [...]}`.
+    The tests are asserts (text, or a list as MBPP's `test_list`), HumanEval's `test` with its `entry_point`, or pairs
+    of standard input and output, as `{"input": ..., "output": ...}` or as `{"inputs": [...], "outputs": [...]}`.
 
-    The sandbox keeps the machine from the program. It does not keep the tests from it: they run in one interpreter, and a
-    program that looks for them there can cheat; ending early, also by `os._exit(0)`, does not pass.
+    The sandbox keeps the machine from the program. It does not keep the tests from it: they run in one interpreter, and
+    a program that looks for them there can cheat; ending early, also by `os._exit(0)`, does not pass.
 
     Args:
         timeout: seconds that one run may take.
@@ -146,7 +147,9 @@ def last_block(response: str) -> str:
 
 def complete(block: str, tests: Tests) -> str:
     """The program: a block that does not define the entry point continues the header, as HumanEval's completions do."""
-    defines = tests.entry_point is None or re.search(rf"^\s*(async\s+)?def\s+{tests.entry_point}\b", block, re.MULTILINE)
+    defines = tests.entry_point is None or re.search(
+        rf"^\s*(async\s+)?def\s+{tests.entry_point}\b", block, re.MULTILINE
+    )
     return f"{tests.header}\n{block}" if defines else tests.header + block
 
 

@@ -10,7 +10,13 @@ from tabom.data.verifiers.programs import Code
 from tabom.data.verifiers.texts import Contains, Exact, Regex
 from tabom.data.verifiers.verdict import Answer, Custom, Verifier
 
-VERIFIERS: dict[str, type[Verifier]] = {"exact": Exact, "contains": Contains, "regex": Regex, "math": Math, "code": Code}
+VERIFIERS: dict[str, type[Verifier]] = {
+    "exact": Exact,
+    "contains": Contains,
+    "regex": Regex,
+    "math": Math,
+    "code": Code,
+}
 CUSTOM = "python:"
 
 
@@ -32,7 +38,9 @@ def make_verifier(name: str, **settings: Any) -> Verifier:
     known = settings_of(name)
     for setting in settings:
         if setting not in known:
-            raise ValueError(f"{setting}={settings[setting]!r}: the verifier {name!r} takes {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"{setting}={settings[setting]!r}: the verifier {name!r} takes {', '.join(known) or 'none'}"
+            )
     for setting, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and setting not in settings:
             raise ValueError(f"verifier={name!r} needs {setting}")
@@ -59,8 +67,8 @@ def find_function(name: str) -> Any:
 def verifier_for(answers: Iterable[Answer]) -> str:
     """The name of the verifier that the answers' shape asks for.
 
-    Tests (a list or an object) ask for `code`, a solution with `#### 42` or `\\boxed{}` at its end for `math`, any other
-    text for `exact`.
+    Tests (a list or an object) ask for `code`, a solution with `#### 42` or `\\boxed{}` at its end for `math`, any
+    other text for `exact`.
     """
     known = [answer for answer in answers if answer is not None]
     if any(isinstance(answer, list | dict) for answer in known):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -112,10 +113,8 @@ def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
 
 def kill_group(process: subprocess.Popen) -> None:
     """Kills a program and what it left running in its group."""
-    try:
+    with suppress(ProcessLookupError):  # nothing was left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing was left
     process.wait()
 
 

@@ -39,7 +39,9 @@ class Regex(Verifier):
         except re.error as error:
             raise ValueError(f"pattern={pattern!r}: not a regular expression: {error}") from error
         if self.pattern.groups != 1:
-            raise ValueError(f"pattern={pattern!r}: has {self.pattern.groups} groups, expected one, as in 'answer: (.*)'")
+            raise ValueError(
+                f"pattern={pattern!r}: has {self.pattern.groups} groups, expected one, as in 'answer: (.*)'"
+            )
 
     def judge(self, prompt: Prompt, answer: Answer, response: str) -> Verdict:
         """Right if the group of the last match is the answer, but for spaces around it."""
