@@ -17,7 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -55,18 +58,25 @@ def load(
         return load_family(model_name_or_path, FAMILIES[model_type], settings, options)
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(f"model type {model_type!r} in {model_name_or_path} is not known. {WHAT_LOADS}")
-    is_masked_lm = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and "is_causal" not in settings
+    as_masked_lm = is_masked_lm(settings)
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    if is_masked_lm or adapt:
+    if as_masked_lm or adapt:
         config.is_causal = False
     if adapt and model_type not in ADAPTABLE:
         raise ValueError(f"adapt: model type {model_type!r}; expected one of {', '.join(ADAPTABLE)}")
-    auto = AutoModelForMaskedLM if is_masked_lm else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if as_masked_lm else AutoModelForCausalLM
     model = auto.from_pretrained(model_name_or_path, config=config, trust_remote_code=trust_remote_code, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if adapt:
         add_mask_token(model, tokenizer)
     return describe(model.eval(), tokenizer)
+
+
+def is_masked_lm(settings: dict[str, Any]) -> bool:
+    """Whether a config.json is of a masked language model: its type has such a class, and was not saved as another."""
+    model_type = settings.get("model_type")
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal_class not in (settings.get("architectures") or [])
 
 
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
