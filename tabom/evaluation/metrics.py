@@ -33,6 +33,21 @@ def count_pairs_in_order(entropy: Tensor, steps: Tensor, cu_seqlens: Tensor) -> 
     return OrderCounts((entropy[first] < entropy[second]).sum(), torch.tensor(len(first), device=steps.device))
 
 
+def tds(entropy: np.ndarray, masked: np.ndarray) -> float:
+    """The TDS of one decoding (arXiv 2605.11854): the variance of the masked tokens' entropies, mean over its steps.
+
+    Args:
+        entropy: (S, T) nats, of T positions before each of S steps.
+        masked: (S, T) bool, the positions that count: masked, and not behind the first end token. A step without one
+            is left out; one position alone has variance 0.
+
+    Returns:
+        nats^2; 0 where nothing counts.
+    """
+    variances = [e[m].var() for e, m in zip(entropy, masked, strict=True) if m.any()]
+    return float(np.mean(variances)) if variances else 0.0
+
+
 def pass_at_k(right: np.ndarray, samples: int, k: int) -> np.ndarray:
     """The unbiased estimate of pass@k (arXiv 2107.03374, eq. 1), one a prompt.
 
