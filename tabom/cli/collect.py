@@ -6,7 +6,7 @@ from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.cli.prompts import PromptArguments
 from tabom.lab.tasks import make_task
-from tabom.sampling.collect import CollectConfig, collect
+from tabom.sampling.collect import CollectConfig, check_samples, collect
 from tabom.sampling.sampler import SamplerConfig
 
 
@@ -20,11 +20,7 @@ def run(argv: Sequence[str]) -> None:
     )
     if (arguments.task is None) == (arguments.prompts is None):
         raise ValueError(f"task={arguments.task!r}, prompts={arguments.prompts!r}: give exactly one of them")
-    if config.samples_per_prompt > 1 and not sampler.is_random:
-        raise ValueError(
-            f"samples_per_prompt={config.samples_per_prompt} with temperature=0: all samples of a prompt would be the "
-            "same; give --temperature or --alg_temp above 0, or a random --policy"
-        )
+    check_samples(config.samples_per_prompt, sampler)
     if arguments.task is not None:
         if arguments.split not in (None, "train", "test"):
             raise ValueError(f"split={arguments.split!r}: a task has the splits train and test")

@@ -10,6 +10,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
+  evaluate      measure models on prompt sets; --compare BASE TUNED
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
@@ -19,6 +20,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 COMMANDS = {
     "generate": "tabom.cli.generate",
     "collect": "tabom.cli.collect",
+    "evaluate": "tabom.cli.evaluate",
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",

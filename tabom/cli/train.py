@@ -93,8 +93,8 @@ def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[Trai
     """
     if (arguments.eval_data is not None) != (config.eval_strategy != "no"):
         raise ValueError(
-            f"eval_data={arguments.eval_data!r} with eval_strategy={config.eval_strategy.value!r}: give --eval_strategy "
-            "steps or epoch together with what is evaluated"
+            f"eval_data={arguments.eval_data!r} with eval_strategy={config.eval_strategy.value!r}: give "
+            "--eval_strategy steps or epoch together with what is evaluated"
         )
     if arguments.early_stopping_patience is None:
         return []

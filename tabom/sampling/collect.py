@@ -116,6 +116,15 @@ def hit_rate(verdicts: Collection[bool | None]) -> str:
     return f"{rate}, {counts[None]} unverified" if counts[None] else rate
 
 
+def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
+    """Several samples of a prompt need a sampler that another seed changes."""
+    if samples_per_prompt > 1 and not sampler.is_random:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} with temperature=0: all samples of a prompt would be the "
+            "same; give --temperature or --alg_temp above 0, or a random --policy"
+        )
+
+
 def to_trajectory(
     model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str
 ) -> Trajectory:

@@ -10,6 +10,7 @@ from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
+from tabom.lab.model import BASE_PATH
 from tabom.training.trainer import TabomConfig
 from tests.conftest import random_model
 
@@ -191,6 +192,25 @@ def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_evaluate_and_compare(capsys, tmp_path, model_folder):
+    prompts = tmp_path / "sums.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(6)))
+    folder = tmp_path / "results"
+    arguments = ["--tasks", "subtraction", "--prompts", str(prompts), "--num_prompts", "5", "--max_new_tokens", "4"]
+    arguments += ["--samplers", "tokens_per_step=1", "tokens_per_step=2,policy=margin", "--output_dir", str(folder)]
+    assert run("evaluate", *arguments, "--compare", str(BASE_PATH), model_folder) == 0
+    said = capsys.readouterr().out
+    results, comparison = (json.loads((folder / name).read_text()) for name in ("results.json", "comparison.json"))
+    assert len(results) == 8 and len(comparison["comparisons"]) == 4
+    first = comparison["comparisons"][0]
+    assert (first["prompts"], first["won"]) == ("subtraction", 0) and first["lost"] == 5 * first["base"]["mean"]
+    assert (folder / "results.md").read_text() in said and (folder / "results.png").stat().st_size > 1000
+    steps = {result["sampler"]: result["steps"]["mean"] for result in results}
+    assert steps == {"tokens_per_step=1": 4, "tokens_per_step=2,policy=margin": 2}
+    assert run("evaluate", *arguments, "--samplers", "stps=3") == 2
+    assert "'stps' is none of" in capsys.readouterr().err
 
 
 PUBLISHED = {  # learning rate, rank weight, margin, methods
