@@ -11,6 +11,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
   evaluate      measure models on prompt sets; --compare BASE TUNED
+  export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
@@ -21,6 +22,7 @@ COMMANDS = {
     "generate": "tabom.cli.generate",
     "collect": "tabom.cli.collect",
     "evaluate": "tabom.cli.evaluate",
+    "export": "tabom.cli.export",
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",

@@ -82,6 +82,7 @@ def run(argv: Sequence[str]) -> None:
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model()
+    trainer.create_model_card()
     print(f"saved to {config.output_dir}")
 
 

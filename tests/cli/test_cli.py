@@ -4,13 +4,15 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
-from tabom.lab.model import BASE_PATH
+from tabom.data.trajectories import read_trajectories
+from tabom.lab.model import BASE_PATH, character_tokenizer
 from tabom.training.trainer import TabomConfig
 from tests.conftest import random_model
 
@@ -192,6 +194,34 @@ def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("to, suffix", [("parquet", ".parquet"), ("jsonl", ".jsonl"), ("datasets", "")])
+def test_exported_trajectories_read_back(capsys, tmp_path, data, to, suffix):
+    tokenizer = character_tokenizer()
+    output = tmp_path / f"exported{suffix}"
+    assert run("export", "--data", data, data, "--to", to, "--output", str(output)) == 0
+    assert "16 records" in capsys.readouterr().out
+    before, after = (read_trajectories(path, tokenizer, len(tokenizer))[0] for path in (data, output))
+    assert after == before * 2
+
+
+def test_the_model_card_says_method_data_settings_and_results(tmp_path, data, model_folder):
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    evaluation = ["--eval_data", data, "--eval_strategy", "epoch", "--learning_rate", "3e-5", "--save_strategy", "no"]
+    assert run("train", *arguments, *evaluation, "--logging_steps", "1") == 0
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "transformers" and "tabom" in card.data.tags
+    assert {result.metric_type for result in card.data.eval_results} >= {"loss"}
+    for words in (
+        model_folder,
+        "8 trajectories",
+        "method entropy",
+        "| learning_rate | 3e-05 |",
+        "| eval_loss |",
+        "`tabom`",
+    ):
+        assert words in card.text, words
 
 
 def test_evaluate_and_compare(capsys, tmp_path, model_folder):
