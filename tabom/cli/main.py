@@ -12,6 +12,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   collect       answer a prompt set and keep the right answers with their decoding order
   evaluate      measure models on prompt sets; --compare BASE TUNED
   export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
+  report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
@@ -23,6 +24,7 @@ COMMANDS = {
     "collect": "tabom.cli.collect",
     "evaluate": "tabom.cli.evaluate",
     "export": "tabom.cli.export",
+    "report": "tabom.cli.report",
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",
