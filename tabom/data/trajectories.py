@@ -1,7 +1,7 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_response
+from tabom.data.sources import read_records
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
 RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
@@ -150,21 +151,6 @@ def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
     return values
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-                continue
-            is_object = isinstance(record, dict)
-            yield number, record if is_object else ValueError(f"expected a JSON object, got {record!r:.60}")
-
-
 def read_trajectories(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,7 +159,7 @@ def read_trajectories(
     method: Sequence[str] | None = None,
     skip_invalid: bool = False,
 ) -> tuple[list[Trajectory], int]:
-    """Reads a JSONL file of trajectories.
+    """Reads trajectories from a JSONL, JSON, Parquet or CSV file, a folder of `datasets` or the hub.
 
     Args:
         vocab_size: the model's; token ids must be below it.
@@ -188,18 +174,24 @@ def read_trajectories(
     """
     trajectories: list[Trajectory] = []
     invalid = 0
-    for number, record in read_json_lines(path):
+    others: Counter[str] = Counter()
+    for place, record in read_records(path, default_split="train"):
         try:
             if isinstance(record, ValueError):
                 raise record
             if method is None or "all" in method or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
+            else:
+                others[str(record.get("method"))] += 1
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
+                raise ValueError(f"{path}, {place}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method {' or '.join(method)} (--method all keeps every record)"
+        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+        chosen = (
+            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        )
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 

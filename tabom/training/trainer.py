@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
+from tabom.training.card import model_card
 from tabom.training.collator import DENOMINATORS, EpochSampler, TrajectoryCollator, TrajectoryDataset
 from tabom.training.forward import LossOutput, add_loss_to_forward
 from tabom.training.objectives import Objective, ObjectiveSettings
@@ -270,6 +272,17 @@ class TabomTrainer(Trainer):
         # Data parallelism averages over the ranks, while this loss is a sum over them.
         loss = output.loss * share * processes
         return (loss, output) if return_outputs else loss
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Writes README.md with method, data, settings and results; `push_to_hub` calls it too."""
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.config.name_or_path or "random weights"
+        name = model_name or Path(self.args.output_dir).name
+        trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
+        card = model_card(name, base, self.args, trajectories, self.state.log_history)
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss terms since the last log, and the entropies of the logging step."""
