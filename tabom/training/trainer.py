@@ -204,18 +204,28 @@ class TabomTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"
-        sampler = EpochSampler(len(self.train_dataset), self.args.seed, shuffle)
+        sampler = EpochSampler(len(self.train_dataset), self.args.seed, shuffle, self._together(self._train_batch_size))
         self.add_callback(FollowEpoch(sampler))
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> EpochSampler:
-        return EpochSampler(len(eval_dataset), self.args.seed, shuffle=False)
+        together = self._together(self.args.eval_batch_size)
+        return EpochSampler(len(eval_dataset), self.args.seed, shuffle=False, multiple_of=together)
+
+    def _together(self, batch_size: int) -> int:
+        """Records that the processes take at once; 1 where a short last batch is no trouble, or dropped."""
+        processes = self.accelerator.num_processes
+        return 1 if processes == 1 or self.args.dataloader_drop_last else batch_size * processes
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
-        """The denominators of the loss over all micro-batches of a step and all ranks."""
+        """The denominators of the loss over all micro-batches of a step and all ranks.
+
+        `num_batches` are the micro-batches that ask anything.
+        """
         counts = {name: sum(batch[name].to(device) for batch in batch_samples) for name in DENOMINATORS}
+        counts["num_batches"] = torch.tensor(sum(len(batch["rows"]) > 0 for batch in batch_samples), device=device)
         return self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -228,10 +238,10 @@ class TabomTrainer(Trainer):
         """This micro-batch's share of the loss; `num_items_in_batch` are the global denominators."""
         processes = self.accelerator.num_processes
         if self.args.loss_average == "global_batch":
-            inputs = {**inputs, **num_items_in_batch}
+            inputs = {**inputs, **{name: num_items_in_batch[name] for name in DENOMINATORS}}
             share = 1.0
         else:  # the collator's denominators are those of the micro-batch
-            share = 1 / processes / (self.current_gradient_accumulation_steps if model.training else 1)
+            share = 1 / num_items_in_batch["num_batches"].clamp(min=1)
         will_log = model.training and (self.state.global_step + 1) % self.state.logging_steps == 0
         output = model(**inputs, return_entropy=will_log)
         if model.training:
@@ -244,8 +254,11 @@ class TabomTrainer(Trainer):
             self._sums["rows"] += len(output.entropy)
             self._sums["in_order"] += in_order
             self._sums["pairs"] += pairs
-        # Data parallelism averages over the ranks, while this loss is a sum over them.
-        loss = output.loss * share * processes
+        loss = output.loss * share
+        if model.training:
+            loss = loss * processes  # data parallelism averages over the ranks, while this loss is a sum over them
+        else:
+            loss = self.accelerator.reduce(loss, reduction="sum")
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
