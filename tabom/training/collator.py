@@ -143,4 +143,8 @@ def ask_nothing() -> Example:
     """One masked token without a label."""
     nowhere = np.zeros(1, dtype=bool)
     weights = np.ones(1, dtype=np.float32)
-    return [], [0], Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0)
+    return (
+        [],
+        [0],
+        Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0),
+    )

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -201,6 +201,29 @@ class TabomTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the global batch
         self._sums: dict[str, Tensor | float] = defaultdict(float)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers', but what FSDP2 casts in mixed precision are the weights, and nothing else.
+
+        accelerate's policy also rounds the inputs (the weights of NELBO), the outputs (the loss) and the sums of
+        gradients over the ranks.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy,
+                reduce_dtype=torch.float32,
+                output_dtype=None,
+                cast_forward_inputs=False,
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model as it loads back, whole; a checkpoint of a sharded run may hold shards instead."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"

@@ -23,10 +23,10 @@ def launch(folder, commands, processes=1, **environment):
     return result.stdout
 
 
-def losses(folder):
-    """The losses that the last checkpoint of a run has logged."""
+def logs(folder):
+    """What the last checkpoint of a run has logged, a dict a step."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    return [log["loss"] for log in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in log]
+    return [log for log in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in log]
 
 
 def weights(folder):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.invariant.conftest import launch, losses, weights
+from tests.invariant.conftest import launch, logs, weights
 
 STEPS = 5
 FULL = json.dumps({"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"})
@@ -78,9 +78,16 @@ def folder(inputs, tmp_path_factory):
 def test_two_processes_train_as_one(folder, name):
     model = RUNS[name][0]
     tolerance = 2e-2 if "bf16" in model else 1e-4
-    assert losses(folder / name) == pytest.approx(losses(folder / model), rel=tolerance)
-    assert len(losses(folder / name)) == STEPS
+    expected, got = logs(folder / model), logs(folder / name)
+    assert [log["loss"] for log in got] == pytest.approx([log["loss"] for log in expected], rel=tolerance)
+    assert len(got) == STEPS
+    for log in got:
+        assert log["loss"] == pytest.approx(log["cross_entropy"] + log["rank"], rel=1e-5), "not rounded to bf16"
     one, two = weights(folder / model), weights(folder / name)
+    if model == "tied":  # gathered, both names of the one weight are written
+        assert torch.equal(two.pop("lm_head.weight"), two["model.embed_tokens.weight"])
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance / 10, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            two[key], one[key], rtol=tolerance, atol=tolerance / 10, msg=lambda m, k=key: f"{k}: {m}"
+        )
