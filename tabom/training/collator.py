@@ -1,5 +1,7 @@
 """From trajectories to the batches that the model's forward takes."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +65,18 @@ class TrajectoryDataset(Dataset):
         trajectory = self.trajectories[index]
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
         return self.prompts[index], trajectory.response_token_ids, target
+
+    def asks_anything(self) -> bool:
+        """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""
+        keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
+        return any(self[key][2].supervised.any() for key in keys)
+
+    def digest(self) -> str:
+        """Of all that the examples are made from, and their order."""
+        digest = hashlib.sha256()
+        for prompt, trajectory in zip(self.prompts, self.trajectories, strict=True):
+            digest.update(json.dumps([prompt, trajectory.to_record()]).encode())
+        return f"{len(self)} trajectories, sha256 {digest.hexdigest()[:16]}"
 
 
 class EpochSampler(Sampler):
