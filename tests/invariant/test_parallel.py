@@ -12,7 +12,7 @@ FULL = json.dumps({"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_
 SHARDED = FULL.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
-def command(inputs, folder, name, model="untied", batch_size=12, steps=STEPS, **settings):
+def command(inputs, folder, name, model="untied", batch_size=12, **settings):
     """A training run of batches of 12 from 22 records: every second batch has but 10."""
     settings = {
         "model": inputs / model,
@@ -21,10 +21,10 @@ def command(inputs, folder, name, model="untied", batch_size=12, steps=STEPS, **
         "supervised_window": 3,
         "rank_window": 4,
         "margin": 0.1,
-        "max_steps": steps,
+        "max_steps": STEPS,
         "per_device_train_batch_size": batch_size,
         "learning_rate": 0.02,
-        "optim": "sgd",
+        "adam_epsilon": 0.1,  # so that its step is smooth in the gradient
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
@@ -50,16 +50,19 @@ MODELS = {  # what one process trains as well
     "lora-bf16": {"use_peft": True, "lora_r": 4, "bf16": True},
     "nelbo-bf16": {"objective": "nelbo", "bf16": True},
 }
-RUNS = {  # on two processes: its model, and how it is run there
-    "ddp": ("fp32", {}),
-    "ddp-accumulated": ("fp32", {"batch_size": 2, "gradient_accumulation_steps": 3}),
-    "ddp-lora": ("lora", {}),
-    "fsdp2": ("fp32", {"fsdp": None, "fsdp_config": FULL}),
-    "fsdp2-bf16": ("bf16", {"fsdp": None, "fsdp_config": SHARDED}),
-    "fsdp2-tied": ("tied", {"fsdp": None, "fsdp_config": SHARDED}),
-    "fsdp2-lora": ("lora", {"fsdp": None, "fsdp_config": FULL}),
-    "fsdp2-lora-bf16": ("lora-bf16", {"fsdp": None, "fsdp_config": FULL}),
-    "fsdp2-nelbo": ("nelbo-bf16", {"fsdp": None, "fsdp_config": FULL}),
+FSDP = {"fsdp": None, "fsdp_config": FULL}
+RUNS = {  # on two processes: the model, how it is run there, and after which step it is interrupted
+    "ddp": ("fp32", {}, 0),
+    "ddp-accumulated": ("fp32", {"batch_size": 2, "gradient_accumulation_steps": 3}, 0),
+    "ddp-lora-bf16": ("lora-bf16", {}, 3),
+    "fsdp2-full-state": ("fp32", FSDP, 3),
+    "fsdp2-checkpointing": ("bf16", FSDP | {"gradient_checkpointing": True}, 0),
+    "fsdp2-sharded-state": ("bf16", FSDP | {"fsdp_config": SHARDED}, 3),
+    "fsdp2-tied": ("tied", FSDP | {"fsdp_config": SHARDED, "gradient_accumulation_steps": 3, "batch_size": 2}, 0),
+    "fsdp2-lora": ("lora", FSDP, 3),
+    "fsdp2-lora-bf16": ("lora-bf16", FSDP | {"fsdp_config": SHARDED}, 3),
+    "fsdp2-nelbo": ("nelbo-bf16", FSDP, 0),
+    "fsdp2-not-fused": ("bf16", FSDP | {"fused_linear": False}, 0),
 }
 
 
@@ -68,8 +71,12 @@ def folder(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     launch(folder, [command(inputs, folder, name, **settings) for name, settings in MODELS.items()])
     commands = []
-    for name, (model, settings) in RUNS.items():
-        commands.append(command(inputs, folder, name, **{"batch_size": 6, **MODELS[model], **settings}))
+    for name, (model, settings, interrupted) in RUNS.items():
+        settings = {"batch_size": 6, **MODELS[model], **settings}
+        if interrupted:
+            commands.append(command(inputs, folder, name, **settings, max_steps=interrupted, save_steps=interrupted))
+            settings["resume_from_checkpoint"] = "auto"
+        commands.append(command(inputs, folder, name, **settings))
     launch(folder, commands, processes=2)
     return folder
 
@@ -77,7 +84,7 @@ def folder(inputs, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder, name):
     model = RUNS[name][0]
-    tolerance = 2e-2 if "bf16" in model else 1e-4
+    tolerance = 2e-2 if "bf16" in model else 1e-5
     expected, got = logs(folder / model), logs(folder / name)
     assert [log["loss"] for log in got] == pytest.approx([log["loss"] for log in expected], rel=tolerance)
     assert len(got) == STEPS
@@ -88,6 +95,5 @@ def test_two_processes_train_as_one(folder, name):
         assert torch.equal(two.pop("lm_head.weight"), two["model.embed_tokens.weight"])
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(
-            two[key], one[key], rtol=tolerance, atol=tolerance / 10, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        error = (two[key] - one[key]).norm() / one[key].norm()
+        assert error < tolerance * (5 if "lora" in model else 1), f"{key}: {error:.1e}"  # an adapter is all update
