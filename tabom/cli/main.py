@@ -68,4 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"tabom {name}: error: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -158,6 +158,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
         (["train", "--data", "{tmp}/t", "--rank_window", "most"], "rank_window=most: expected a number"),
+        (["train", "--data", "{tmp}/t", "--margin", "nan"], "margin=nan"),
     ],
 )
 def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
@@ -172,6 +173,15 @@ def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, argum
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert message in error.splitlines()[-1] or arguments == ["nonsense"]  # which the overview follows
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_with_a_status_of_its_own(capsys, tmp_path, model_folder, data):
+    settings = ["--optim", "sgd", "--learning_rate", "1e38", "--max_steps", "9", "--save_strategy", "no"]
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path), *settings]
+    assert run("train", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "Traceback" not in error
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
