@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import RankLoss
-from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, pair_tiles
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options, pair_tiles
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def trajectory_rank_loss(
     row_loss, row_grad_entropy, row_grad_temperature = (entropy.new_empty(tiles, rows) for _ in range(3))
     row_pairs = torch.empty(tiles, rows, dtype=torch.int32, device=entropy.device)
     inputs = (entropy, steps, cu_seqlens, temperature)
-    launch = {"BLOCK": PAIR_BLOCK, "num_warps": PAIR_WARPS}
+    launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
     if rows and per_row:
         lowest, log_sum = (entropy.new_empty(rows) for _ in range(2))
         turns_kernel[(rows,)](*inputs, lowest, log_sum, row_loss, row_pairs, row_grad_temperature, sequences, **launch)

@@ -77,8 +77,10 @@ def test_nothing_waits_for_the_host(rng, form):
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        step()
+    finally:  # else every later test of the process fails too
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_training_step_is_captured_in_a_cuda_graph(rng):
