@@ -309,6 +309,8 @@ def gradient_kernel(
     if grad_ce is not None:
         label = tl.load(labels + row * label_stride)
         a = tl.where(label == ignore_index, 0.0, tl.load(grad_ce + row * grad_ce_stride).to(tl.float32))
+        is_known = (label == ignore_index) | ((label >= 0) & (label < COLUMNS))
+        a = tl.where(is_known, a, float("nan"))
     if grad_entropy is not None:
         g = tl.load(grad_entropy + row * grad_entropy_stride).to(tl.float32)
     if upstream is not None:

@@ -62,3 +62,16 @@ def test_nothing_to_count_is_divided_by_1(forms):
     rank = rank._replace(pairs=torch.zeros(2, dtype=torch.int64), grad_entropy=torch.zeros(3))
     for x in forms.weighted_loss(torch.zeros(3), labels, -100, None, None, rank, torch.tensor(1.0), None):
         assert (x == 0).all()
+
+
+@pytest.mark.parametrize("wrong", [13, -1, 2**40])
+@pytest.mark.parametrize("ranked", [True, False])
+def test_a_label_that_is_no_column_shows_as_nan_and_reads_nothing(rng, wrong, ranked):
+    """On a GPU labels are not looked at before the launch: the row shows it, and no other."""
+    logits = torch.randn(4, 13, requires_grad=True)
+    labels, steps, one = torch.tensor([3, wrong, -100, 12]), torch.tensor([0, 1, 2, 3]), torch.ones(())
+    arguments = (one, labels, steps, torch.tensor([0, 4]), one if ranked else None, "logistic", one, None, None, None)
+    whole, cross_entropy, rank, *_ = torch.ops.tabom_kernels.tabom_loss(logits, *arguments, -100, False, "triton")
+    whole.backward()
+    assert whole.isnan() and cross_entropy.isnan() and rank.isfinite()
+    assert logits.grad.isnan().all(1).tolist() == logits.grad.isnan().any(1).tolist() == [False, True, False, False]
