@@ -238,8 +238,10 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.dtype = inputs[0].dtype
 
 
-def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 18
     *by_head, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
