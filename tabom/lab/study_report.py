@@ -136,9 +136,10 @@ def paired_table(runs: list[Result]) -> list[str]:
 
 
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
-    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher."""
+    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher; one pair has no error."""
     values = np.array([scores(first, measure).mean() - scores(second, measure).mean() for first, second in pairs])
-    return f"{values.mean():+.1f} ±{error(values):.1f}, {(values > 0).sum()} up"
+    over_pairs = f" ±{error(values):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():+.1f}{over_pairs}, {(values > 0).sum()} up"
 
 
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
