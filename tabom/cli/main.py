@@ -16,6 +16,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
+  lab study     the objectives compared: a grid of runs, a table, two pictures
 
 `tabom COMMAND --help` lists the fields of a command; `tabom --version` says which version this is."""
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",
+    "lab study": "tabom.cli.lab_study",
 }
 """The module of each command; its `run` takes the rest of the command line."""
 
@@ -66,4 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"tabom {name}: error: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -84,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
         peft_config=lora_config(arguments) if arguments.use_peft else None,
     )
     resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model()
     trainer.create_model_card()
     print(f"saved to {config.output_dir}")

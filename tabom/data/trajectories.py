@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Trajectory:
 
     `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
     tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
-    left. `method` names how the answer was made, `data_source` where the prompt came from.
+    left. `method` names how the answer was made, `data_source` where the prompt came from. `entropy` (nats) is that
+    of each token when it was unmasked.
     """
 
     prompt: Prompt
@@ -38,6 +40,7 @@ class Trajectory:
     non_ltr_positions: list[int] | None = None
     method: str | None = None
     data_source: str | None = None
+    entropy: list[float] | None = None
 
     def to_record(self) -> dict[str, Any]:
         """A JSON object of the fields that are set; conversations are written as `messages`."""
@@ -75,6 +78,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     non_ltr = record.get("non_ltr_positions")
     if non_ltr is not None:
         non_ltr = integers(record, "non_ltr_positions", 0, len(token_ids))
+    entropy = numbers(record, "entropy", len(token_ids)) if record.get("entropy") is not None else None
     return Trajectory(
         prompt=prompt,
         response=response,
@@ -83,6 +87,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         non_ltr_positions=non_ltr,
         method=record.get("method"),
         data_source=record.get("data_source"),
+        entropy=entropy,
     )
 
 
@@ -133,6 +138,16 @@ def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> 
         if value < low or (high is not None and value >= high):
             bound = "" if high is None else f" and below {high}"
             raise RecordError(field, f"{value} at position {position}; expected at least {low}{bound}")
+    return values
+
+
+def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
+    """A field that must be a list of `count` finite numbers."""
+    values = record[field]
+    if not isinstance(values, list) or not all(type(value) in (int, float) and isfinite(value) for value in values):
+        raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
+    if len(values) != count:
+        raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
     return values
 
 
@@ -188,12 +203,13 @@ def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None =
     """
     missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
     next_step = max(trajectory.decoding_order) + 1
-    positions = trajectory.non_ltr_positions
+    positions, entropy = trajectory.non_ltr_positions, trajectory.entropy
     return replace(
         trajectory,
         response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
         decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
         non_ltr_positions=None if positions is None else [position for position in positions if position < length],
+        entropy=None if entropy is None else entropy[:length] + [0.0] * missing,
     )
 
 

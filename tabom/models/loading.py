@@ -1,6 +1,7 @@
 """Loading a diffusion language model from a folder or the hub."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def load(
             shifted logits, and a mask token, added if there is none. It must be trained before it is of use.
 
     Raises:
+        FileNotFoundError: a path into a folder that is here, and nothing there.
         ValueError: the family is not known, the model attends causally, or no mask token is known.
     """
+    check_is_there(Path(model_name_or_path))
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if find_adapter_config_file(model_name_or_path) is not None:
         return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
@@ -70,6 +73,20 @@ def load(
     if adapt:
         add_mask_token(model, tokenizer)
     return describe(model.eval(), tokenizer)
+
+
+def check_is_there(path: Path) -> None:
+    """Says at once what the hub would deny after a minute: `runs/typo`, beside models that are in runs/.
+
+    Raises:
+        FileNotFoundError: the folder of `path` is on this machine, and `path` is not.
+    """
+    if path.exists() or path.parent == Path() or not path.parent.is_dir():
+        return
+    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    similar = get_close_matches(path.name, beside, n=3) or beside[:3]
+    hint = f"; there are {', '.join(similar)}" if similar else ""
+    raise FileNotFoundError(f"model={path}: nothing of this name in {path.parent}{hint}")
 
 
 def is_masked_lm(settings: dict[str, Any]) -> bool:

@@ -137,6 +137,7 @@ def to_trajectory(
         non_ltr_positions=non_ltr_positions(completion.decoding_order),
         method=PUBLISHED_METHODS.get(policy, policy),
         data_source=prompts.name,
+        entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
     )
 
 

@@ -161,6 +161,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/list.yaml"], "expected `field: value` lines"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
+        (["train", "--data", "{tmp}/t", "--rank_window", "most"], "rank_window=most: expected a number"),
+        (["train", "--data", "{tmp}/t", "--margin", "nan"], "margin=nan"),
     ],
 )
 def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
@@ -177,11 +179,20 @@ def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, argum
     assert message in error.splitlines()[-1] or arguments == ["nonsense"]  # which the overview follows
 
 
+def test_a_loss_that_is_not_finite_ends_in_one_line_with_a_status_of_its_own(capsys, tmp_path, model_folder, data):
+    settings = ["--optim", "sgd", "--learning_rate", "1e38", "--max_steps", "9", "--save_strategy", "no"]
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path), *settings]
+    assert run("train", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "Traceback" not in error
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    monkeypatch.delitem(sys.modules, "tabom.lab.report", raising=False)
-    monkeypatch.delitem(sys.modules, "tabom.lab.quickstart", raising=False)
+    for name in ("lab.report", "lab.study_report", "lab.quickstart", "cli.quickstart"):
+        monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
     assert run("quickstart") == 2
     assert "pip install 'tabom[plot]'" in capsys.readouterr().err
 
@@ -294,6 +305,7 @@ def test_recipes_hold_the_published_values(recipe):
     assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
     assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
     assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.window_unit, config.skip_last_step) == ("steps", True)
     assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
     lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
     assert lora == (True, 16, 16, ["q_proj", "v_proj"])
@@ -309,6 +321,15 @@ def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
     types = (DataArguments, ModelArguments, TabomConfig)
     _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
     assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+
+
+@pytest.mark.parametrize("text, window", [("all", "all"), ("7", 7), (7, 7)])
+def test_windows_are_numbers_or_all_in_files_and_on_the_command_line(tmp_path, text, window):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"supervised_window: {text}\nwindow_unit: tokens\n")
+    argv = ["--config", str(path), "--rank_window", str(text), "--output_dir", "x"]
+    (config,) = parse_arguments((TabomConfig,), argv, "tabom train", "")
+    assert (config.supervised_window, config.rank_window, config.window_unit) == (window, window, "tokens")
 
 
 @pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
@@ -330,7 +351,7 @@ def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
         (["--recipe", "dream"], "invalid choice: 'dream'"),
         (
             ["--data", "t.jsonl", "--eval_data", "e.jsonl"],
-            "eval_data='e.jsonl', eval_prompts=None with eval_strategy='no'",
+            "eval_prompts=None with eval_strategy='no'",
         ),
         (["--data", "t.jsonl", "--early_stopping_patience", "2"], "needs --load_best_model_at_end true"),
         (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),

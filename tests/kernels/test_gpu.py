@@ -43,7 +43,7 @@ def test_sequences_of_8192_rows(rng):
         for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
             e = entropy.to(dtype, copy=True).requires_grad_()
             losses = torch.ops.tabom_kernels.trajectory_rank_loss(
-                e, torch.tensor(0.7, dtype=dtype), steps, cu_seqlens, form, 0.1, backend
+                e, *(torch.tensor(x, dtype=dtype) for x in (0.7, 0.1)), steps, cu_seqlens, form, backend
             )[0]
             losses.sum().backward()
             results.append((losses.detach().double(), e.grad.double()))
