@@ -119,7 +119,8 @@ def test_the_best_checkpoint_and_early_stopping(tmp_path, data, model_folder):
     stopping = ["--load_best_model_at_end", "true", "--early_stopping_patience", "2"]
     ruin = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--supervised_window", "2"]
     assert run("train", *arguments, *rhythm, *stopping, *ruin) == 0
-    state = json.loads(sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))[-1].read_text())
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    state = json.loads((last / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=losses.get)
     assert state["best_metric"] == losses[best] and state["best_global_step"] == best
