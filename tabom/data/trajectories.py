@@ -10,6 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_response
 
+MAX_LINE = 2**24
+"""Bytes of a line of JSON."""
+
+STEPS_BELOW = 2**31
+"""Steps are int32 in the kernels."""
+
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
 RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
 
@@ -65,7 +71,9 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         token_ids = encode_response(tokenizer, prompt, response)
     if not token_ids:
         raise RecordError("response_token_ids", "is empty; a trajectory needs at least one token")
-    order = integers(record, "decoding_order", -1, None) if "decoding_order" in record else range(len(token_ids))
+    order = range(len(token_ids))
+    if "decoding_order" in record:
+        order = integers(record, "decoding_order", -1, STEPS_BELOW)
     if len(order) != len(token_ids):
         raise RecordError(
             "decoding_order",
@@ -80,32 +88,45 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         response_token_ids=token_ids,
         decoding_order=list(order),
         non_ltr_positions=non_ltr,
-        method=record.get("method"),
-        data_source=record.get("data_source"),
+        method=optional_text(record, "method"),
+        data_source=optional_text(record, "data_source"),
     )
 
 
 def parse_prompt(record: dict[str, Any]) -> Prompt:
     """The prompt under any of its names; a closing assistant message is the response, not the prompt."""
     field = first_present(record, PROMPT_FIELDS)
-    prompt = record[field]
     if field != "messages":
         return text(record, field)
-    is_conversation = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-        for message in prompt
-    )
-    if not is_conversation or not prompt:
-        raise RecordError(field, 'expected a list of {"role": ..., "content": ...} messages')
-    return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+    messages = conversation(record)
+    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not prompt:
+        raise RecordError(field, "has an answer, but nothing before it")
+    return prompt
 
 
 def parse_response(record: dict[str, Any]) -> str:
     """The response under any of its names, or the closing assistant message."""
-    messages = record.get("messages")
-    if messages and messages[-1]["role"] == "assistant" and not any(f in record for f in RESPONSE_FIELDS):
-        return messages[-1]["content"]
+    if "messages" in record and not any(field in record for field in RESPONSE_FIELDS):
+        messages = conversation(record)
+        if messages[-1]["role"] == "assistant":
+            return messages[-1]["content"]
     return text(record, first_present(record, RESPONSE_FIELDS))
+
+
+def conversation(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The `messages` field."""
+    messages = record["messages"]
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+        for message in messages
+    )
+    if not is_conversation or not messages:
+        raise RecordError("messages", 'expected a list of {"role": ..., "content": ...} messages')
+    for message in messages:
+        check_unicode("messages", message["content"])
+        check_unicode("messages", message["role"])
+    return messages
 
 
 def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
@@ -118,9 +139,24 @@ def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
 
 def text(record: dict[str, Any], field: str) -> str:
     """A field that must be a string."""
-    if not isinstance(record[field], str):
-        raise RecordError(field, f"expected text, got {record[field]!r:.60}")
-    return record[field]
+    value = record[field]
+    if not isinstance(value, str):
+        raise RecordError(field, f"expected text, got {value!r:.60}")
+    check_unicode(field, value)
+    return value
+
+
+def optional_text(record: dict[str, Any], field: str) -> str | None:
+    """A field that is a string, null or missing."""
+    return None if record.get(field) is None else text(record, field)
+
+
+def check_unicode(field: str, value: str) -> None:
+    """JSON can spell half of a surrogate pair, which no encoding and no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(field, f"half a surrogate pair at character {error.start}") from error
 
 
 def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> list[int]:
@@ -136,18 +172,35 @@ def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> 
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-                continue
-            is_object = isinstance(record, dict)
-            yield number, record if is_object else ValueError(f"expected a JSON object, got {record!r:.60}")
+    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out.
+
+    Whatever the bytes are, nothing else is raised, and no more than one line of at most `MAX_LINE` bytes is held.
+    """
+    with open(path, "rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_LINE)
+                yield number, ValueError(f"longer than {MAX_LINE} bytes")
+            elif line.strip():
+                yield number, parse_json_object(line)
+
+
+def parse_json_object(line: bytes) -> dict[str, Any] | ValueError:
+    """The object in a line, or what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return ValueError("not valid JSON: nested too deeply")
+    except ValueError:
+        return ValueError("not valid JSON: an integer of too many digits")
+    return record if isinstance(record, dict) else ValueError(f"expected a JSON object, got {record!r:.60}")
 
 
 def read_trajectories(
