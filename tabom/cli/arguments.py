@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,6 +48,12 @@ def parse_arguments(
 
 class Parser(HfArgumentParser):
     """Says what is wrong in one line; the usage of a hundred fields would push it off the screen."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
+        if field.type == int | str:  # of which HfArgumentParser would take integers alone
+            field.type = str
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

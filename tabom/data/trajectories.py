@@ -1,17 +1,16 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_response
-
-MAX_LINE = 2**24
-"""Bytes of a line of JSON."""
+from tabom.data.sources import read_records
 
 STEPS_BELOW = 2**31
 """Steps are int32 in the kernels."""
@@ -33,7 +32,8 @@ class Trajectory:
 
     `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
     tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
-    left. `method` names how the answer was made, `data_source` where the prompt came from.
+    left. `method` names how the answer was made, `data_source` where the prompt came from. `entropy` (nats) is that
+    of each token when it was unmasked.
     """
 
     prompt: Prompt
@@ -43,6 +43,7 @@ class Trajectory:
     non_ltr_positions: list[int] | None = None
     method: str | None = None
     data_source: str | None = None
+    entropy: list[float] | None = None
 
     def to_record(self) -> dict[str, Any]:
         """A JSON object of the fields that are set; conversations are written as `messages`."""
@@ -82,6 +83,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     non_ltr = record.get("non_ltr_positions")
     if non_ltr is not None:
         non_ltr = integers(record, "non_ltr_positions", 0, len(token_ids))
+    entropy = numbers(record, "entropy", len(token_ids)) if record.get("entropy") is not None else None
     return Trajectory(
         prompt=prompt,
         response=response,
@@ -90,6 +92,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         non_ltr_positions=non_ltr,
         method=optional_text(record, "method"),
         data_source=optional_text(record, "data_source"),
+        entropy=entropy,
     )
 
 
@@ -171,36 +174,21 @@ def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> 
     return values
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out.
-
-    Whatever the bytes are, nothing else is raised, and no more than one line of at most `MAX_LINE` bytes is held.
-    """
-    with open(path, "rb") as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(MAX_LINE)
-                yield number, ValueError(f"longer than {MAX_LINE} bytes")
-            elif line.strip():
-                yield number, parse_json_object(line)
+def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
+    """A field that must be a list of `count` finite numbers."""
+    values = record[field]
+    if not isinstance(values, list) or not all(is_finite_number(value) for value in values):
+        raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
+    if len(values) != count:
+        raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
+    return values
 
 
-def parse_json_object(line: bytes) -> dict[str, Any] | ValueError:
-    """The object in a line, or what is wrong with it."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 at byte {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return ValueError("not valid JSON: nested too deeply")
-    except ValueError:
-        return ValueError("not valid JSON: an integer of too many digits")
-    return record if isinstance(record, dict) else ValueError(f"expected a JSON object, got {record!r:.60}")
+def is_finite_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return type(value) is float and isfinite(value)
 
 
 def read_trajectories(
@@ -211,7 +199,7 @@ def read_trajectories(
     method: Sequence[str] | None = None,
     skip_invalid: bool = False,
 ) -> tuple[list[Trajectory], int]:
-    """Reads a JSONL file of trajectories.
+    """Reads trajectories from a JSONL, JSON, Parquet or CSV file, a folder of `datasets` or the hub.
 
     Args:
         vocab_size: the model's; token ids must be below it.
@@ -226,18 +214,24 @@ def read_trajectories(
     """
     trajectories: list[Trajectory] = []
     invalid = 0
-    for number, record in read_json_lines(path):
+    others: Counter[str] = Counter()
+    for place, record in read_records(path, default_split="train"):
         try:
             if isinstance(record, ValueError):
                 raise record
             if method is None or "all" in method or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
+            else:
+                others[str(record.get("method"))] += 1
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
+                raise ValueError(f"{path}, {place}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method {' or '.join(method)} (--method all keeps every record)"
+        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+        chosen = (
+            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        )
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 
@@ -249,12 +243,13 @@ def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None =
     """
     missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
     next_step = max(trajectory.decoding_order) + 1
-    positions = trajectory.non_ltr_positions
+    positions, entropy = trajectory.non_ltr_positions, trajectory.entropy
     return replace(
         trajectory,
         response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
         decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
         non_ltr_positions=None if positions is None else [position for position in positions if position < length],
+        entropy=None if entropy is None else entropy[:length] + [0.0] * missing,
     )
 
 

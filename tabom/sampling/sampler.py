@@ -85,11 +85,16 @@ class Completion(NamedTuple):
 
 
 class DecodingState(NamedTuple):
-    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked."""
+    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked.
+
+    `candidate_entropy` is what the step just taken saw: the entropy of every position that it could have unmasked,
+    those of the active block that were still masked.
+    """
 
     tokens: Tensor  # (B, T) int64
     decoding_order: Tensor  # (B, T) int64
     entropy: Tensor  # (B, T) nats, 0 where masked
+    candidate_entropy: Tensor  # (B, T) nats, NaN where the step had no choice
 
 
 def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
@@ -160,7 +165,8 @@ def denoise(
     entropy = torch.zeros_like(tokens, dtype=torch.float32)
     sequence_seeds = torch.tensor(seeds or [config.seed] * len(prompts), device=model.device)
 
-    yield DecodingState(tokens, order, entropy)
+    no_choice = torch.full_like(entropy, torch.nan)
+    yield DecodingState(tokens, order, entropy, no_choice)
     step = block_end = 0
     for block in config.plan(length):
         block_end += block.tokens
@@ -182,10 +188,10 @@ def denoise(
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
-            yield DecodingState(tokens, order, entropy)
+            yield DecodingState(tokens, order, entropy, candidates.entropy.where(masked, no_choice))
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy)
+        yield DecodingState(tokens, order, entropy, no_choice)
 
 
 def sample(
@@ -198,6 +204,11 @@ def sample(
     if not prompts:
         return []
     *_, state = denoise(model, prompts, response_length(model, config), config, seeds)
+    return completions(state)
+
+
+def completions(state: DecodingState) -> list[Completion]:
+    """The responses of a last state."""
     columns = (state.tokens.tolist(), state.decoding_order.tolist(), state.entropy.tolist())
     return [Completion(*row) for row in zip(*columns, strict=True)]
 

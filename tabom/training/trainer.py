@@ -21,11 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
+from tabom.training.card import model_card
 from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
 from tabom.training.collator import DENOMINATORS, FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
 from tabom.training.finite import check_step, check_weights
 from tabom.training.forward import LossOutput, add_loss_to_forward
 from tabom.training.objectives import Objective, ObjectiveSettings
+from tabom.training.windows import WindowSize, WindowUnit
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +44,20 @@ class TabomConfig(TrainingArguments):
         default="tabom",
         metadata={
             "help": "tabom: window cross-entropy and ranking. window: without the ranking. nelbo: each token masked "
-            "with probability t, weight 1/t. fixed_ratio: a fixed share masked."
+            "with probability t, weight 1/t. nelbo_exact: k of T tokens masked, weight T/k. fixed_ratio: a fixed share "
+            "masked."
         },
     )
-    supervised_window: int = field(default=32, metadata={"help": "M: steps after the cut with cross-entropy."})
-    rank_window: int = field(default=32, metadata={"help": "W: steps after the cut whose pairs are ranked."})
-    rank_weight: float = field(default=1.0, metadata={"help": "Weight of the rank loss."})
+    supervised_window: int | str = field(
+        default=32, metadata={"help": "M: what follows the cut with cross-entropy, or `all`: every later token."}
+    )
+    rank_window: int | str = field(
+        default=32, metadata={"help": "W: what follows the cut whose pairs are ranked, or `all`. NELBO ranks all."}
+    )
+    window_unit: WindowUnit = field(default="steps", metadata={"help": "What supervised_window and rank_window count."})
+    rank_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the rank loss. Default: 1 for tabom, 0 for the other objectives."}
+    )
     form: Literal["logistic", "hinge", "plackett_luce"] = field(
         default="logistic", metadata={"help": "Form of the rank loss."}
     )
@@ -57,8 +67,12 @@ class TabomConfig(TrainingArguments):
     cut_among_non_ltr: bool = field(
         default=False, metadata={"help": "Draw the cut among the steps of the record's non_ltr_positions."}
     )
+    skip_last_step: bool = field(
+        default=False, metadata={"help": "Draw the cut up to s_max - M, as released: the last step is never learnt."}
+    )
     rank_ties: bool = field(
-        default=False, metadata={"help": "Rank tokens of one step as if unmasked one by one, left to right."}
+        default=False,
+        metadata={"help": "Rank tokens of one step as if unmasked one by one: by entropy, else left to right."},
     )
     drop_short: bool = field(
         default=False, metadata={"help": "Learn nothing from trajectories of no more than supervised_window steps."}
@@ -98,9 +112,10 @@ class TabomConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         super().__post_init__()
-        for name in ("supervised_window", "rank_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1 step")
+        self.supervised_window = window_size("supervised_window", self.supervised_window)
+        self.rank_window = window_size("rank_window", self.rank_window)
+        if self.rank_weight is None:
+            self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
         for name in ("max_prompt_length", "max_response_length"):
             length = getattr(self, name)
             if length is not None and length < 1:
@@ -123,7 +138,7 @@ class TabomConfig(TrainingArguments):
     def loss_settings(self) -> dict[str, Any]:
         """The part that `tabom.training.forward.add_loss_to_forward` takes."""
         return {
-            "rank_weight": self.rank_weight if self.objective == "tabom" else 0.0,
+            "rank_weight": self.rank_weight,
             "form": self.form,
             "margin": self.margin,
             "temperature": self.temperature,
@@ -154,6 +169,15 @@ SAME_IN_A_RUN = (
     "train_sampling_strategy",
 )
 """Fields of `TrainingArguments` that decide the weights."""
+
+
+def window_size(name: str, value: int | str) -> WindowSize:
+    """A window as the command line, a file or Python gives it."""
+    if value == "all":
+        return "all"
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"{name}={value}: expected a number of at least 1, or all")
+    return int(value)
 
 
 class FollowEpoch(TrainerCallback):
@@ -415,6 +439,17 @@ class TabomTrainer(Trainer):
         # Data parallelism averages gradients over the ranks.
         loss = loss * processes if model.training else self.accelerator.reduce(loss, reduction="sum")
         return (loss, output) if return_outputs else loss
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Writes README.md with method, data, settings and results; `push_to_hub` calls it too."""
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.config.name_or_path or "random weights"
+        name = model_name or Path(self.args.output_dir).name
+        trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
+        card = model_card(name, base, self.args, trajectories, self.state.log_history)
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss terms since the last log, and the entropies of the logging step."""
