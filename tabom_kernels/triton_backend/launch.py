@@ -36,6 +36,10 @@ PAIR_TILES = 4
 LONG = 4096
 """From so many rows on, a sequence may be long, and that many programs share the partners of each row."""
 
+SUM_BLOCK = 1024
+SUM_WARPS = 4
+"""Of the one program that sums over all rows."""
+
 
 def options(warps: int) -> dict[str, int | bool]:
     """What every launch says beside its arguments.
