@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench triton-newest gpu gpu-models clean
+.PHONY: demo test lint format bench triton-newest gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -14,6 +14,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
@@ -27,17 +28,24 @@ bench: $(INSTALLED)
 triton-newest: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target .triton-newest triton
 
-# Runs on the machine's own Python, whose torch sees the GPU: nothing is installed.
+# These run on the machine's own Python, whose torch sees the GPU: nothing is installed. `gpu` stays under ten minutes.
 gpu:
 	$(PYTHON) -m pytest tests/kernels -q
-	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.kernels
+	$(PYTHON) -m benchmarks.loss --ours --rows 64 256 1024
+
+gpu-first:
+	$(PYTHON) -m benchmarks.gpu_first
+
+gpu-peers:
+	$(PYTHON) -m benchmarks.kernels --peers
+	$(PYTHON) -m benchmarks.loss
 
 gpu-models:
 	$(PYTHON) -m benchmarks.scaling
 	$(PYTHON) -m benchmarks.sampler
 	$(PYTHON) -m benchmarks.trainer
-	$(PYTHON) -m tabom.cli train --recipe dream_prm12k --random-weights --max-steps 3
+	$(PYTHON) -m tabom train --recipe dream_prm12k --random-weights --max-steps 3
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.

@@ -1,7 +1,67 @@
 """TABOM post-training of diffusion language models.
 
-Data flows one way: prompts -> `sampler` -> `trajectories` -> `windows` -> `collator` -> `forward` (model and
-loss) -> `trainer` -> checkpoint. The loss itself is in `tabom_kernels`.
+Data flows one way, a room a stage: prompts -> `sampling` -> trajectories (`data`) -> `training` (windows, collator,
+forward, loss) -> checkpoint -> `evaluation`. What people use comes from here; nothing is imported before it is asked
+for. The loss itself is in `tabom_kernels`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tabom.data.prompts import PromptSet, read_prompts
+    from tabom.data.trajectories import Trajectory, read_trajectories
+    from tabom.data.verifiers import Verdict, make_verifier
+    from tabom.models.diffusion_model import DiffusionModel, describe
+    from tabom.models.loading import load
+    from tabom.sampling.collect import CollectConfig, collect
+    from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise, sample
+    from tabom.training.trainer import TabomConfig, TabomTrainer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CollectConfig",
+    "Completion",
+    "DiffusionModel",
+    "PromptSet",
+    "SamplerConfig",
+    "TabomConfig",
+    "TabomTrainer",
+    "Trajectory",
+    "Verdict",
+    "collect",
+    "decode_response",
+    "denoise",
+    "describe",
+    "load",
+    "make_verifier",
+    "read_prompts",
+    "read_trajectories",
+    "sample",
+]
+
+MODULES = {
+    "data.prompts": ("PromptSet", "read_prompts"),
+    "data.trajectories": ("Trajectory", "read_trajectories"),
+    "data.verifiers": ("Verdict", "make_verifier"),
+    "models.diffusion_model": ("DiffusionModel", "describe"),
+    "models.loading": ("load",),
+    "sampling.collect": ("CollectConfig", "collect"),
+    "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise", "sample"),
+    "training.trainer": ("TabomConfig", "TabomTrainer"),
+}
+"""Where the names are, for `__getattr__`; what type checkers read above says the same."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for (PEP 562)."""
+    for module, names in MODULES.items():
+        if name in names:
+            return getattr(import_module(f"tabom.{module}"), name)
+    raise AttributeError(f"module 'tabom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those not yet imported."""
+    return [*globals(), *__all__]

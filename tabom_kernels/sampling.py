@@ -1,5 +1,6 @@
 """What a sampler step needs of each masked position."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_logits, check_rows
+from tabom_kernels.checks import check_logits, check_rows, check_scalar
 from tabom_kernels.noise import row_keys
 
 
@@ -100,8 +101,7 @@ def unmask_statistics(
         ValueError: a shape or setting is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or above")
+    check_scalar("temperature", temperature, lambda x: 0 <= x < math.inf, "0 (greedy) or above, and finite")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:

@@ -14,7 +14,7 @@ from functools import cache
 from itertools import permutations
 from typing import Literal, NamedTuple
 
-from tabom.prompts import PromptSet
+from tabom.data.prompts import PromptSet
 
 Split = Literal["train", "test"]
 HELD_OUT_SHARE = 10  # one prompt in ten
@@ -79,6 +79,7 @@ class Task(ABC):
             list(prompts),
             list(answers),
             check=lambda prompt, answer, response: self.is_correct(Problem(prompt, answer), response),
+            verifier=self.name,
         )
 
 

@@ -1,0 +1,1 @@
+"""The `tabom` command: arguments, and one module a command."""

@@ -1,0 +1,263 @@
+"""The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tabom.data.encoding import Prompt, encode_response
+from tabom.data.sources import read_records
+
+STEPS_BELOW = 2**31
+"""Steps are int32 in the kernels."""
+
+PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
+RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
+
+
+class RecordError(ValueError):
+    """A field of a record is missing or wrong; says which field, its value and what was expected."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field {field!r}: {problem}")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer with its decoding order.
+
+    `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
+    tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
+    left. `method` names how the answer was made, `data_source` where the prompt came from. `entropy` (nats) is that
+    of each token when it was unmasked.
+    """
+
+    prompt: Prompt
+    response: str
+    response_token_ids: list[int]
+    decoding_order: list[int]
+    non_ltr_positions: list[int] | None = None
+    method: str | None = None
+    data_source: str | None = None
+    entropy: list[float] | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """A JSON object of the fields that are set; conversations are written as `messages`."""
+        record = {name: value for name, value in asdict(self).items() if value is not None}
+        if not isinstance(self.prompt, str):
+            record["messages"] = record.pop("prompt")
+        return record
+
+
+def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Trajectory:
+    """Reads a record in any of the published spellings (see PROMPT_FIELDS and RESPONSE_FIELDS).
+
+    Without `response_token_ids` the response is tokenized; without `decoding_order` it decodes left to right.
+
+    Args:
+        vocab_size: token ids must be below it.
+
+    Raises:
+        RecordError: a field is missing, of the wrong type or length, or out of range.
+    """
+    prompt = parse_prompt(record)
+    response = parse_response(record)
+    if "response_token_ids" in record:
+        token_ids = integers(record, "response_token_ids", 0, vocab_size)
+    else:
+        token_ids = encode_response(tokenizer, prompt, response)
+    if not token_ids:
+        raise RecordError("response_token_ids", "is empty; a trajectory needs at least one token")
+    order = range(len(token_ids))
+    if "decoding_order" in record:
+        order = integers(record, "decoding_order", -1, STEPS_BELOW)
+    if len(order) != len(token_ids):
+        raise RecordError(
+            "decoding_order",
+            f"has {len(order)} steps for {len(token_ids)} response tokens; one a token expected",
+        )
+    non_ltr = record.get("non_ltr_positions")
+    if non_ltr is not None:
+        non_ltr = integers(record, "non_ltr_positions", 0, len(token_ids))
+    entropy = numbers(record, "entropy", len(token_ids)) if record.get("entropy") is not None else None
+    return Trajectory(
+        prompt=prompt,
+        response=response,
+        response_token_ids=token_ids,
+        decoding_order=list(order),
+        non_ltr_positions=non_ltr,
+        method=optional_text(record, "method"),
+        data_source=optional_text(record, "data_source"),
+        entropy=entropy,
+    )
+
+
+def parse_prompt(record: dict[str, Any]) -> Prompt:
+    """The prompt under any of its names; a closing assistant message is the response, not the prompt."""
+    field = first_present(record, PROMPT_FIELDS)
+    if field != "messages":
+        return text(record, field)
+    messages = conversation(record)
+    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not prompt:
+        raise RecordError(field, "has an answer, but nothing before it")
+    return prompt
+
+
+def parse_response(record: dict[str, Any]) -> str:
+    """The response under any of its names, or the closing assistant message."""
+    if "messages" in record and not any(field in record for field in RESPONSE_FIELDS):
+        messages = conversation(record)
+        if messages[-1]["role"] == "assistant":
+            return messages[-1]["content"]
+    return text(record, first_present(record, RESPONSE_FIELDS))
+
+
+def conversation(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The `messages` field."""
+    messages = record["messages"]
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+        for message in messages
+    )
+    if not is_conversation or not messages:
+        raise RecordError("messages", 'expected a list of {"role": ..., "content": ...} messages')
+    for message in messages:
+        check_unicode("messages", message["content"])
+        check_unicode("messages", message["role"])
+    return messages
+
+
+def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
+    """The first of `fields` that the record has."""
+    for field in fields:
+        if field in record:
+            return field
+    raise RecordError(fields[0], f"missing; expected one of {', '.join(fields)}")
+
+
+def text(record: dict[str, Any], field: str) -> str:
+    """A field that must be a string."""
+    value = record[field]
+    if not isinstance(value, str):
+        raise RecordError(field, f"expected text, got {value!r:.60}")
+    check_unicode(field, value)
+    return value
+
+
+def optional_text(record: dict[str, Any], field: str) -> str | None:
+    """A field that is a string, null or missing."""
+    return None if record.get(field) is None else text(record, field)
+
+
+def check_unicode(field: str, value: str) -> None:
+    """JSON can spell half of a surrogate pair, which no encoding and no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(field, f"half a surrogate pair at character {error.start}") from error
+
+
+def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> list[int]:
+    """A field that must be a list of integers in [low, high)."""
+    values = record[field]
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise RecordError(field, f"expected a list of integers, got {values!r:.60}")
+    for position, value in enumerate(values):
+        if value < low or (high is not None and value >= high):
+            bound = "" if high is None else f" and below {high}"
+            raise RecordError(field, f"{value} at position {position}; expected at least {low}{bound}")
+    return values
+
+
+def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
+    """A field that must be a list of `count` finite numbers."""
+    values = record[field]
+    if not isinstance(values, list) or not all(is_finite_number(value) for value in values):
+        raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
+    if len(values) != count:
+        raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
+    return values
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return type(value) is float and isfinite(value)
+
+
+def read_trajectories(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    method: Sequence[str] | None = None,
+    skip_invalid: bool = False,
+) -> tuple[list[Trajectory], int]:
+    """Reads trajectories from a JSONL, JSON, Parquet or CSV file, a folder of `datasets` or the hub.
+
+    Args:
+        vocab_size: the model's; token ids must be below it.
+        method: keep only the records whose `method` field is one of these; None, or "all" among them: every record.
+        skip_invalid: count and leave out the lines that do not parse, instead of raising.
+
+    Returns:
+        The trajectories in file order, and how many lines were invalid.
+
+    Raises:
+        ValueError: a line is invalid (names file, line and field), or nothing is left.
+    """
+    trajectories: list[Trajectory] = []
+    invalid = 0
+    others: Counter[str] = Counter()
+    for place, record in read_records(path, default_split="train"):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if method is None or "all" in method or record.get("method") in method:
+                trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
+            else:
+                others[str(record.get("method"))] += 1
+        except ValueError as error:
+            if not skip_invalid:
+                raise ValueError(f"{path}, {place}: {error} (--skip-invalid leaves such lines out)") from error
+            invalid += 1
+    if not trajectories:
+        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+        chosen = (
+            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        )
+        raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
+    return trajectories, invalid
+
+
+def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None = None) -> Trajectory:
+    """Cuts a response off after `length` tokens; with a `pad_token_id`, also fills it up to them.
+
+    The filling is decoded after everything else, left to right.
+    """
+    missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
+    next_step = max(trajectory.decoding_order) + 1
+    positions, entropy = trajectory.non_ltr_positions, trajectory.entropy
+    return replace(
+        trajectory,
+        response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
+        decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
+        non_ltr_positions=None if positions is None else [position for position in positions if position < length],
+        entropy=None if entropy is None else entropy[:length] + [0.0] * missing,
+    )
+
+
+def non_ltr_positions(decoding_order: list[int]) -> list[int]:
+    """Positions unmasked at an earlier step than some position on their left."""
+    positions, latest = [], -1
+    for position, step in enumerate(decoding_order):
+        if 0 <= step < latest:
+            positions.append(position)
+        latest = max(latest, step)
+    return positions

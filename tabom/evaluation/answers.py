@@ -1,0 +1,56 @@
+"""Answers to a prompt set, and how many are right. Every measure is a list of scores in [0, 1], one a prompt."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tabom.data.encoding import encode_prompt
+from tabom.data.prompts import PromptSet
+from tabom.evaluation.metrics import pass_at_k
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, sample
+
+BATCH_SIZE = 128
+
+
+def answer(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> list[Completion]:
+    """One completion a prompt."""
+    encoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts.prompts]
+    batches = (encoded[start : start + BATCH_SIZE] for start in range(0, len(encoded), BATCH_SIZE))
+    return [completion for batch in batches for completion in sample(model, batch, config)]
+
+
+def count_right(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> tuple[int, int]:
+    """How many answers are right, and how many could be checked."""
+    responses = [decode_response(model, completion.token_ids) for completion in answer(model, prompts, config)]
+    verdicts = [verdict.correct for verdict in prompts.verdicts(range(len(responses)), responses)]
+    return verdicts.count(True), len(verdicts) - verdicts.count(None)
+
+
+def grade(model: DiffusionModel, prompts: PromptSet, completions: Sequence[Completion]) -> np.ndarray:
+    """1 where the completion is right, 0 elsewhere."""
+    responses = [decode_response(model, completion.token_ids) for completion in completions]
+    verdicts = prompts.verdicts(range(len(responses)), responses)
+    return np.array([verdict.correct is True for verdict in verdicts], dtype=float)
+
+
+def accuracy(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> np.ndarray:
+    """1 where the answer is right, 0 elsewhere."""
+    return grade(model, prompts, answer(model, prompts, config))
+
+
+def sampled_pass_at(
+    ks: Sequence[int],
+    model: DiffusionModel,
+    prompts: PromptSet,
+    config: SamplerConfig,
+    on_sample: Callable[[], None] = lambda: None,
+) -> dict[int, np.ndarray]:
+    """Estimates of pass@k for each of `ks`, from max(ks) samples a prompt with seeds seed, seed + 1, ..."""
+    samples = max(ks)
+    right = np.zeros(len(prompts.prompts), dtype=int)
+    for repeat in range(samples):
+        right += accuracy(model, prompts, replace(config, seed=config.seed + repeat)).astype(int)
+        on_sample()
+    return {k: pass_at_k(right, samples, k) for k in ks}

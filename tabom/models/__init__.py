@@ -1,0 +1,1 @@
+"""Models, and the conventions of their families."""

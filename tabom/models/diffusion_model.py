@@ -1,0 +1,82 @@
+"""A model with its tokenizer and the conventions of its family: what everything above needs to know of a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tabom.models.families import WHAT_LOADS
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A model with bidirectional attention, its tokenizer, and the conventions of its family.
+
+    `logits_shift` is how far to the left the logits of a token stand: 0 in LLaDA and masked language models, 1 in
+    Dream, whose logits at i - 1 predict the token at i.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    mask_token_id: int
+    pad_token_id: int
+    eos_token_id: int | None
+    logits_shift: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return self.model.device
+
+
+def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionModel:
+    """The conventions of a model in memory, read from its config and tokenizer.
+
+    Raises:
+        ValueError: the model attends causally, or no mask token is known.
+    """
+    config = model.config
+    if getattr(config, "is_causal", True):
+        raise ValueError(
+            f"model type {config.model_type!r} attends causally; a diffusion language model needs bidirectional "
+            f"attention. {WHAT_LOADS}"
+        )
+    mask_token_id = getattr(config, "mask_token_id", None)
+    if mask_token_id is None:
+        mask_token_id = tokenizer.mask_token_id
+    if mask_token_id is None:
+        raise ValueError(
+            f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
+            "or the tokenizer's mask_token"
+        )
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    logits_shift = getattr(config, "logits_shift", 0)
+    return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift)
+
+
+def logits_at(
+    model: PreTrainedModel, rows: Tensor, forward: Callable[..., Any] | None = None, **inputs: Tensor
+) -> Tensor:
+    """Runs the model and returns the logits of chosen positions only, (N, V).
+
+    The rows are gathered just before the head, so the head never sees the others; the model's own forward does
+    everything else, such as scaling or capping the logits.
+
+    Args:
+        rows: (N,) int64 indices into the flattened (B * L) positions of `inputs`.
+        forward: called instead of `model`, for a caller that has replaced the model's forward.
+        inputs: what the model's forward takes: `input_ids` (B, L), `attention_mask`, `position_ids`, ...
+    """
+
+    def keep_rows(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (hidden,) = args
+        return (hidden.reshape(-1, hidden.shape[-1])[rows],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    try:
+        return (forward or model)(**inputs).logits
+    finally:
+        hook.remove()

@@ -1,0 +1,1 @@
+"""Prompts in, responses and the order of their unmasking out."""

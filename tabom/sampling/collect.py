@@ -1,0 +1,196 @@
+"""`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
+
+Two files grow side by side: `<output>` gets the right answers and those that nobody could check (`"correct": null`),
+`<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
+attempt is a line of exactly one of them, so a process killed at any moment loses at most the batch in flight, and a
+restart repeats nothing.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.progress import Progress
+
+from tabom.data.encoding import encode_prompt
+from tabom.data.prompts import PromptSet
+from tabom.data.trajectories import Trajectory, non_ltr_positions
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length, sample
+
+PUBLISHED_METHODS = {"dream_entropy": "entropy", "llada_low_confidence": "default"}
+"""What the authors' records call a policy in `method`, and their recipes keep; the other policies keep their names."""
+
+
+@dataclass
+class CollectConfig:
+    """How many attempts are made and where the right ones go."""
+
+    output: str = field(metadata={"help": "JSONL file of trajectories; a second run on the same file continues it."})
+    samples_per_prompt: int = field(
+        default=1,
+        metadata={"help": "Attempts a prompt, with seeds seed, seed + 1, ... Needs temperature > 0."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """Attempts over all runs on this output, the right and the unverified among them, and the attempts of this run."""
+
+    attempts: int
+    correct: int
+    unverified: int
+    new_attempts: int
+
+
+def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: CollectConfig) -> CollectReport:
+    """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
+
+    Raises:
+        ValueError: `config.output` was begun with other settings.
+    """
+    output = Path(config.output)
+    rejected = output.with_name(output.name + ".rejected")
+    settings = {
+        "model": model.model.config.name_or_path,
+        "prompts": prompts.fingerprint(),
+        "verifier": prompts.verifier,
+        **asdict(sampler),
+        "max_new_tokens": response_length(model, sampler),
+        "max_prompt_length": config.max_prompt_length,
+    }
+    verdicts = start_or_resume(output, rejected, settings, config.overwrite)
+    attempts = [
+        (index, repeat)
+        for index in range(len(prompts.prompts))
+        for repeat in range(config.samples_per_prompt)
+        if attempt_id(index, repeat) not in verdicts
+    ]
+
+    with Progress() as progress, output.open("a") as kept_lines, rejected.open("a") as rejected_lines:
+        bar = progress.add_task("collecting", total=len(attempts))
+        for start in range(0, len(attempts), config.batch_size):
+            batch = attempts[start : start + config.batch_size]
+            encoded = [
+                encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length) for index, _ in batch
+            ]
+            seeds = [sampler.seed + repeat for _, repeat in batch]
+            completions = sample(model, encoded, sampler, seeds)
+            trajectories = [
+                to_trajectory(model, prompts, index, completion, sampler.policy)
+                for (index, _), completion in zip(batch, completions, strict=True)
+            ]
+            judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
+            for attempt, trajectory, verdict in zip(batch, trajectories, judged, strict=True):
+                name = attempt_id(*attempt)
+                verdicts[name] = verdict.correct
+                lines = rejected_lines if verdict.correct is False else kept_lines
+                write_line(lines, {"id": name, **trajectory.to_record(), **verdict._asdict()})
+            write_to_disk(kept_lines)
+            write_to_disk(rejected_lines)
+            progress.update(bar, advance=len(batch), description=hit_rate(verdicts.values()))
+
+    counts = Counter(verdicts.values())
+    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts))
+
+
+def hit_rate(verdicts: Collection[bool | None]) -> str:
+    """How many of the attempts so far were right, of those that could be checked."""
+    counts = Counter(verdicts)
+    checked = counts[True] + counts[False]
+    rate = f"{counts[True] / checked:.1%} of {checked} right" if checked else "none checked"
+    return f"{rate}, {counts[None]} unverified" if counts[None] else rate
+
+
+def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
+    """Several samples of a prompt need a sampler that another seed changes."""
+    if samples_per_prompt > 1 and not sampler.is_random:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} with temperature=0: all samples of a prompt would be the "
+            "same; give --temperature or --alg_temp above 0, or a random --policy"
+        )
+
+
+def to_trajectory(
+    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str
+) -> Trajectory:
+    """The record of one completion."""
+    return Trajectory(
+        prompt=prompts.prompts[index],
+        response=decode_response(model, completion.token_ids),
+        response_token_ids=completion.token_ids,
+        decoding_order=completion.decoding_order,
+        non_ltr_positions=non_ltr_positions(completion.decoding_order),
+        method=PUBLISHED_METHODS.get(policy, policy),
+        data_source=prompts.name,
+        entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
+    )
+
+
+def attempt_id(index: int, repeat: int) -> str:
+    """Names an attempt: prompt index and repeat."""
+    return f"{index}-{repeat}"
+
+
+def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, bool | None]:
+    """Readies both files for appending and returns the verdicts on the attempts that are finished."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        output.unlink(missing_ok=True)
+        rejected.unlink(missing_ok=True)
+    if output.exists() and not rejected.exists():
+        raise ValueError(f"output={output}: exists, but not from `tabom collect`; choose another, or --overwrite")
+    for path in (rejected, output):  # in this order: an output without its companion is taken for somebody else's
+        path.touch()
+        drop_torn_line(path)
+    if rejected.stat().st_size == 0:
+        with rejected.open("w") as lines:
+            write_line(lines, settings)
+            write_to_disk(lines)
+
+    begun_with, *wrong = read_lines(rejected)
+    for name, value in settings.items():
+        if begun_with.get(name) != value:
+            raise ValueError(
+                f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
+                "continue with the same settings, choose another output, or --overwrite"
+            )
+    return {record["id"]: record["correct"] for record in (*read_lines(output), *wrong)}
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off a last line that has no newline: its writer was killed in the middle of it."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that `write_line` wrote."""
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_line(lines: TextIO, record: dict[str, Any]) -> None:
+    """Appends one JSON object."""
+    lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_to_disk(lines: TextIO) -> None:
+    """Flushes a file through to the disk."""
+    lines.flush()
+    os.fsync(lines.fileno())

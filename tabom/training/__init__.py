@@ -1,0 +1,1 @@
+"""From trajectories to a trained model: windows, targets, batches, the loss in the forward, the trainer."""

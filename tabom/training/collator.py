@@ -1,0 +1,164 @@
+"""From trajectories to the batches that the model's forward takes."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from tabom.data.encoding import encode_prompt
+from tabom.data.trajectories import Trajectory, fit_response
+from tabom.training.objectives import ObjectiveSettings, Target, make_target
+from tabom.training.windows import example_rng
+from tabom_kernels import count_ordered_pairs
+
+IGNORE_INDEX = -100
+DENOMINATORS = ("num_tokens", "num_sequences")
+
+Example = tuple[list[int], list[int], Target]
+"""Prompt token ids, response token ids, and what is asked of the response."""
+
+FILLER = -1
+"""Index of no record: fills the last batch of an epoch up, so that every process has as many batches."""
+
+
+class TrajectoryDataset(Dataset):
+    """Examples by (epoch, index).
+
+    The epoch is part of the key, not a state of the dataset, so a worker that was started in another epoch, another
+    rank or a resumed run draws the same cut.
+
+    Args:
+        max_prompt_length: tokens; see `tabom.data.encoding.encode_prompt` for what is cut.
+        max_response_length: tokens; the end is cut.
+        pad_token_id: fills responses up to `max_response_length`; None: they stay as long as they are.
+    """
+
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ObjectiveSettings,
+        seed: int,
+        max_prompt_length: int | None = None,
+        max_response_length: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        self.trajectories = trajectories
+        if max_response_length is not None:
+            self.trajectories = [fit_response(each, max_response_length, pad_token_id) for each in trajectories]
+        self.prompts = [encode_prompt(tokenizer, trajectory.prompt, max_prompt_length) for trajectory in trajectories]
+        self.settings = settings
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example | None:
+        epoch, index = key
+        if index == FILLER:
+            return None
+        trajectory = self.trajectories[index]
+        target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
+        return self.prompts[index], trajectory.response_token_ids, target
+
+    def asks_anything(self) -> bool:
+        """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""
+        keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
+        return any(self[key][2].supervised.any() for key in keys)
+
+    def digest(self) -> str:
+        """Of all that the examples are made from, and their order."""
+        digest = hashlib.sha256()
+        for prompt, trajectory in zip(self.prompts, self.trajectories, strict=True):
+            digest.update(json.dumps([prompt, trajectory.to_record()]).encode())
+        return f"{len(self)} trajectories, sha256 {digest.hexdigest()[:16]}"
+
+
+class EpochSampler(Sampler):
+    """Yields the keys (epoch, index) of a `TrajectoryDataset` in an order that depends on (seed, epoch) alone.
+
+    Args:
+        multiple_of: fill an epoch up to a multiple of so many keys with `FILLER`.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool, multiple_of: int = 1) -> None:
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.fillers = -length % multiple_of
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length + self.fillers
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return ((self.epoch, int(index)) for index in (*order, *[FILLER] * self.fillers))
+
+
+class TrajectoryCollator:
+    """Pads and packs examples.
+
+    A batch holds `input_ids` and `attention_mask` (B, L), right-padded, with masked response tokens; and, packed over
+    the N positions that are supervised or ranked: `rows` (N,) flat indices of the logits in (B * L), `labels` (N,)
+    with -100 = not supervised, `steps` (N,) with -1 = not ranked, `token_weights` (N,) and `cu_seqlens` (B + 1,).
+    `num_tokens` and `num_sequences` are this batch's shares of the denominators of cross-entropy and rank loss.
+    A filler (None) is a row of one token that is asked nothing.
+    """
+
+    def __init__(self, mask_token_id: int, pad_token_id: int, logits_shift: int = 0) -> None:
+        self.mask_token_id = mask_token_id
+        self.pad_token_id = pad_token_id
+        self.logits_shift = logits_shift
+
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        examples = [example or ask_nothing() for example in examples]
+        length = max(len(prompt) + len(response) for prompt, response, _ in examples)
+        input_ids = np.full((len(examples), length), self.pad_token_id)
+        attention_mask = np.zeros((len(examples), length), dtype=np.int64)
+        packed: dict[str, list[np.ndarray]] = {"rows": [], "labels": [], "steps": [], "token_weights": []}
+
+        for b, (prompt, response, target) in enumerate(examples):
+            start, end = len(prompt), len(prompt) + len(response)
+            input_ids[b, :start] = prompt
+            input_ids[b, start:end] = np.where(target.masked, self.mask_token_id, response)
+            attention_mask[b, :end] = 1
+
+            needed = np.flatnonzero(target.supervised | (target.steps >= 0))
+            packed["rows"].append(b * length + start + needed - self.logits_shift)
+            packed["labels"].append(np.where(target.supervised, response, IGNORE_INDEX)[needed])
+            packed["steps"].append(target.steps[needed])
+            packed["token_weights"].append(target.token_weights[needed])
+
+        lengths = [len(rows) for rows in packed["rows"]]
+        batch = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in packed.items()}
+        batch["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            **batch,
+            "num_tokens": torch.tensor(sum(target.num_tokens for *_, target in examples)),
+            "num_sequences": (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum(),
+        }
+
+
+def ask_nothing() -> Example:
+    """One masked token without a label."""
+    nowhere = np.zeros(1, dtype=bool)
+    weights = np.ones(1, dtype=np.float32)
+    return (
+        [],
+        [0],
+        Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0),
+    )

@@ -1,0 +1,26 @@
+import numpy as np
+import pytest
+import torch
+
+from tabom.evaluation.metrics import count_pairs_in_order, entropy_by_step, pass_at_k
+
+
+def test_pass_at_k_against_the_definition(seed):
+    """With c right of n samples, pass@k is the share of k-subsets that hold a right one."""
+    right = np.array([[1, 0, 0], [0, 0, 0]] + [[1, 1, 0]] * 2 + [[0, 1, 0]] * 12)  # (samples, problems)
+    rng = np.random.default_rng(seed)
+    for k in (1, 2, 4, 8, 16):
+        subsets = np.array([rng.choice(16, k, replace=False) for _ in range(10000)])
+        assert pass_at_k(right.sum(0), 16, k) == pytest.approx(right[subsets].any(1).mean(0), abs=0.03)
+
+
+def test_pairs_in_order_by_hand():
+    """Pairs (0, 1) and (0, 2) of the first sequence, none of the second: only the first is in order."""
+    entropy = torch.tensor([0.5, 0.7, 0.5, 0.1, 0.2])
+    steps = torch.tensor([0, 1, 1, 3, -1])
+    counts = count_pairs_in_order(entropy, steps, torch.tensor([0, 3, 5], dtype=torch.int32))
+    assert (counts.in_order.item(), counts.pairs.item()) == (1, 2)
+
+
+def test_entropy_by_step():
+    assert entropy_by_step([[1, 0], [0, 0]], [[0.5, 0.1], [0.3, 0.2]]) == pytest.approx([0.2, 0.5])

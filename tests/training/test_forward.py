@@ -1,0 +1,197 @@
+import copy
+import dataclasses
+
+import peft
+import pytest
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tabom.training import forward as forward_module
+from tabom.training.forward import add_loss_to_forward
+from tabom_kernels import softmax_entropy, tabom_loss
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "is_causal": False,
+    "initializer_range": 0.3,
+}
+BERT_SIZES = {name: SIZES[name] for name in SIZES if name not in ("num_key_value_heads", "head_dim", "is_causal")}
+LOSS = {"rank_weight": 0.5, "margin": 0.2, "form": "hinge"}
+
+
+def llama(**changes):
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+
+
+def llama_with_bias():
+    model = llama()
+    model.lm_head = torch.nn.Linear(16, 50)
+    return model
+
+
+MODELS = {
+    "untied": llama,
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "bias": llama_with_bias,
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "bert": lambda: BertForMaskedLM(BertConfig(**BERT_SIZES)),
+    "modernbert": lambda: ModernBertForMaskedLM(
+        ModernBertConfig(**BERT_SIZES, global_attn_every_n_layers=1, cls_token_id=1, sep_token_id=2, eos_token_id=2)
+    ),
+}
+CHANGED_LOGITS = {
+    "soft-capping": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
+    "scaling": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+
+
+def draw_batch(shift=0):
+    """Three sequences of 9 tokens; the loss needs six positions of each, moved `shift` to the left."""
+    positions = torch.stack([torch.randperm(8)[:6] + 1 for _ in range(3)])
+    rows = (torch.arange(3)[:, None] * 9 + positions - shift).flatten()
+    return {
+        "input_ids": torch.randint(3, 50, (3, 9)),
+        "attention_mask": torch.ones(3, 9, dtype=torch.int64),
+        "rows": rows,
+        "labels": torch.randint(50, (18,)).masked_fill(torch.rand(18) < 0.3, -100),
+        "steps": torch.randint(-1, 5, (18,)),
+        "cu_seqlens": torch.tensor([0, 6, 12, 18], dtype=torch.int32),
+    }
+
+
+def expected_of(model, batch):
+    """Loss, gradients and entropies from all the logits of the model's own forward."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+    logits = logits[batch["rows"]]
+    result = tabom_loss(logits, batch["labels"], batch["steps"], batch["cu_seqlens"], **LOSS, backend="reference")
+    return result, gradients(model, result.loss), softmax_entropy(logits.detach())
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, batch, **options):
+    expected, expected_grads, entropy = expected_of(model, batch)
+    add_loss_to_forward(model, **LOSS, **options)
+    output = model(**batch, return_entropy=True)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.cross_entropy, expected.cross_entropy)
+    torch.testing.assert_close(output.rank, expected.rank)
+    torch.testing.assert_close(output.entropy, entropy)
+    grads = gradients(model, output.loss)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert model(**batch).entropy is None
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_fused_head_trains_any_model_as_its_logits_would(rng, monkeypatch, build, shift):
+    monkeypatch.setattr(forward_module, "logits_at", None)  # the logits are never asked for
+    assert_same_training(build().eval(), draw_batch(shift))
+
+
+@pytest.mark.parametrize("build", [*MODELS.values(), *CHANGED_LOGITS.values()], ids=[*MODELS, *CHANGED_LOGITS])
+def test_the_logits_of_the_rows_do_for_every_model(rng, build):
+    assert_same_training(build().eval(), draw_batch(), fused_linear=False)
+
+
+@pytest.mark.parametrize("build", CHANGED_LOGITS.values(), ids=CHANGED_LOGITS.keys())
+def test_a_model_that_changes_its_logits_is_refused_with_the_remedy(rng, build):
+    model, batch = build().eval(), draw_batch()
+    add_loss_to_forward(model, **LOSS)
+    with pytest.raises(ValueError, match=r"changes its logits after the head .* set fused_linear=False"):
+        model(**batch)
+    del batch["rows"], batch["labels"], batch["steps"], batch["cu_seqlens"]
+    assert model(**batch).logits.shape == (3, 9, 50), "the head is itself again"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "head"])
+def test_lora_on_the_body_or_on_the_head(rng, targets):
+    torch.manual_seed(rng.randrange(2**31))
+    model, batch = llama().eval(), draw_batch()
+    lora = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    expected, expected_grads, _ = expected_of(adapted, batch)
+    add_loss_to_forward(model, **LOSS)
+    output = adapted(**batch)
+    torch.testing.assert_close(output.loss, expected.loss)
+    grads = gradients(adapted, output.loss)
+    assert grads.keys() == expected_grads.keys() and all("lora" in name for name in grads)
+    assert any("lm_head" in name for name in grads) == ("lm_head" in targets)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_frozen_head_gets_no_gradient(rng):
+    model, batch = llama().eval(), draw_batch()
+    model.lm_head.requires_grad_(False)
+    add_loss_to_forward(model, **LOSS)
+    assert "lm_head.weight" not in gradients(model, model(**batch).loss)
+
+
+def test_a_head_whose_forward_was_replaced_keeps_it(rng):
+    """As accelerate does to offload a layer."""
+    model, batch = llama().eval(), draw_batch()
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: plain(hidden) * 2
+    assert_same_training(model, batch)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("build", [llama, MODELS["tied"], MODELS["bias"], *CHANGED_LOGITS.values()])
+def test_sharded_in_bf16_the_loss_stays_in_fp32_and_changed_logits_are_still_noticed(rng, one_process, build):
+    """FSDP2 casts what the head and the model return."""
+    model, batch = build().eval(), draw_batch()
+    expected = copy.deepcopy(model)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.bfloat16()
+    add_loss_to_forward(expected, **LOSS)
+    add_loss_to_forward(model, **LOSS)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    for modules in (*model.model.layers, [model.get_input_embeddings(), model.get_output_embeddings()]):
+        fully_shard(modules, mp_policy=policy)
+    fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=None))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    if build in CHANGED_LOGITS.values():
+        with pytest.raises(ValueError, match=r"set fused_linear=False"):
+            model(**batch)
+        return
+    loss, expected_loss = model(**batch).loss, expected(**batch).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    grads, expected_grads = gradients(model, loss), gradients(expected, expected_loss)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name].full_tensor().bfloat16(), grad, msg=lambda m, n=name: f"{n}: {m}")
