@@ -48,6 +48,30 @@ def tds(entropy: np.ndarray, masked: np.ndarray) -> float:
     return float(np.mean(variances)) if variances else 0.0
 
 
+class Estimate(NamedTuple):
+    """A mean over problems and its standard error; None where there are no problems, or too few for an error."""
+
+    mean: float | None
+    error: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value a problem."""
+    if len(values) == 0:
+        return Estimate(None, None)
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
+    return Estimate(float(np.mean(values)), error)
+
+
+def estimate_ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
+    """The ratio of two means over the same problems, its error to first order in the paired residuals."""
+    if len(denominators) < 2 or denominators.mean() == 0:
+        return Estimate(None, None)
+    ratio = numerators.mean() / denominators.mean()
+    error = estimate(numerators - ratio * denominators).error / denominators.mean()
+    return Estimate(float(ratio), float(error))
+
+
 def pass_at_k(right: np.ndarray, samples: int, k: int) -> np.ndarray:
     """The unbiased estimate of pass@k (arXiv 2107.03374, eq. 1), one a prompt.
 

@@ -1,12 +1,15 @@
 """`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
 
-Two files grow side by side: `<output>` gets the right answers, `<output>.rejected` the wrong ones, under a first line
-that holds the settings. Every finished attempt is a line of exactly one of them, so a process killed at any moment
-loses at most the batch in flight, and a restart repeats nothing.
+Two files grow side by side: `<output>` gets the right answers and those that nobody could check (`"correct": null`),
+`<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
+attempt is a line of exactly one of them, so a process killed at any moment loses at most the batch in flight, and a
+restart repeats nothing.
 """
 
 import json
 import os
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +21,9 @@ from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length, sample
+
+PUBLISHED_METHODS = {"dream_entropy": "entropy", "llada_low_confidence": "default"}
+"""What the authors' records call a policy in `method`, and their recipes keep; the other policies keep their names."""
 
 
 @dataclass
@@ -43,10 +49,11 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class CollectReport:
-    """Attempts over all runs on this output, those of them that were right, and the attempts of this run."""
+    """Attempts over all runs on this output, the right and the unverified among them, and the attempts of this run."""
 
     attempts: int
     correct: int
+    unverified: int
     new_attempts: int
 
 
@@ -61,19 +68,20 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
     settings = {
         "model": model.model.config.name_or_path,
         "prompts": prompts.fingerprint(),
+        "verifier": prompts.verifier,
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": config.max_prompt_length,
     }
-    right, wrong = start_or_resume(output, rejected, settings, config.overwrite)
+    verdicts = start_or_resume(output, rejected, settings, config.overwrite)
     attempts = [
         (index, repeat)
         for index in range(len(prompts.prompts))
         for repeat in range(config.samples_per_prompt)
-        if attempt_id(index, repeat) not in right | wrong
+        if attempt_id(index, repeat) not in verdicts
     ]
 
-    with Progress() as progress, output.open("a") as right_lines, rejected.open("a") as wrong_lines:
+    with Progress() as progress, output.open("a") as kept_lines, rejected.open("a") as rejected_lines:
         bar = progress.add_task("collecting", total=len(attempts))
         for start in range(0, len(attempts), config.batch_size):
             batch = attempts[start : start + config.batch_size]
@@ -81,21 +89,44 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
                 encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length) for index, _ in batch
             ]
             seeds = [sampler.seed + repeat for _, repeat in batch]
-            for (index, repeat), completion in zip(batch, sample(model, encoded, sampler, seeds), strict=True):
-                trajectory = to_trajectory(model, prompts, index, completion, sampler.policy)
-                is_correct = prompts.is_correct(index, trajectory.response)
-                name = attempt_id(index, repeat)
-                (right if is_correct else wrong).add(name)
-                write_line(right_lines if is_correct else wrong_lines, {"id": name, **trajectory.to_record()})
-            write_to_disk(right_lines)
-            write_to_disk(wrong_lines)
-            progress.advance(bar, len(batch))
+            completions = sample(model, encoded, sampler, seeds)
+            trajectories = [
+                to_trajectory(model, prompts, index, completion, sampler.policy)
+                for (index, _), completion in zip(batch, completions, strict=True)
+            ]
+            judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
+            for attempt, trajectory, verdict in zip(batch, trajectories, judged, strict=True):
+                name = attempt_id(*attempt)
+                verdicts[name] = verdict.correct
+                lines = rejected_lines if verdict.correct is False else kept_lines
+                write_line(lines, {"id": name, **trajectory.to_record(), **verdict._asdict()})
+            write_to_disk(kept_lines)
+            write_to_disk(rejected_lines)
+            progress.update(bar, advance=len(batch), description=hit_rate(verdicts.values()))
 
-    return CollectReport(len(right | wrong), len(right), len(attempts))
+    counts = Counter(verdicts.values())
+    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts))
+
+
+def hit_rate(verdicts: Collection[bool | None]) -> str:
+    """How many of the attempts so far were right, of those that could be checked."""
+    counts = Counter(verdicts)
+    checked = counts[True] + counts[False]
+    rate = f"{counts[True] / checked:.1%} of {checked} right" if checked else "none checked"
+    return f"{rate}, {counts[None]} unverified" if counts[None] else rate
+
+
+def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
+    """Several samples of a prompt need a sampler that another seed changes."""
+    if samples_per_prompt > 1 and not sampler.is_random:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} with temperature=0: all samples of a prompt would be the "
+            "same; give --temperature or --alg_temp above 0, or a random --policy"
+        )
 
 
 def to_trajectory(
-    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, method: str
+    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str
 ) -> Trajectory:
     """The record of one completion."""
     return Trajectory(
@@ -104,7 +135,7 @@ def to_trajectory(
         response_token_ids=completion.token_ids,
         decoding_order=completion.decoding_order,
         non_ltr_positions=non_ltr_positions(completion.decoding_order),
-        method=method,
+        method=PUBLISHED_METHODS.get(policy, policy),
         data_source=prompts.name,
         entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
     )
@@ -115,10 +146,8 @@ def attempt_id(index: int, repeat: int) -> str:
     return f"{index}-{repeat}"
 
 
-def start_or_resume(
-    output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool
-) -> tuple[set[str], set[str]]:
-    """Readies both files for appending and returns the attempts that were right and those that were wrong."""
+def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, bool | None]:
+    """Readies both files for appending and returns the verdicts on the attempts that are finished."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if overwrite:
         output.unlink(missing_ok=True)
@@ -140,7 +169,7 @@ def start_or_resume(
                 f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
                 "continue with the same settings, choose another output, or --overwrite"
             )
-    return {record["id"] for record in read_lines(output)}, {record["id"] for record in wrong}
+    return {record["id"]: record["correct"] for record in (*read_lines(output), *wrong)}
 
 
 def drop_torn_line(path: Path) -> None:

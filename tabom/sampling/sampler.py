@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
@@ -76,6 +77,22 @@ class SamplerConfig(PolicySettings):
         return [Step(0, steps, tokens)] * blocks
 
 
+def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
+    """`steps=64,policy=confidence` on top of other settings.
+
+    Raises:
+        ValueError: a field that the sampler does not know.
+    """
+    known = {each.name for each in fields(SamplerConfig)}
+    changes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ValueError(f"sampler {text!r}: {name!r} is none of {', '.join(sorted(known))}")
+        changes[name] = yaml.safe_load(value)
+    return replace(base, **changes)
+
+
 class Completion(NamedTuple):
     """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step."""
 
@@ -85,11 +102,16 @@ class Completion(NamedTuple):
 
 
 class DecodingState(NamedTuple):
-    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked."""
+    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked.
+
+    `candidate_entropy` is what the step just taken saw: the entropy of every position that it could have unmasked,
+    those of the active block that were still masked.
+    """
 
     tokens: Tensor  # (B, T) int64
     decoding_order: Tensor  # (B, T) int64
     entropy: Tensor  # (B, T) nats, 0 where masked
+    candidate_entropy: Tensor  # (B, T) nats, NaN where the step had no choice
 
 
 def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
@@ -160,7 +182,8 @@ def denoise(
     entropy = torch.zeros_like(tokens, dtype=torch.float32)
     sequence_seeds = torch.tensor(seeds or [config.seed] * len(prompts), device=model.device)
 
-    yield DecodingState(tokens, order, entropy)
+    no_choice = torch.full_like(entropy, torch.nan)
+    yield DecodingState(tokens, order, entropy, no_choice)
     step = block_end = 0
     for block in config.plan(length):
         block_end += block.tokens
@@ -182,10 +205,10 @@ def denoise(
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
-            yield DecodingState(tokens, order, entropy)
+            yield DecodingState(tokens, order, entropy, candidates.entropy.where(masked, no_choice))
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy)
+        yield DecodingState(tokens, order, entropy, no_choice)
 
 
 def sample(
@@ -198,6 +221,11 @@ def sample(
     if not prompts:
         return []
     *_, state = denoise(model, prompts, response_length(model, config), config, seeds)
+    return completions(state)
+
+
+def completions(state: DecodingState) -> list[Completion]:
+    """The responses of a last state."""
     columns = (state.tokens.tolist(), state.decoding_order.tolist(), state.entropy.tolist())
     return [Completion(*row) for row in zip(*columns, strict=True)]
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from tabom.data.trajectories import Trajectory
@@ -311,12 +312,20 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
 @pytest.mark.parametrize("average", ["global_batch", "micro_batch"])
 @pytest.mark.parametrize("fused_linear", [False, True])
 def test_batches_in_which_every_trajectory_is_too_short_change_nothing(tmp_path, rng, average, fused_linear):
+    """A long one stands at the end, where two steps do not come."""
     family = random_model(3)
+    trajectories = [*make_trajectories(rng), Trajectory("1", "", [5] * 110, list(range(110)))]
     before = {name: p.detach().clone() for name, p in family.model.named_parameters()}
     args = config(
-        tmp_path, max_steps=2, drop_short=True, supervised_window=99, loss_average=average, fused_linear=fused_linear
+        tmp_path,
+        max_steps=2,
+        drop_short=True,
+        supervised_window=99,
+        loss_average=average,
+        fused_linear=fused_linear,
+        train_sampling_strategy="sequential",
     )
-    trainer = train(family, make_trajectories(rng), args)
+    trainer = train(family, trajectories, args)
     assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0.0, 0.0]
     assert_same(weights(trainer), before, rtol=0, atol=0)
 
@@ -337,6 +346,21 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, rng, with_l
         recomputed.append(len(calls))
     assert recomputed == [3, 6]
     assert_same(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_training_gives_the_same_weights_with_one_break_in_the_first_step(tmp_path, rng):
+    trajectories = make_trajectories(rng)
+    eager = train(random_model(3), trajectories, config(tmp_path, max_steps=3, optim="sgd"))
+    torch._dynamo.reset()
+    counters.clear()
+    args = config(tmp_path, max_steps=3, optim="sgd", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = train(random_model(3), trajectories, args)
+    assert_same(weights(eager), weights(compiled), rtol=1e-5, atol=1e-6)
+    assert counters["frames"]["ok"] > 0, "something was compiled"
+    [broken_by] = counters["graph_break"]
+    assert "check_probe" in broken_by
+    compiled.save_model()
+    assert_same(weights(eager), dict(load(tmp_path).model.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_trained_model_loads_back(tmp_path, rng):
