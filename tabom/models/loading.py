@@ -49,7 +49,8 @@ def load(
 
     Raises:
         FileNotFoundError: a path into a folder that is here, and nothing there.
-        ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is known.
+        ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is
+            known.
     """
     check_is_there(Path(model_name_or_path))
     check_is_safetensors(Path(model_name_or_path))
