@@ -48,16 +48,13 @@ def test_generate_and_its_animation_strip_what_a_terminal_obeys(capsys, monkeypa
     monkeypatch.setattr("tabom.cli.generate.decode_response", lambda *_: text)
     assert main(["generate", "--model", str(tmp_path), "--prompt", "1+1="]) == 0
     monkeypatch.setattr(type(family.tokenizer), "decode", lambda self, ids, **_: text)
-    state = DecodingState(torch.tensor([[5]]), torch.tensor([[0]]), torch.zeros(1, 1))
+    nats = [torch.zeros(1, 1)] * (len(DecodingState._fields) - 2)
+    state = DecodingState(torch.tensor([[5]]), torch.tensor([[0]]), *nats)
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None)
     terminal.print(render(family, text, state, 1, "step"), end="")
+    obeyed = ("\x9b", "\x07", "\r", "\u202e", "\x1b]", "\x1b[31m")
     for shown in (capsys.readouterr().out, terminal.file.getvalue()):
-        assert (
-            shown.strip()
-            and not set(shown) & set("\x9b\x07\r\u202e")
-            and "\x1b]" not in shown
-            and "\x1b[31m" not in shown
-        )
+        assert shown.strip() and not any(each in shown for each in obeyed)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
@@ -67,9 +64,7 @@ def test_pickled_weights_are_refused_with_the_remedy_and_not_read(tmp_path, name
     family.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    with pytest.raises(
-        ValueError, match=rf"{name} is pickled and could run code; only safetensors load.*save_pretrained"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} is pickled and could run code.*save_pretrained writes"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
