@@ -82,7 +82,9 @@ def launches() -> list[tuple[str, str, Launch]]:
                 z, y, -100, s, g, g, z, scalar
             ),
             " greedy": lambda z=logits: triton_backend.unmask_statistics(z, 0.0, None, None, None),
-            " sampled": lambda z=logits, k=labels: triton_backend.unmask_statistics(z, 0.8, 50, 0.9, k),
+            " sampled": lambda z=logits, k=labels: triton_backend.unmask_statistics(z, 0.8, None, None, k),
+            " top-k": lambda z=logits: triton_backend.filter_thresholds(z, 0.8, 50, None),
+            " top-p": lambda z=logits: triton_backend.filter_thresholds(z, 0.8, None, 0.9),
         }
         found += [(launch, suffix, name) for suffix, call in calls.items() for launch in record(call)]
     entropy, steps = torch.empty(ROWS, device="meta"), torch.empty(ROWS, dtype=torch.int64, device="meta")

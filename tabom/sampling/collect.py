@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
+from tabom.data.sources import read_json_lines
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length, sample
@@ -169,20 +170,35 @@ def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], over
                 f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
                 "continue with the same settings, choose another output, or --overwrite"
             )
-    return {record["id"]: record["correct"] for record in (*read_lines(output), *wrong)}
+    finished = [*read_lines(output), *wrong]
+    if any(not isinstance(record.get("id"), str) or "correct" not in record for record in finished):
+        raise ValueError(f"output={output}: holds records without id and verdict, so not from `tabom collect`")
+    return {record["id"]: record["correct"] for record in finished}
 
 
 def drop_torn_line(path: Path) -> None:
     """Cuts off a last line that has no newline: its writer was killed in the middle of it."""
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = 0
+        while end > 0 and whole == 0:
+            start = max(end - 2**16, 0)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            whole, end = (0 if newline < 0 else start + newline + 1), start
+        file.truncate(whole)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that `write_line` wrote."""
-    with path.open() as lines:
-        return [json.loads(line) for line in lines]
+    records = []
+    for number, record in read_json_lines(path):
+        if isinstance(record, ValueError):
+            raise ValueError(f"{path}, line {number}: {record}")
+        records.append(record)
+    return records
 
 
 def write_line(lines: TextIO, record: dict[str, Any]) -> None:
