@@ -39,6 +39,10 @@ class PromptSet:
         """The first `count` of them."""
         return replace(self, prompts=self.prompts[:count], answers=self.answers[:count])
 
+    def share(self, rank: int, size: int) -> "PromptSet":
+        """Every `size`-th of them, from the `rank`-th on."""
+        return replace(self, prompts=self.prompts[rank::size], answers=self.answers[rank::size])
+
     def verdicts(self, indices: Sequence[int], responses: Sequence[str]) -> list[Verdict]:
         """A verdict on each response to the prompt of the same place in `indices`; several are judged at once."""
         cases = zip(indices, responses, strict=True)

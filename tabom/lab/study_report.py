@@ -10,7 +10,7 @@ import numpy as np
 
 from tabom.evaluation.metrics import pass_at_k
 from tabom.lab.experiment import METHODS
-from tabom.lab.study import BASE, PASS_SAMPLES, TOKENS_PER_STEP
+from tabom.lab.study import BASE, PASS_SAMPLES, SIZES, TOKENS_PER_STEP
 from tabom.sampling.collect import read_lines
 
 Result = dict[str, Any]
@@ -43,9 +43,15 @@ class Group(NamedTuple):
 
 
 def group_of(result: Result) -> Group:
-    """The group of a run; a base's own run belongs to every group of its base and task."""
+    """The group of a run."""
     run = result["run"]
     return Group(run["base"], run["task"], run["attempts"])
+
+
+def base_of(results: Iterable[Result], trained: Result) -> Result:
+    """The run that trained nothing, of the same base, task and problems."""
+    sizes = {name: trained["run"][name] for name in ("base", "task", *SIZES)}
+    return next(r for r in results if r["run"]["method"] == BASE and sizes.items() <= r["run"].items())
 
 
 def groups_of(results: Iterable[Result]) -> list[Group]:
@@ -78,14 +84,13 @@ def tables(results: list[Result]) -> str:
 
 def group_tables(results: list[Result], group: Group) -> list[str]:
     """The tables of one group."""
-    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
     runs = [r for r in results if r["run"]["method"] != BASE and group_of(r) == group]
     attempts = "one greedy answer" if group.attempts == 1 else f"{group.attempts} attempts"
     title = f"### {group.task}, base {Path(group.base).name}, {attempts} a prompt"
     texts = [title, "", kept_sentence(runs), ""]
     for rate in sorted({r["run"]["learning_rate"] for r in runs}):
         rows = by_method(r for r in runs if r["run"]["learning_rate"] == rate)
-        texts += [*table(f"LR {rate:g}", {"base": base, **rows}), ""]
+        texts += [*table(f"LR {rate:g}", {BASE: [base_of(results, runs[0])], **rows}), ""]
     return [*texts, *paired_table(runs), ""]
 
 
@@ -136,15 +141,18 @@ def paired_table(runs: list[Result]) -> list[str]:
 
 
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
-    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher."""
+    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher; one pair has no error."""
     values = np.array([scores(first, measure).mean() - scores(second, measure).mean() for first, second in pairs])
-    return f"{values.mean():+.1f} ±{error(values):.1f}, {(values > 0).sum()} up"
+    over_pairs = f" ±{error(values):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():+.1f}{over_pairs}, {(values > 0).sum()} up"
 
 
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     """A panel a method: accuracy on the weak task against the others along the training, every run a path."""
-    [base] = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
     methods = by_method(r for r in results if group_of(r) == group)
+    runs = [run for of_method in methods.values() for run in of_method]
+    base = base_of(results, runs[0])
+    colors = {rate: f"C{i}" for i, rate in enumerate(sorted({run["run"]["learning_rate"] for run in runs}))}
     rows = -(-len(methods) // 3)
     figure, panels = plt.subplots(
         rows, 3, figsize=(10, 3 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
@@ -152,19 +160,16 @@ def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     for axes in panels.flat[len(methods) :]:
         axes.set_axis_off()
     for axes, name in zip(panels.flat, methods, strict=False):
-        for other, runs in methods.items():
-            for run in runs:
-                points = np.array(path_of(base, run)).T
-                style = {"color": "lightgray", "zorder": 1}
-                if other == name:
-                    rates = sorted({r["run"]["learning_rate"] for r in runs})
-                    style = {"color": f"C{rates.index(run['run']['learning_rate'])}", "zorder": 2}
-                axes.plot(*points, linewidth=1, marker="o", markersize=2 if other != name else 3, **style)
-                axes.plot(*points[:, -1], marker="*", markersize=5 if other != name else 10, **style)
+        for run in runs:
+            is_own = run["run"]["method"] == name
+            color = colors[run["run"]["learning_rate"]] if is_own else "lightgray"
+            points = np.array(path_of(base, run)).T
+            axes.plot(*points, linewidth=1, marker="o", markersize=3 if is_own else 2, color=color, zorder=1 + is_own)
+            axes.plot(*points[:, -1], marker="*", markersize=10 if is_own else 5, color=color, zorder=1 + is_own)
         axes.plot(*points_of(base), "ks", zorder=3)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
-    for rate, color in zip(rates, ("C0", "C1", "C2"), strict=False):
+    for rate, color in colors.items():
         panels[0, 0].plot([], [], color=color, marker="*", label=f"LR {rate:g}")
     panels[0, 0].plot([], [], "ks", label="base")
     panels[0, 0].legend(fontsize=8)
@@ -198,11 +203,12 @@ def digits_of(right: str) -> np.ndarray:
 
 def draw_passes(results: list[Result], group: Group, path: Path) -> None:
     """Accuracy against forward passes of the adaptive policies; means over seeds and learning rates."""
-    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
-    methods = {"base": base, **by_method(r for r in results if group_of(r) == group)}
-    policies = dict.fromkeys(each["policy"] for each in base[0]["adaptive"])
+    methods = by_method(r for r in results if group_of(r) == group)
+    base = base_of(results, next(iter(methods.values()))[0])
+    methods = {BASE: [base], **methods}
+    policies = dict.fromkeys(each["policy"] for each in base["adaptive"])
     figure, panels = plt.subplots(
-        1, len(policies), figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained", squeeze=False
+        1, len(policies), figsize=(11, 4.4), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     for axes, policy in zip(panels.flat, policies, strict=True):
         for color, (name, runs) in enumerate(methods.items()):
@@ -210,13 +216,13 @@ def draw_passes(results: list[Result], group: Group, path: Path) -> None:
                 [(a["forward_passes"], 100 * a["accuracy"]) for a in run["adaptive"] if a["policy"] == policy]
                 for run in runs
             ]
-            style = {"color": "black", "linestyle": "--"} if name == "base" else {"color": f"C{color}"}
+            style = {"color": "black", "linestyle": "--"} if name == BASE else {"color": f"C{color}"}
             axes.plot(*np.mean(points, axis=0).T, marker="o", markersize=4, label=name, **style)
         axes.set_title(f"policy {policy}", fontsize=10)
         axes.set_xlabel("forward passes an answer")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"accuracy on {group.task}, %")
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

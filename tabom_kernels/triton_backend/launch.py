@@ -24,13 +24,24 @@ MERGE_WARPS = 1
 DRAW_WARPS = 4
 """A draw needs noise for each segment of the vocabulary, about a thousand, and for the columns of one."""
 
-SCAN_BYTES = 8192
-SCAN_WARPS = 8
-"""Of the search for a top-k or top-p threshold, which reads its row again and again from the L2 cache."""
+FILTER_BITS = 4
+FILTER_WAYS = 2**FILTER_BITS
+"""Thresholds that a pass of the search for top-k or top-p tries at once."""
+
+FILTER_WARPS = 8
+"""Of such a pass, which holds each logit and its weight."""
 
 PAIR_BLOCK = 256
 PAIR_WARPS = 1
 """Rows that one row is paired with at a time."""
+
+PAIR_TILES = 4
+LONG = 4096
+"""From so many rows on, a sequence may be long, and that many programs share the partners of each row."""
+
+SUM_BLOCK = 1024
+SUM_WARPS = 4
+"""Of the one program that sums over all rows."""
 
 
 def options(warps: int) -> dict[str, int | bool]:
@@ -44,6 +55,11 @@ def options(warps: int) -> dict[str, int | bool]:
 def chunk_columns(columns: int, itemsize: int) -> int:
     """Columns of a chunk of a vocabulary of `columns` logits of `itemsize` bytes: a power of 2, at least 8."""
     return min(CHUNK_BYTES // itemsize, max(8, triton.next_power_of_2(columns)))
+
+
+def pair_tiles(rows: int) -> int:
+    """Programs that share a row's partners in a batch of so many rows."""
+    return PAIR_TILES if rows >= LONG else 1
 
 
 def alignment(start: int, row_stride: int, itemsize: int) -> int:

@@ -23,6 +23,7 @@ def verifier():
         (GSM8K, "so\n#### 72\nHave 3 nice days"),
         (GSM8K, r"Final answer: $\boxed{72}$. I hope it is correct."),
         (GSM8K, r"$\boxed{71}$, no: $\boxed{72}$"),
+        (GSM8K, r"\boxed{71} wait \boxed{72}"),
         ("#### 1,234", "1234"),
         ("18", "She makes $18 every day"),
         ("18", r"\boxed{18 dollars}"),
