@@ -1,10 +1,12 @@
 """Finds the command that is asked for and runs it; a command's module is imported only then."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 import tabom
+from tabom.cli.orphans import end_with_parent
 from tabom.data.text import printable
 
 USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"tabom: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2
+    if "LOCAL_RANK" in os.environ:  # set by torchrun and accelerate launch
+        end_with_parent()
     try:
         import_module(COMMANDS[name]).run(argv[words:])
     except ModuleNotFoundError as error:

@@ -6,10 +6,12 @@ attempt is a line of exactly one of them, so a process killed at any moment lose
 restart repeats nothing.
 """
 
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,18 +64,33 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
     Raises:
-        ValueError: `config.output` was begun with other settings.
+        ValueError: `config.output` was begun with other settings or weights, or another process writes to it.
     """
     output = Path(config.output)
     rejected = output.with_name(output.name + ".rejected")
     settings = {
         "model": model.model.config.name_or_path,
+        "weights": model.fingerprint(),
         "prompts": prompts.fingerprint(),
         "verifier": prompts.verifier,
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": config.max_prompt_length,
     }
+    with locked(output):
+        return collect_into(output, rejected, settings, model, prompts, sampler, config)
+
+
+def collect_into(
+    output: Path,
+    rejected: Path,
+    settings: dict[str, Any],
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    config: CollectConfig,
+) -> CollectReport:
+    """`collect` as the only writer of both files."""
     verdicts = start_or_resume(output, rejected, settings, config.overwrite)
     attempts = [
         (index, repeat)
@@ -107,6 +124,24 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
 
     counts = Counter(verdicts.values())
     return CollectReport(len(verdicts), counts[True], counts[None], len(attempts))
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps other processes off an output; the lock ends with its process, however that ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(output.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"output={output}: another process is collecting into it; wait for it, or choose another output"
+            ) from error
+        yield
 
 
 def hit_rate(verdicts: Collection[bool | None]) -> str:
