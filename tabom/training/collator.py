@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class TrajectoryDataset(Dataset):
         keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
         return any(self[key][2].supervised.any() for key in keys)
 
+    @cached_property
     def digest(self) -> str:
         """Of all that the examples are made from, and their order."""
         digest = hashlib.sha256()
