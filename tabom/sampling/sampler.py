@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose
+from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
@@ -90,6 +90,7 @@ class DecodingState(NamedTuple):
     tokens: Tensor  # (B, T) int64
     decoding_order: Tensor  # (B, T) int64
     entropy: Tensor  # (B, T) nats, 0 where masked
+    positions: int = 0  # computed so far: rows that went through the model's body
 
 
 def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
@@ -164,6 +165,7 @@ def denoise(
     step = block_end = 0
     for block in config.plan(length):
         block_end += block.tokens
+        shares = time_shares(block.steps, config.eps)
         for index in range(block.steps):
             masked = order < 0
             masked[:, block_end:] = False
@@ -177,15 +179,15 @@ def denoise(
             logits[:, model.mask_token_id] = -torch.inf
             keys = mix_keys(sequence_seeds[b], step, t)
             token, candidates = read_candidates(logits, masked, keys, config)
-            chosen = choose(candidates, block._replace(index=index), config)
+            chosen = choose(candidates, block._replace(index=index, share=shares[index].item()), config)
             tokens.copy_(torch.where(chosen, token, tokens))
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
-            yield DecodingState(tokens, order, entropy)
+            yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy)
+        yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
 
 
 def sample(
