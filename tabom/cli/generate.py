@@ -10,7 +10,8 @@ from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.data.encoding import encode_prompt
 from tabom.sampling.animation import animate
-from tabom.sampling.sampler import SamplerConfig, decode_response, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig, decode_response
 
 
 @dataclass

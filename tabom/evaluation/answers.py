@@ -9,7 +9,8 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.evaluation.metrics import pass_at_k
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import Completion, SamplerConfig, decode_response
 
 BATCH_SIZE = 128
 

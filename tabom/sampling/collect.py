@@ -17,7 +17,8 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Sampling: a response of mask tokens is filled in over many steps, the most certain positions first."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,29 @@ class SamplerConfig(PolicySettings):
         metadata={"help": "Stop once all before the first end token is decided; the rest is padding, never unmasked."},
     )
     seed: int = field(default=0, metadata={"help": "Of tokens and of the random policies."})
+    cache: Literal["none", "prefix", "block"] = field(
+        default="none",
+        metadata={
+            "help": "Keep keys and values of what stands before the active block (prefix), or of all but the block "
+            "(block). Faster, and an approximation; none is exact."
+        },
+    )
+    cache_refresh: int | None = field(
+        default=None,
+        metadata={"help": "Steps after which a cache is computed anew. Default: when a block begins, and only then."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_new_tokens", "block_length", "top_k"):
+        for name in ("max_new_tokens", "block_length", "top_k", "cache_refresh"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("temperature", self.temperature, 0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a probability mass in (0, 1]")
+        if self.cache not in ("none", "prefix", "block"):
+            raise ValueError(f"cache={self.cache!r}: expected none, prefix or block")
+        if self.cache == "none" and self.cache_refresh is not None:
+            raise ValueError(f"cache_refresh={self.cache_refresh} with cache='none': give a cache, prefix or block")
 
     @property
     def is_random(self) -> bool:
@@ -77,11 +92,15 @@ class SamplerConfig(PolicySettings):
 
 
 class Completion(NamedTuple):
-    """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step."""
+    """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step.
+
+    `positions` is its cost: the rows that went through the model's body for it.
+    """
 
     token_ids: list[int]
     decoding_order: list[int]
     entropy: list[float]
+    positions: int
 
 
 class DecodingState(NamedTuple):
@@ -145,7 +164,8 @@ def denoise(
 ) -> Iterator[DecodingState]:
     """Decodes a batch of prompts and yields the state before the first step and after every step.
 
-    Only positions that are still masked in the active block go through the head and the vocabulary statistics. The
+    This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gives here when
+    it is decoded alone, for less. Only positions that are still masked in the active block go through the head and the vocabulary statistics. The
     mask token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step,
     position) alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
 
@@ -153,7 +173,12 @@ def denoise(
         prompts: token ids, of any lengths.
         length: of the responses, tokens.
         seeds: one for each prompt; default `config.seed` for all.
+
+    Raises:
+        ValueError: a cache, which this loop has none of.
     """
+    if config.cache != "none":
+        raise ValueError(f"cache={config.cache!r}: step by step, decoding is exact; leave the cache out")
     inputs = left_pad(model, prompts, length)
     positions = inputs["input_ids"].shape[1]
     tokens = inputs["input_ids"][:, -length:]  # a view: what is unmasked here is what the model sees next
@@ -190,18 +215,13 @@ def denoise(
         yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
 
 
-def sample(
-    model: DiffusionModel,
-    prompts: Sequence[Sequence[int]],
-    config: SamplerConfig,
-    seeds: Sequence[int] | None = None,
-) -> list[Completion]:
-    """Decodes a batch of prompts to the end; see `denoise`."""
-    if not prompts:
-        return []
-    *_, state = denoise(model, prompts, response_length(model, config), config, seeds)
-    columns = (state.tokens.tolist(), state.decoding_order.tolist(), state.entropy.tolist())
-    return [Completion(*row) for row in zip(*columns, strict=True)]
+def positions_per_token(completions: Iterable[Completion]) -> float:
+    """Positions computed a decided token: what decoding costs, on any machine."""
+    positions, decided = 0, 0
+    for completion in completions:
+        positions += completion.positions
+        decided += sum(step >= 0 for step in completion.decoding_order)
+    return positions / max(decided, 1)
 
 
 def response_length(model: DiffusionModel, config: SamplerConfig) -> int:

@@ -26,7 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tabom import load
 from tabom.lab.model import character_tokenizer
-from tabom.sampling.sampler import SamplerConfig, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig
 
 SIZES = {
     "hidden_size": 16,
