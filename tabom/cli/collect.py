@@ -9,6 +9,7 @@ from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.data.prompts import read_prompts
 from tabom.lab.tasks import make_task
 from tabom.sampling.collect import CollectConfig, collect
+from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig
 
 
@@ -29,8 +30,8 @@ class PromptArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Makes the attempts and says how many were right."""
-    arguments, model_arguments, sampler, config = parse_arguments(
-        (PromptArguments, ModelArguments, SamplerConfig, CollectConfig),
+    arguments, model_arguments, sampler, engine, config = parse_arguments(
+        (PromptArguments, ModelArguments, SamplerConfig, EngineConfig, CollectConfig),
         argv,
         "tabom collect",
         "Answer a prompt set and keep the right answers with their decoding order.",
@@ -50,5 +51,7 @@ def run(argv: Sequence[str]) -> None:
         prompts, invalid = read_prompts(arguments.prompts, skip_invalid=arguments.skip_invalid)
         if invalid:
             print(f"{arguments.prompts}: {invalid} invalid lines left out")
-    report = collect(load_to_sample(model_arguments), prompts, sampler, config)
+    report = collect(load_to_sample(model_arguments), prompts, sampler, config, engine)
     print(f"{config.output}: {report.correct} right of {report.attempts} attempts ({report.new_attempts} made now)")
+    if report.new_attempts:
+        print(f"{report.positions_per_token:.1f} positions computed a decided token")

@@ -27,7 +27,8 @@ class Trajectory:
 
     `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
     tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
-    left. `method` names how the answer was made, `data_source` where the prompt came from.
+    left. `method` names how the answer was made, `data_source` where the prompt came from, `cache` what the decoding
+    kept between its steps (None: nothing, it was exact).
     """
 
     prompt: Prompt
@@ -37,6 +38,7 @@ class Trajectory:
     non_ltr_positions: list[int] | None = None
     method: str | None = None
     data_source: str | None = None
+    cache: str | None = None
 
     def to_record(self) -> dict[str, Any]:
         """A JSON object of the fields that are set; conversations are written as `messages`."""
@@ -82,6 +84,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         non_ltr_positions=non_ltr,
         method=record.get("method"),
         data_source=record.get("data_source"),
+        cache=record.get("cache"),
     )
 
 

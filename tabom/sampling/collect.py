@@ -1,8 +1,8 @@
 """`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
 
 Two files grow side by side: `<output>` gets the right answers, `<output>.rejected` the wrong ones, under a first line
-that holds the settings. Every finished attempt is a line of exactly one of them, so a process killed at any moment
-loses at most the batch in flight, and a restart repeats nothing.
+that holds the settings. Every finished attempt is a line of exactly one of them, written at once, so a process killed at
+any moment loses no more than what is in flight, and a restart repeats nothing.
 """
 
 import json
@@ -17,8 +17,8 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.engine import sample
-from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length
+from tabom.sampling.engine import Engine, EngineConfig, Request
+from tabom.sampling.sampler import Completion, Cost, SamplerConfig, decode_response, response_length
 
 
 @dataclass
@@ -33,25 +33,33 @@ class CollectConfig:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
 
 
 @dataclass(frozen=True)
 class CollectReport:
-    """Attempts over all runs on this output, those of them that were right, and the attempts of this run."""
+    """Attempts over all runs on this output, those of them that were right, and the attempts of this run.
+
+    `positions_per_token`: computed a decided token in this run.
+    """
 
     attempts: int
     correct: int
     new_attempts: int
+    positions_per_token: float
 
 
-def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: CollectConfig) -> CollectReport:
+def collect(
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    config: CollectConfig,
+    engine: EngineConfig | None = None,
+) -> CollectReport:
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
     Raises:
@@ -74,29 +82,36 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
         if attempt_id(index, repeat) not in right | wrong
     ]
 
+    requests = (
+        Request(
+            encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length),
+            response_length(model, sampler),
+            sampler.seed + repeat,
+        )
+        for index, repeat in attempts
+    )
+    cost = Cost()
     with Progress() as progress, output.open("a") as right_lines, rejected.open("a") as wrong_lines:
         bar = progress.add_task("collecting", total=len(attempts))
-        for start in range(0, len(attempts), config.batch_size):
-            batch = attempts[start : start + config.batch_size]
-            encoded = [
-                encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length) for index, _ in batch
-            ]
-            seeds = [sampler.seed + repeat for _, repeat in batch]
-            for (index, repeat), completion in zip(batch, sample(model, encoded, sampler, seeds), strict=True):
-                trajectory = to_trajectory(model, prompts, index, completion, sampler.policy)
-                is_correct = prompts.is_correct(index, trajectory.response)
-                name = attempt_id(index, repeat)
-                (right if is_correct else wrong).add(name)
-                write_line(right_lines if is_correct else wrong_lines, {"id": name, **trajectory.to_record()})
-            write_to_disk(right_lines)
-            write_to_disk(wrong_lines)
-            progress.advance(bar, len(batch))
+        for number, completion in Engine(model, sampler, engine).run(requests):
+            index, repeat = attempts[number]
+            trajectory = to_trajectory(model, prompts, index, completion, sampler)
+            is_correct = prompts.is_correct(index, trajectory.response)
+            name = attempt_id(index, repeat)
+            (right if is_correct else wrong).add(name)
+            lines = right_lines if is_correct else wrong_lines
+            write_line(lines, {"id": name, **trajectory.to_record()})
+            lines.flush()
+            cost.add(completion)
+            progress.advance(bar)
+        write_to_disk(right_lines)
+        write_to_disk(wrong_lines)
 
-    return CollectReport(len(right | wrong), len(right), len(attempts))
+    return CollectReport(len(right | wrong), len(right), len(attempts), cost.positions_per_token)
 
 
 def to_trajectory(
-    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, method: str
+    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, sampler: SamplerConfig
 ) -> Trajectory:
     """The record of one completion."""
     return Trajectory(
@@ -105,8 +120,9 @@ def to_trajectory(
         response_token_ids=completion.token_ids,
         decoding_order=completion.decoding_order,
         non_ltr_positions=non_ltr_positions(completion.decoding_order),
-        method=method,
+        method=sampler.policy,
         data_source=prompts.name,
+        cache=sampler.cache_name,
     )
 
 

@@ -189,15 +189,14 @@ class Engine:
                 stays = pad(stays, (0, longest - stays.shape[1]), value=-1)
             fields.append(torch.cat([stays, new.to(device)])[place])
         self.state = State(*fields)
-        before = [self.layout.starts[i] for i in staying]
+        if self.cache is not None:  # an admitted slot is computed whole before its rows are read
+            before = [torch.arange(self.slots[i].length) + self.layout.starts[i] for i in staying]
+            before += [torch.zeros(slot.length, dtype=torch.int64) for slot in admitted]
+            self.cache.move(torch.cat([before[i] for i in places]).to(device))
         self.slots = [slots[i] for i in places]
         self.layout = lay_out(self.slots, longest, self.config, device)
         self.layout.input_ids.scatter_(0, self.layout.rows.flatten(), self.state.tokens.flatten())
         self.masked = self.masked_now()
-        if self.cache is not None:
-            starts = before + [0] * count  # an admitted slot is computed whole before its rows are read
-            moved = [torch.arange(slot.length) + starts[i] * (i < len(staying)) for i, slot in zip(places, self.slots)]
-            self.cache.move(torch.cat(moved).to(device))
 
     @torch.inference_mode()
     def step(self) -> None:

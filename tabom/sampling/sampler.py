@@ -68,6 +68,13 @@ class SamplerConfig(PolicySettings):
         """Whether another seed can give another answer."""
         return self.temperature > 0 or self.order_is_random
 
+    @property
+    def cache_name(self) -> str | None:
+        """As trajectories record it: which cache, and after how many steps it is refreshed; None is exact."""
+        if self.cache == "none":
+            return None
+        return self.cache if self.cache_refresh is None else f"{self.cache}, refresh {self.cache_refresh}"
+
     def plan(self, length: int) -> list[Step]:
         """The first step of every block; `steps` is the most that the block can take.
 
@@ -164,10 +171,10 @@ def denoise(
 ) -> Iterator[DecodingState]:
     """Decodes a batch of prompts and yields the state before the first step and after every step.
 
-    This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gives here when
-    it is decoded alone, for less. Only positions that are still masked in the active block go through the head and the vocabulary statistics. The
-    mask token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step,
-    position) alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
+    This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gets here alone.
+    Only positions that are still masked in the active block go through the head and the vocabulary statistics. The mask
+    token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step, position)
+    alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
 
     Args:
         prompts: token ids, of any lengths.
@@ -215,13 +222,30 @@ def denoise(
         yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
 
 
-def positions_per_token(completions: Iterable[Completion]) -> float:
-    """Positions computed a decided token: what decoding costs, on any machine."""
-    positions, decided = 0, 0
+@dataclass
+class Cost:
+    """Of completions: the rows that went through the model's body, and the tokens that it decided."""
+
+    positions: int = 0
+    tokens: int = 0
+
+    def add(self, completion: Completion) -> None:
+        """Counts one more."""
+        self.positions += completion.positions
+        self.tokens += sum(step >= 0 for step in completion.decoding_order)
+
+    @property
+    def positions_per_token(self) -> float:
+        """Positions computed a decided token: what decoding costs, on any machine."""
+        return self.positions / max(self.tokens, 1)
+
+
+def cost_of(completions: Iterable[Completion]) -> Cost:
+    """Of all of them together."""
+    cost = Cost()
     for completion in completions:
-        positions += completion.positions
-        decided += sum(step >= 0 for step in completion.decoding_order)
-    return positions / max(decided, 1)
+        cost.add(completion)
+    return cost
 
 
 def response_length(model: DiffusionModel, config: SamplerConfig) -> int:

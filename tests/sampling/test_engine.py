@@ -14,7 +14,7 @@ from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.engine import Engine, EngineConfig, Request, default_budget, sample
 from tabom.sampling.policies import POLICIES
-from tabom.sampling.sampler import Completion, SamplerConfig, denoise, positions_per_token
+from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, denoise
 from tests.conftest import random_model
 
 
@@ -23,12 +23,12 @@ def fp64_model(seed, logits_shift=0, **changes):
     model = random_model(seed, **changes)
     model.model.double()
     with torch.no_grad():
-        model.model.lm_head.weight[model.eos_token_id] *= 3
+        model.model.lm_head.weight[model.eos_token_id] *= -3
     object.__setattr__(model, "logits_shift", logits_shift)
     return model
 
 
-MODELS = [fp64_model(1), fp64_model(2, logits_shift=1, num_key_value_heads=2)]
+MODELS = [fp64_model(1), fp64_model(4, logits_shift=1, num_key_value_heads=2)]
 
 
 def alone(model, request, config):
@@ -118,7 +118,7 @@ def test_positions_are_the_rows_that_the_embedding_sees(rng, stop_early):
     assert sum(c.positions for c in completions) == sum(computed)
     assert max(computed) <= 100
     decided = sum(step >= 0 for c in completions for step in c.decoding_order)
-    assert positions_per_token(completions) == sum(computed) / decided
+    assert cost_of(completions).positions_per_token == sum(computed) / decided
     steps = [max(c.decoding_order) + 1 for c in completions]
     assert [c.positions for c in completions] == [
         n * (len(r.prompt) + 16) for n, r in zip(steps, requests, strict=True)
@@ -289,6 +289,7 @@ def decode_with_dynamic_cache(model, request, config):
         end = len(tokens) if config.cache == "prefix" else start + plan.tokens
         active = torch.arange(start - shift, end)
         kept = torch.tensor([i for i in range(len(tokens)) if i not in active.tolist()], dtype=torch.int64)
+        outside = DynamicCache()
         for index in range(plan.steps):
             logits = torch.full((len(tokens), model.model.config.vocab_size), torch.nan, dtype=torch.float64)
             if index == 0 or (config.cache_refresh and index % config.cache_refresh == 0):
@@ -321,7 +322,7 @@ def test_a_cache_holds_what_was_computed_at_the_last_refresh(rng, model, cache, 
     """Slots come and go, refresh at different steps, and move among the packed rows."""
     config = SamplerConfig(cache=cache, cache_refresh=cache_refresh, block_length=4)
     prompts = [[rng.randrange(4, 40) for _ in range(rng.randrange(1, 8))] for _ in range(7)]
-    requests = [Request(prompt, rng.choice([8, 16]), 0) for prompt in prompts]
+    requests = [Request(prompt, rng.choice([8, 16]), 0) for prompt in prompts] + [Request([5] * 50, 8, 0)]
     with rows_through(model.model.get_input_embeddings()) as computed:
         completions = run(model, requests, config, EngineConfig(50))
     assert sum(computed) == sum(c.positions for c in completions)
@@ -342,7 +343,8 @@ def test_a_cache_saves_positions_and_is_refused_where_it_cannot_be(rng):
     requests = [Request([rng.randrange(4, 40) for _ in range(20)], 16, i) for i in range(3)]
     per_token = {}
     for cache in ("none", "prefix", "block"):
-        per_token[cache] = positions_per_token(run(MODELS[0], requests, SamplerConfig(block_length=8, cache=cache)))
+        completions = run(MODELS[0], requests, SamplerConfig(block_length=8, cache=cache))
+        per_token[cache] = cost_of(completions).positions_per_token
     assert per_token == {"none": 36, "prefix": (2 * 36 + 7 * 16 + 7 * 8) / 16, "block": (2 * 36 + 14 * 8) / 16}
     with pytest.raises(ValueError, match="look_every=2 with cache='block'"):
         Engine(MODELS[0], SamplerConfig(cache="block"), EngineConfig(look_every=2))

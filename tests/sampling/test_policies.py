@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tabom.sampling.policies import Candidates, Step, choose
 from tabom.sampling.engine import sample
+from tabom.sampling.policies import Candidates, Step, choose
 from tabom.sampling.sampler import SamplerConfig, denoise, is_decided
 from tabom_kernels import mix_keys
 from tabom_kernels.noise import gumbel_noise, uniform_noise
