@@ -1,8 +1,8 @@
 """`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
 
 Two files grow side by side: `<output>` gets the right answers, `<output>.rejected` the wrong ones, under a first line
-that holds the settings. Every finished attempt is a line of exactly one of them, written at once, so a process killed at
-any moment loses no more than what is in flight, and a restart repeats nothing.
+that holds the settings. Every finished attempt is a line of exactly one of them, written at once, so a process killed
+at any moment loses no more than what is in flight, and a restart repeats nothing.
 """
 
 import json
