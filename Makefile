@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench gpu gpu-models clean
+.PHONY: demo test lint format bench gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -24,11 +24,18 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks/suite.py $(ARGS)
 
-# Runs on the machine's own Python, whose torch sees the GPU: nothing is installed.
+# These run on the machine's own Python, whose torch sees the GPU: nothing is installed. `gpu` stays under ten minutes.
 gpu:
 	$(PYTHON) -m pytest tests/kernels -q
-	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.kernels
+	$(PYTHON) -m benchmarks.loss --ours --rows 64 256 1024
+
+gpu-first:
+	$(PYTHON) -m benchmarks.gpu_first
+
+gpu-peers:
+	$(PYTHON) -m benchmarks.kernels --peers
+	$(PYTHON) -m benchmarks.loss
 
 gpu-models:
 	$(PYTHON) -m benchmarks.scaling

@@ -1,14 +1,16 @@
-"""Every kernel on a GPU, against its floor, the reference, torch.compile of it and, where installed, Liger-Kernel.
+"""Every kernel on a GPU, against its floor; with --peers also the reference, torch.compile of it and Liger-Kernel.
 
-    python -m benchmarks.kernels        (part of `make gpu`)
+    python -m benchmarks.kernels [--peers]        (part of `make gpu`, with peers of `make gpu-peers`)
 
-Writes benchmarks/results/kernels-<device>.json. The floor of a kernel is the bytes it must move over the copy bandwidth
-measured in the same run; benchmarks/NOTES.md derives them.
+Writes benchmarks/results/kernels-<device>.json after every shape. The floor of a kernel is the bytes it must move over
+the copy bandwidth measured in the same run; benchmarks/NOTES.md derives them.
 """
 
+import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Contender, ceilings, environment, result_name, time_interleaved, write_json
+from benchmarks.measure import (
+    Contender,
+    ceilings,
+    copies_for,
+    environment,
+    is_gpu,
+    result_name,
+    this_device,
+    time_interleaved,
+    write_json,
+)
 from tabom_kernels import (
     backends,
     cross_entropy_with_entropy,
@@ -29,147 +41,177 @@ from tabom_kernels import trajectory_rank_loss as rank_loss
 
 SHAPES = [(64, 152064), (256, 152064), (2048, 152064), (4096, 126464)]
 RANK_LENGTHS = [[256] * 8, [8192]]
+SAMPLING = {"greedy": {}, "temperature": {"temperature": 0.8}, "top-p": {"temperature": 0.8, "top_p": 0.95}}
+
+Batch = tuple[Tensor, Tensor]
+"""Logits (N, V) and labels (N,)."""
 
 
-def statistics(logits: Tensor, labels: Tensor) -> tuple[list[Contender], int]:
+def contender(name: str, call: Callable[..., Any], inputs: Sequence[tuple], capture: bool = True) -> Contender:
+    """`call` on each copy of its inputs."""
+    return Contender(name, [partial(call, *arguments) for arguments in inputs], capture)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for this shape alone."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def statistics(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
     """Forward cross-entropy and entropy: reads the logits once."""
-    compiled = torch.compile(reference.cross_entropy_with_entropy)
     contenders = [
-        Contender("ours", lambda: cross_entropy_with_entropy(logits, labels)),
-        Contender("entropy alone", lambda: softmax_entropy(logits)),
-        Contender("reference", lambda: reference.cross_entropy_with_entropy(logits, labels, -100)),
-        Contender("torch.compile", lambda: compiled(logits, labels, -100)),
+        contender("ours", cross_entropy_with_entropy, batches),
+        contender("entropy alone", softmax_entropy, [(logits,) for logits, _ in batches]),
     ]
-    return contenders, logits.nbytes
+    if peers:
+        naive = partial(reference.cross_entropy_with_entropy, ignore_index=-100)
+        contenders.append(contender("reference", naive, batches, capture=False))
+        contenders.append(contender("torch.compile", compiled(naive), batches, capture=False))
+    return contenders, batches[0][0].nbytes
 
 
-def gradient(logits: Tensor, labels: Tensor) -> tuple[list[Contender], int]:
-    """In-place backward: reads the logits once and writes them once."""
-    forms = backends.closed_forms(backends.backend_for(logits))
-    saved = forms.vocabulary_statistics(logits, labels, -100)
-    upstream = torch.rand(2, len(logits), device=logits.device)
-    target = torch.empty_like(logits)  # not in place, so that every round finds the same logits; the same bytes
-    contenders = [Contender("ours", lambda: forms.vocabulary_gradient(logits, labels, -100, saved, *upstream, target))]
-    return contenders, 2 * logits.nbytes
+def gradient(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
+    """Backward: reads the logits once and writes as much (in one place, so that every round finds the same logits)."""
+    forms = backends.closed_forms(backends.backend_for(batches[0][0]))
+    upstream = torch.rand(2, len(batches[0][0]), device=batches[0][0].device)
+    target = torch.empty_like(batches[0][0])
+    inputs = [(*batch, -100, forms.vocabulary_statistics(*batch, -100), *upstream, target) for batch in batches]
+    return [contender("ours", forms.vocabulary_gradient, inputs)], 2 * target.nbytes
 
 
-def whole_loss(logits: Tensor, labels: Tensor) -> tuple[list[Contender], int]:
+def whole_loss(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
     """tabom_loss forward and backward: two reads and one write. Liger's cross-entropy has no entropy and no ranking."""
-    leaf = logits.detach().requires_grad_()
-    rows = len(logits)
-    steps = torch.randint(0, 32, (rows,), device=logits.device)
-    cu_seqlens = torch.arange(0, rows + 1, 32, dtype=torch.int32, device=logits.device)
+    rows, device = len(batches[0][0]), batches[0][0].device
+    steps = torch.randint(0, 32, (rows,), device=device)
+    cu_seqlens = torch.arange(0, rows + 1, 32, dtype=torch.int32, device=device)
+    inputs = [(logits.detach().requires_grad_(), labels, steps, cu_seqlens) for logits, labels in batches]
 
-    def train(loss: Callable[..., Any], **options: Any) -> Callable[[], None]:
-        def step() -> None:
-            leaf.grad = None
-            loss(leaf, labels, steps, cu_seqlens, **options).loss.backward()
+    def train(loss: Callable[..., Any], *batch: Tensor, **options: Any) -> None:
+        batch[0].grad = None
+        loss(*batch, **options).loss.backward()
 
-        return step
-
-    contenders = [
-        Contender("ours", train(tabom_loss)),
-        Contender("reference", train(tabom_loss, backend="reference"), capture=False),
-        Contender("torch.compile", train(torch.compile(tabom_loss), backend="reference"), capture=False),
-    ]
-    if importlib.util.find_spec("liger_kernel"):
+    contenders = [contender("ours", partial(train, tabom_loss), inputs)]
+    if peers:
+        naive = partial(tabom_loss, backend="reference")
+        contenders.append(contender("reference", partial(train, naive), inputs, capture=False))
+        contenders.append(contender("torch.compile", partial(train, compiled(naive)), inputs, capture=False))
+    if peers and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
 
-        def liger_step() -> None:
+        def liger_step(logits: Tensor, labels: Tensor, *_: Tensor) -> None:
             # Its backward writes over the logits, so it gets a copy, which is timed apart.
-            liger(leaf * 1, labels).backward()
+            liger(logits * 1, labels).backward()
 
-        def copy_step() -> None:
-            (leaf * 1).backward(leaf.detach())
+        def copy_step(logits: Tensor, *_: Tensor) -> None:
+            (logits * 1).backward(logits.detach())
 
-        contenders += [Contender("Liger CE + copy", liger_step, capture=False), Contender("copy", copy_step)]
-    return contenders, 3 * logits.nbytes
+        contenders += [contender("Liger CE + copy", liger_step, inputs, capture=False)]
+        contenders += [contender("copy", copy_step, inputs, capture=False)]
+    return contenders, 3 * batches[0][0].nbytes
 
 
-def sampling(logits: Tensor, labels: Tensor) -> tuple[list[Contender], int]:
+def sampling(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
     """unmask_statistics: reads the logits once, filters read them again from the cache."""
-    keys = torch.arange(len(logits), device=logits.device)
-    contenders = [Contender("entropy alone", lambda: softmax_entropy(logits))]
-    for name, options in {
-        "greedy": {},
-        "temperature": {"temperature": 0.8},
-        "top-p": {"temperature": 0.8, "top_p": 0.95},
-    }.items():
-        for backend, label in ((None, "ours"), ("reference", "reference")):
-            contenders.append(
-                Contender(
-                    f"{label}, {name}",
-                    lambda o=options, b=backend: unmask_statistics(logits, generator=keys, backend=b, **o),
-                )
-            )
-    return contenders, logits.nbytes
+    keys = torch.arange(len(batches[0][0]), device=batches[0][0].device)
+    inputs = [(logits,) for logits, _ in batches]
+    contenders = []
+    for name, options in SAMPLING.items():
+        call = partial(unmask_statistics, generator=keys, **options)
+        contenders.append(contender(f"ours, {name}", call, inputs))
+        if peers:
+            naive = partial(call, backend="reference")
+            contenders.append(contender(f"reference, {name}", naive, inputs, capture=False))
+    return contenders, batches[0][0].nbytes
 
 
-def ranking(lengths: list[int], form: str, device: torch.device) -> list[Contender]:
+def ranking(lengths: list[int], form: str, device: torch.device, peers: bool) -> list[Contender]:
     """Loss and gradient of the entropies; launch-bound, so there is no floor in bytes."""
     rows = sum(lengths)
     entropy = torch.rand(rows, device=device) * 5
     steps = torch.randint(0, 64, (rows,), device=device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    return [
-        Contender("ours", lambda: rank_loss(entropy, steps, cu_seqlens, form=form)),
-        Contender(
-            "reference", lambda: rank_loss(entropy, steps, cu_seqlens, form=form, backend="reference"), capture=False
-        ),
-    ]
+    inputs = [(entropy, steps, cu_seqlens)]
+    contenders = [contender("ours", partial(rank_loss, form=form), inputs)]
+    if peers:
+        naive = partial(rank_loss, form=form, backend="reference")
+        contenders.append(contender("reference", naive, inputs, capture=False))
+    return contenders
 
 
-def measure_all(device: torch.device, shapes: list[tuple[int, int]], rank_lengths: list[list[int]]) -> list[dict]:
-    """One record a figure."""
+def measure_rows(device: torch.device, rows: int, columns: int, peers: bool) -> list[dict]:
+    """Every op on logits of one shape."""
+    copies = copies_for(2 * rows * columns, device)
     records = []
-
-    def add(op: str, size: str, contenders: list[Contender], floor_bytes: int | None) -> None:
-        for name, timing in time_interleaved(contenders, device).items():
-            records.append(
-                {"op": op, "size": size, "contender": name, "seconds": timing._asdict(), "floor_bytes": floor_bytes}
-            )
-
-    for rows, columns in shapes:
-        for op in (statistics, gradient, whole_loss, sampling):
-            logits = (3 * torch.randn(rows, columns, device=device)).bfloat16()
-            labels = torch.randint(columns, (rows,), device=device)
-            add(op.__name__, f"{rows} x {columns}", *op(logits, labels))
-    for lengths in rank_lengths:
-        for form in ("logistic", "hinge", "plackett_luce"):
-            size = f"{len(lengths)} x {lengths[0]} {form}"
-            add("ranking", size, ranking(lengths, form, device), None)
+    for op in (statistics, gradient, whole_loss, sampling):
+        batches = [
+            ((3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.randint(columns, (rows,), device=device))
+            for _ in range(copies)
+        ]
+        contenders, floor_bytes = op(batches, peers)
+        records += to_records(op.__name__, f"{rows} x {columns}", contenders, device, floor_bytes)
     return records
+
+
+def measure_ranking(device: torch.device, lengths: list[int], peers: bool) -> list[dict]:
+    """Every form on sequences of some lengths."""
+    records = []
+    for form in ("logistic", "hinge", "plackett_luce"):
+        size = f"{len(lengths)} x {lengths[0]} {form}"
+        records += to_records("ranking", size, ranking(lengths, form, device, peers), device, None)
+    return records
+
+
+def to_records(
+    op: str, size: str, contenders: list[Contender], device: torch.device, floor_bytes: int | None
+) -> list[dict]:
+    """One record a figure."""
+    timings = time_interleaved(contenders, device)
+    common = {"op": op, "size": size, "floor_bytes": floor_bytes}
+    return [
+        common | {"contender": name, "mode": mode, "seconds": timing._asdict()}
+        for (name, mode), timing in timings.items()
+    ]
 
 
 def print_table(records: list[dict], copy_bandwidth: float) -> None:
     """Microseconds, and the share of the floor that was reached."""
-    table = Table("op", "size", "contender", "µs", "spread", "of copy bandwidth")
+    table = Table("op", "size", "contender", "mode", "µs", "spread", "of copy bandwidth")
     for record in records:
         seconds = record["seconds"]
         floor = record["floor_bytes"]
         share = f"{floor / copy_bandwidth / seconds['median']:.0%}" if floor else ""
         table.add_row(
-            record["op"],
-            record["size"],
-            record["contender"],
+            *(record[name] for name in ("op", "size", "contender", "mode")),
             f"{seconds['median'] * 1e6:.1f}",
             f"{seconds['low'] * 1e6:.1f}-{seconds['high'] * 1e6:.1f}",
             share,
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything on the GPU of this machine."""
-    if not torch.cuda.is_available():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peers", action="store_true", help="the reference, torch.compile and Liger beside it")
+    parser.add_argument("--rows", type=int, nargs="+", help="only shapes of so many rows")
+    options = parser.parse_args(arguments)
+    device = this_device()
+    if not is_gpu(device):
         sys.exit("benchmarks.kernels: needs a CUDA GPU")
-    device = torch.device("cuda")
     limits = ceilings(device)
-    records = measure_all(device, SHAPES, RANK_LENGTHS)
-    found = environment(device)
-    path = write_json(result_name("kernels", device), found | {"ceilings": limits, "figures": records})
+    found = environment(device) | {"ceilings": limits}
+    name = result_name("kernels-and-peers" if options.peers else "kernels", device)
+    records = []
+    for rows, columns in SHAPES:
+        if options.rows is None or rows in options.rows:
+            records += measure_rows(device, rows, columns, options.peers)
+            write_json(name, found | {"figures": records})
+    for lengths in RANK_LENGTHS:
+        records += measure_ranking(device, lengths, options.peers)
+        path = write_json(name, found | {"figures": records})
     print_table(records, limits["copy_bytes_per_second"])
     print(f"{found['device']}, copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s; wrote {path}")
 

@@ -1,16 +1,16 @@
 """The whole loss, forward and backward from the hidden states: ours, its peers, and the ways that people write it.
 
-    python -m benchmarks.loss        (also part of `make gpu`)
+    python -m benchmarks.loss        (--ours in `make gpu`, all in `make gpu-peers`)
 
 Everything is timed in one run on the same inputs, after a check that all give the same loss and gradient. The head is
 frozen, as under LoRA. A peer that knows no ranking is timed at the cross-entropy alone, and so are we beside it. Writes
-benchmarks/results/loss-<device>.json; `python -m benchmarks.pictures` draws it.
+benchmarks/results/loss-<device>.json after every shape; `python -m benchmarks.pictures` draws it.
 """
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -25,8 +25,10 @@ from benchmarks.measure import (
     Contender,
     ceilings,
     environment,
+    is_gpu,
     peak_memory_of,
     result_name,
+    this_device,
     time_interleaved,
     write_json,
 )
@@ -130,7 +132,7 @@ Loss = Callable[[Problem], Tensor]
 LOSSES: dict[str, Loss] = {
     "authors' way": authors_loss,
     "reference": lambda problem: loss_of_logits(problem, backend="reference"),
-    "torch.compile": torch.compile(lambda problem: loss_of_logits(problem, backend="reference")),
+    "torch.compile": torch.compile(lambda problem: loss_of_logits(problem, backend="reference"), dynamic=False),
     "checkpoint": checkpointed_loss,
     "ours, logits": lambda problem: loss_of_logits(problem, inplace_backward=True),
     "ours, fused": fused_loss,
@@ -138,12 +140,13 @@ LOSSES: dict[str, Loss] = {
 CROSS_ENTROPY_ALONE: dict[str, Loss] = {
     "ours, fused, CE alone": lambda problem: fused_loss(problem, rank_weight=0.0),
 }
+OURS = ["ours, logits", "ours, fused"]
 WAIT_FOR_HOST = {"authors' way", "reference", "torch.compile", "checkpoint", "Liger CE + entropy", "Liger CE", "Cut CE"}
 
 
 def add_peers(device: torch.device) -> None:
     """The other libraries that are installed and run here."""
-    has_gpu = device.type == "cuda"
+    has_gpu = is_gpu(device)
     # Liger's entropy op is its own kernel on Hopper, where it needs the CUTLASS DSL, and chunked PyTorch elsewhere.
     needs_cutlass = has_gpu and torch.cuda.get_device_capability(device) == (9, 0)
     if importlib.util.find_spec("liger_kernel"):
@@ -202,6 +205,7 @@ def measure(
     shape: Shape, device: torch.device, rounds: int, memory: int, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """Time and incremental peak memory of every way (or of those named) that fits, in one run."""
+    torch.compiler.reset()  # each shape is compiled for itself
     problem = draw_problem(shape, device)
     whole, alone = (
         {
@@ -221,19 +225,21 @@ def measure(
 
         return run
 
-    contenders = [Contender(name, step(loss), name not in WAIT_FOR_HOST) for name, loss in (whole | alone).items()]
-    contenders.append(Contender("two matmuls", lambda: two_matmuls(problem)))
+    contenders = [Contender(name, [step(loss)], name not in WAIT_FOR_HOST) for name, loss in (whole | alone).items()]
+    contenders.append(Contender("two matmuls", [lambda: two_matmuls(problem)]))
     timings = time_interleaved(contenders, device, rounds)
     computes = dict.fromkeys(whole, "everything") | dict.fromkeys(alone, "cross-entropy alone")
+    peaks = {contender.name: peak_memory_of(contender.calls[0], device) for contender in contenders}
     return [
         {
             "shape": shape._asdict() | {"rows": shape.rows},
-            "contender": contender.name,
-            "computes": computes.get(contender.name, "the floor"),
-            "seconds": timings[contender.name]._asdict(),
-            "peak_bytes": peak_memory_of(contender.call, device),
+            "contender": name,
+            "mode": mode,
+            "computes": computes.get(name, "the floor"),
+            "seconds": timing._asdict(),
+            "peak_bytes": peaks[name],
         }
-        for contender in contenders
+        for (name, mode), timing in timings.items()
     ]
 
 
@@ -243,19 +249,18 @@ def print_table(records: list[dict[str, Any]], matmul_rate: float) -> None:
     Args:
         matmul_rate: FLOP/s that the device reached in the same run.
     """
-    heads = ("V", "rows", "contender", "computes", "ms", "spread", "x the floor", "of matmul rate", "MiB")
+    heads = ("V", "rows", "contender", "mode", "computes", "ms", "spread", "x the floor", "of matmul rate", "MiB")
     table = Table(*heads, "x faster", "x less memory")
     for record in records:
         shape, seconds = record["shape"], record["seconds"]
-        beside = {r["contender"]: r for r in records if r["shape"] == shape}
+        beside = {r["contender"]: r for r in records if (r["shape"], r["mode"]) == (shape, record["mode"])}
         authors, floor = beside.get("authors' way"), beside["two matmuls"]
         faster = f"{authors['seconds']['median'] / seconds['median']:.1f}" if authors else ""
         smaller = f"{authors['peak_bytes'] / max(record['peak_bytes'], 1):.1f}" if authors else ""
         table.add_row(
             str(shape["vocabulary"]),
             str(shape["rows"]),
-            record["contender"],
-            record["computes"],
+            *(record[name] for name in ("contender", "mode", "computes")),
             f"{seconds['median'] * 1e3:.2f}",
             f"{seconds['low'] * 1e3:.2f}-{seconds['high'] * 1e3:.2f}",
             f"{seconds['median'] / floor['seconds']['median']:.2f}",
@@ -267,33 +272,36 @@ def print_table(records: list[dict[str, Any]], matmul_rate: float) -> None:
     Console(width=140).print(table)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all that fits on this machine."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024, 4096], help="rows in the windows")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[126464, 152064])
-    arguments = parser.parse_args()
+    parser.add_argument("--ours", action="store_true", help="no peers, and not the ways that people write it")
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, memory, rounds, (length, window, width) = machine()
     add_peers(device)
+    limits = ceilings(device)
+    found = environment(device) | {"ceilings": limits}
+    name = result_name("loss-ours" if options.ours else "loss", device)
     records = []
-    for vocabulary in arguments.vocabulary:
-        for rows in arguments.rows:
+    for vocabulary in options.vocabulary:
+        for rows in options.rows:
             shape = Shape(rows // window, length, window, width, vocabulary)
             print(f"V={vocabulary}, {rows} rows", file=sys.stderr, flush=True)
-            records += measure(shape, device, rounds, memory)
-    found = environment(device)
-    limits = ceilings(device)
-    path = write_json(result_name("loss", device), found | {"ceilings": limits, "figures": records})
+            records += measure(shape, device, rounds, memory, OURS if options.ours else None)
+            path = write_json(name, found | {"figures": records})
     print_table(records, limits["matmul_flop_per_second"])
     print(f"{found['device']}, torch {found['torch']}; wrote {path}")
 
 
 def machine() -> tuple[torch.device, int, int, tuple[int, int, int]]:
     """The device, its free bytes, rounds, and the length, window and width of a sequence that suit it."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.mem_get_info()[0], 30, (512, 32, 3584)  # Dream, as in the recipes
-    return torch.device("cpu"), psutil.virtual_memory().available, 5, (128, 16, 512)
+    device = this_device()
+    if is_gpu(device):
+        return device, torch.cuda.mem_get_info()[0], 30, (512, 32, 3584)  # Dream, as in the recipes
+    return device, psutil.virtual_memory().available, 5, (128, 16, 512)
 
 
 if __name__ == "__main__":

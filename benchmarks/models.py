@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.measure import is_gpu
 from tabom.lab.dry_run import DREAM_7B, random_model
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
@@ -20,7 +21,7 @@ SMALL = {
 
 def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:
     """Dream-7B in bf16 on a GPU; elsewhere four small layers in fp32 under Dream's real vocabulary."""
-    if device.type == "cuda":
+    if is_gpu(device):
         name = "Dream-7B, random weights, bf16"
         family = random_model("Dream-org/Dream-v0-Instruct-7B", "full", torch.bfloat16, None, device)
     else:

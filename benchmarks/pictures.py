@@ -47,10 +47,15 @@ def draw_legend(figure: Figure) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
 
 
+def eager(result: Record) -> list[Record]:
+    """The figures of plain calls, which every contender has."""
+    return [record for record in result["figures"] if record["mode"] == "eager"]
+
+
 def draw_loss(result: Record) -> Figure:
     """Time and memory against the number of rows, at the largest vocabulary."""
     vocabulary = max(record["shape"]["vocabulary"] for record in result["figures"])
-    records = [record for record in result["figures"] if record["shape"]["vocabulary"] == vocabulary]
+    records = [record for record in eager(result) if record["shape"]["vocabulary"] == vocabulary]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (label, value) in zip(figure.subplots(1, 2), (TIME, MEMORY), strict=True):
         draw_lines(axes, records, "rows", label, value)
@@ -63,11 +68,12 @@ def draw_loss(result: Record) -> Figure:
 
 def draw_scaling(result: Record) -> Figure:
     """Time above, memory below, a column a sweep."""
-    sweeps = list(dict.fromkeys(record["sweep"] for record in result["figures"]))
+    records = eager(result)
+    sweeps = list(dict.fromkeys(record["sweep"] for record in records))
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     for row, (label, value) in zip(figure.subplots(2, len(sweeps), squeeze=False), (TIME, MEMORY), strict=True):
         for axes, sweep in zip(row, sweeps, strict=True):
-            draw_lines(axes, [r for r in result["figures"] if r["sweep"] == sweep], sweep, label, value)
+            draw_lines(axes, [r for r in records if r["sweep"] == sweep], sweep, label, value)
     draw_legend(figure)
     figure.suptitle(f"{result['device']}: the loss, one quantity at a time", fontsize=10)
     return figure

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Timing, environment, result_name, summary, write_json
+from benchmarks.measure import Timing, environment, is_gpu, result_name, summary, this_device, write_json
 from benchmarks.models import random_dream
 from tabom.lab.dry_run import now, timed
 from tabom.lab.model import BASE_PATH
@@ -109,7 +109,7 @@ def measure(
         if not settings:
             ours = torch.tensor([completion.token_ids for completion in calls["ours"]()])
             agreement = (ours == calls["straightforward"]().cpu()).double().mean().item()
-            assert model.device.type == "cuda" or agreement > 0.95, agreement  # bf16 turns near ties
+            assert is_gpu(model.device) or agreement > 0.95, agreement  # bf16 turns near ties
         timings = time_in_turns(calls, model.device, rounds=5)
         for loop, timing in timings.items():
             record = {"model": name, "settings": settings_name, "loop": loop, "batch": len(prompts)}
@@ -134,13 +134,13 @@ def print_table(records: list[dict[str, Any]]) -> None:
 def main() -> None:
     """The model that ships with the package, and a Dream of a size that suits the device."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     lab = load(BASE_PATH)
     lab.model.to(device)
     prompts = [lab.tokenizer(f"{i}-{i // 2}=").input_ids for i in range(500, 564)]
     records = measure("the lab's, 1 M parameters, V = 45", lab, prompts, length=16, steps=16)
     name, dream = random_dream(device)
-    batch, prompt_length, length, steps = (8, 256, 256, 64) if device.type == "cuda" else (2, 32, 32, 16)
+    batch, prompt_length, length, steps = (8, 256, 256, 64) if is_gpu(device) else (2, 32, 32, 16)
     prompts = torch.randint(4, 1000, (batch, prompt_length)).tolist()
     records += measure(name, dream, prompts, length, steps)
     path = write_json(result_name("sampler", device), environment(device) | {"figures": records})

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from benchmarks.loss import Shape, add_peers, machine, measure
-from benchmarks.measure import environment, result_name, write_json
+from benchmarks.measure import environment, is_gpu, result_name, write_json
 
 CONTENDERS = ["authors' way", "reference", "checkpoint", "Liger CE + entropy", "ours, logits", "ours, fused"]
 
@@ -35,12 +35,12 @@ def main() -> None:
     device, memory, rounds, sizes = machine()
     add_peers(device)
     records = []
-    for quantity, shapes in sweeps(*sizes, on_gpu=device.type == "cuda").items():
+    for quantity, shapes in sweeps(*sizes, on_gpu=is_gpu(device)).items():
         for shape in shapes:
             print(f"{quantity}: {shape}", file=sys.stderr, flush=True)
             figures = measure(shape, device, rounds, memory, CONTENDERS)
             records += [{"sweep": quantity, **figure} for figure in figures]
-    path = write_json(result_name("scaling", device), environment(device) | {"figures": records})
+            path = write_json(result_name("scaling", device), environment(device) | {"figures": records})
     print(f"wrote {path}")
 
 

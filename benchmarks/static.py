@@ -85,7 +85,9 @@ def launches() -> list[tuple[str, str, Launch]]:
     offsets, temperature = torch.empty(9, dtype=torch.int32, device="meta"), torch.empty((), device="meta")
     for form in ("logistic", "hinge", "plackett_luce"):
         recorded = record(
-            lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, 0.1, temperature)
+            lambda form=form: triton_backend.trajectory_rank_loss(
+                entropy, steps, offsets, form, temperature, temperature
+            )
         )
         found += [(launch, f" {form}" if "pairs" in launch.kernel.__name__ else "", "float32") for launch in recorded]
     named = {}

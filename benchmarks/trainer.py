@@ -7,17 +7,26 @@ GPU also the largest batch that each way fits. Writes benchmarks/results/trainer
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Contender, environment, peak_memory_of, result_name, time_interleaved, write_json
+from benchmarks.measure import (
+    Contender,
+    environment,
+    is_gpu,
+    peak_memory_of,
+    result_name,
+    this_device,
+    time_interleaved,
+    write_json,
+)
 from benchmarks.models import random_dream
-from tabom.lab.dry_run import make_up_trajectories, now, timed
+from tabom.lab.dry_run import make_up_trajectories, now, timed, train_only
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.training.collator import TrajectoryCollator, TrajectoryDataset
 from tabom.training.forward import add_loss_to_forward
@@ -25,6 +34,7 @@ from tabom.training.objectives import ObjectiveSettings
 from tabom.training.released import released_loss
 
 SETTINGS = {"form": "hinge", "margin": 0.1, "rank_weight": 1.0}
+LORA = {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 Batch = dict[str, Tensor]
 
 
@@ -43,8 +53,7 @@ class Training:
             model.forward = plain
             add_loss_to_forward(model, **SETTINGS, **options)
             self.forwards[name] = model.forward
-        lora = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-        self.wrapped = get_peft_model(model, lora).train()
+        self.wrapped = add_adapter(model).train()
         self.optimizer = torch.optim.AdamW(p for p in self.wrapped.parameters() if p.requires_grad)
 
     def step(self, way: str, batch: Batch) -> None:
@@ -61,6 +70,15 @@ class Training:
         logits = self.wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         packed = (batch[name] for name in ("rows", "labels", "steps", "cu_seqlens"))
         return released_loss(logits, *packed, margin=SETTINGS["margin"], rank_weight=SETTINGS["rank_weight"])
+
+
+def add_adapter(model: torch.nn.Module) -> torch.nn.Module:
+    """LoRA on q_proj and v_proj; without peft these layers themselves are trained, and all others frozen."""
+    if find_spec("peft") is None:
+        return train_only(model, LORA["target_modules"])
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(**LORA))
 
 
 def make_batch(family: DiffusionModel, sequences: int, prompt: int, response: int, window: int) -> Batch:
@@ -109,20 +127,20 @@ def largest_batch(step: Callable[[int], None]) -> int:
 def main() -> None:
     """Measure on this machine."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     name, family = random_dream(device)
     training = Training(family)
-    sizes = (8, 256, 256, 32) if device.type == "cuda" else (4, 64, 64, 16)
+    sizes = (8, 256, 256, 32) if is_gpu(device) else (4, 64, 64, 16)
     batch = make_batch(family, *sizes)
     check_agreement(training, batch)
-    contenders = [Contender(way, lambda w=way: training.step(w, batch), capture=False) for way in training.forwards]
-    timings = time_interleaved(contenders, device, rounds=10 if device.type == "cuda" else 5)
+    contenders = [Contender(way, [lambda w=way: training.step(w, batch)], capture=False) for way in training.forwards]
+    timings = time_interleaved(contenders, device, rounds=10 if is_gpu(device) else 5)
     share = share_of_head_and_loss(training, batch)
     records = []
     for contender in contenders:
-        record = {"way": contender.name, "seconds": timings[contender.name]._asdict()}
-        record["peak_bytes"] = peak_memory_of(contender.call, device)
-        if device.type == "cuda":
+        record = {"way": contender.name, "seconds": timings[contender.name, "eager"]._asdict()}
+        record["peak_bytes"] = peak_memory_of(contender.calls[0], device)
+        if is_gpu(device):
             record["largest_batch"] = largest_batch(
                 lambda n, w=contender.name: training.step(w, make_batch(family, n, *sizes[1:]))
             )

@@ -43,10 +43,10 @@ def check_triton(tensor: Tensor) -> None:
     """Triton is installed and runs on this tensor."""
     if not HAS_TRITON:
         raise ValueError("backend='triton': Triton is not installed; pip install triton, or use 'torch'")
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend='triton': expected a CUDA tensor, got {tensor.device}; use 'torch'")
     if tensor.dtype == torch.float64:
         raise TypeError("backend='triton': its kernels take bfloat16, float16 and float32, got float64; use 'torch'")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton': expected a CUDA tensor, got {tensor.device}; use 'torch'")
 
 
 def closed_forms(backend: str) -> ModuleType:

@@ -4,7 +4,9 @@ What can be read off shapes and dtypes is checked always. Checks of values would
 the CPU they run under TABOM_KERNELS_DEBUG=1 only.
 """
 
+import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,14 +28,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected shape (N, D), got {tuple(hidden.shape)}")
     check_dtype("weight", weight, (hidden.dtype,))
-    if weight.ndim != 2 or len(weight) == 0 or weight.shape[1] != hidden.shape[1]:
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"weight: expected shape (V, {hidden.shape[1]}) with V >= 1, as hidden is {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     check_device("weight", weight, hidden.device)
     if bias is not None:
-        check_rows("bias", bias, len(weight), (hidden.dtype,), hidden.device)
+        check_rows("bias", bias, weight.shape[0], (hidden.dtype,), hidden.device)
 
 
 def check_labels(labels: Tensor, rows: int, columns: int, device: torch.device, ignore_index: int) -> None:
@@ -53,13 +55,15 @@ def check_token_weights(token_weights: Tensor | None, rows: int, device: torch.d
     if token_weights is not None:
         floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         check_rows("token_weights", token_weights, rows, floating, device)
+        if token_weights.requires_grad:
+            raise ValueError("token_weights: their gradient is not computed, and they require one; use .detach()")
 
 
 def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
     """Steps (N,) and offsets (B + 1,) from 0 to N, none decreasing, all on `device`."""
     check_rows("steps", steps, rows, INTEGERS, device)
     check_dtype("cu_seqlens", cu_seqlens, INTEGERS)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     check_device("cu_seqlens", cu_seqlens, device)
     if values_are_checked(cu_seqlens):
@@ -75,15 +79,45 @@ def check_entropy(entropy: Tensor) -> None:
         raise ValueError(f"entropy: expected shape (N,), got {tuple(entropy.shape)}")
 
 
-def check_form(form: str, temperature: float | Tensor) -> None:
-    """A known form and a positive temperature."""
+def check_form(form: str, margin: float, temperature: float | Tensor) -> None:
+    """A known form, a finite margin and a positive, finite temperature."""
     if form not in FORMS:
         raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")
-    is_tensor = isinstance(temperature, Tensor)
-    if is_tensor and temperature.ndim != 0:
-        raise ValueError(f"temperature: expected a number or a 0-dim tensor, got shape {tuple(temperature.shape)}")
-    if (not is_tensor or values_are_checked(temperature)) and not temperature > 0:
-        raise ValueError(f"temperature={float(temperature)}: expected above 0")
+    check_scalar("margin", margin, lambda x: -math.inf < x < math.inf, "a finite number of nats")
+    check_scalar("temperature", temperature, lambda x: 0 < x < math.inf, "above 0 and finite")
+
+
+def check_denominators(
+    rank_weight: float, num_tokens: float | Tensor | None, num_sequences: float | Tensor | None
+) -> None:
+    """Finite numbers, none below 0."""
+    check_scalar("rank_weight", rank_weight, lambda x: 0 <= x < math.inf, "0 or above, and finite")
+    for name, count in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
+        if count is not None:
+            check_scalar(name, count, lambda x: 0 <= x < math.inf, "0 or above, and finite")
+
+
+def check_scalar(name: str, value: float | Tensor, is_right: Callable[[float], bool], expected: str) -> None:
+    """A number, or a 0-dim tensor, whose value is right."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{name}: expected a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        if not values_are_checked(value):
+            return
+    if not is_right(value):
+        raise ValueError(f"{name}={float(value)}: expected {expected}")
+
+
+def check_overlap(logits: Tensor) -> None:
+    """No two elements of (N, V) are in one place, so that each can be written over."""
+    (rows, columns), (row_stride, column_stride) = logits.shape, logits.stride()
+    # Elements (di, dj) apart are in one place if di * row_stride = -dj * column_stride: the smallest such step.
+    common = math.gcd(row_stride, column_stride) or 1
+    if column_stride // common < rows and row_stride // common < columns and logits.numel() > 1:
+        raise ValueError(
+            f"inplace_backward=True: expected logits whose elements are in different places, got shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()}; use logits.clone()"
+        )
 
 
 def check_rows(name: str, tensor: Tensor, rows: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:

@@ -19,8 +19,16 @@ from torch import Tensor
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_form, check_head, check_labels, check_sequences, check_token_weights
-from tabom_kernels.loss import TabomLoss, at_least_one, tabom_loss
+from tabom_kernels.checks import (
+    check_denominators,
+    check_form,
+    check_head,
+    check_labels,
+    check_sequences,
+    check_token_weights,
+)
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.loss import TabomLoss, denominator, tabom_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
 
 LOGITS_BUDGET = 2**28
@@ -37,69 +45,78 @@ class Chunk(NamedTuple):
     rows: slice
 
     def pieces(self, size: int) -> list[slice]:
-        """The rows, `size` at a time; one piece even without rows."""
+        """The rows in equal pieces of at most `size`; one piece even without rows."""
+        count = ceil_div(self.rows.stop - self.rows.start, size)
+        share = max(1, ceil_div(self.rows.stop - self.rows.start, max(count, 1)))
         return [
-            slice(start, min(start + size, self.rows.stop))
-            for start in range(self.rows.start, max(self.rows.stop, self.rows.start + 1), size)
+            slice(start, min(start + share, self.rows.stop))
+            for start in range(self.rows.start, max(self.rows.stop, self.rows.start + 1), share)
         ]
 
 
 def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]:
-    """Consecutive sequences, together at most `max_rows` rows unless one alone has more.
+    """Consecutive sequences, together at most `max_rows` rows unless one alone has more, each about as many.
 
     A batch that is one chunk is never asked for its lengths, which would make a GPU wait for the host.
     """
     if rows <= max_rows:
-        yield Chunk(slice(0, len(cu_seqlens) - 1), slice(0, rows))
+        yield Chunk(slice(0, cu_seqlens.shape[0] - 1), slice(0, rows))
         return
     offsets = cu_seqlens.tolist()
     first = 0
-    for sequence in range(1, len(offsets)):
-        is_last = sequence == len(offsets) - 1
-        if is_last or offsets[sequence + 1] - offsets[first] > max_rows:
-            yield Chunk(slice(first, sequence), slice(offsets[first], offsets[sequence]))
-            first = sequence
+    while first < len(offsets) - 1:
+        start, left = offsets[first], rows - offsets[first]
+        share = left / max(1, ceil_div(left, max_rows))
+        last = first + 1
+        # One sequence more, while that fits and brings the chunk nearer to its share, or adds nothing.
+        while last < len(offsets) - 1 and (
+            offsets[last + 1] == offsets[last]
+            or (offsets[last + 1] - start <= max_rows and (offsets[last] + offsets[last + 1]) / 2 - start <= share)
+        ):
+            last += 1
+        yield Chunk(slice(first, last), slice(start, offsets[last]))
+        first = last
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
     """(N, V) logits, in fp32 or in the dtype of `hidden`."""
-    if not fp32_logits or hidden.dtype == torch.float32:
+    dtype = reference.working_dtype(hidden.dtype)
+    if not fp32_logits or hidden.dtype == dtype:
         return F.linear(hidden, weight, bias)
-    logits = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
-    for part in vocabulary_slices(weight):
-        logits[:, part] = fp32_product(hidden, weight[part].T)
+    logits = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
+    add_product(logits.T, weight, hidden.T, beta=0)
     return logits if bias is None else logits.add_(bias)
 
 
-def fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 from half precision (fp32 and fp64 stay what they are)."""
-    dtype = reference.working_dtype(a.dtype)
-    if a.is_cuda and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def vocabulary_slices(weight: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of (V, D)."""
-    return (slice(start, start + VOCABULARY_SLICE) for start in range(0, len(weight), VOCABULARY_SLICE))
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total (V, n) = beta * total + a @ b, with sums in the dtype of `total`; a and b may be in half precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        for start in range(0, total.shape[0], VOCABULARY_SLICE):
+            part = slice(start, start + VOCABULARY_SLICE)
+            total[part].addmm_(a[part].to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 class HeadGradients:
     """Gradients by hidden (N, D), weight (V, D) and bias (V,), added up piece by piece; empty unless wanted.
 
-    The weight's is summed in fp32 when it has more than one piece: a matmul's own sum already is.
+    Those of weight and bias are sums over all rows, and kept in fp32.
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], one_piece: bool
-    ) -> None:
-        self.inputs, self.wanted, self.one_piece = (hidden, weight), wanted, one_piece
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> None:
+        self.inputs, self.wanted, self.beta = (hidden, weight), wanted, 0
         dtype = reference.working_dtype(hidden.dtype)
         self.hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.weight = weight.new_empty(0)
-        if wanted[1] and not one_piece:
-            self.weight = torch.zeros_like(weight, dtype=dtype)
-        self.bias = hidden.new_zeros(len(weight) if wanted[2] else 0, dtype=dtype)
+        self.weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
+        self.bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=dtype)
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """The part of `rows`, from their (n, V) dL/dlogits."""
@@ -109,11 +126,9 @@ class HeadGradients:
         dlogits = dlogits.to(hidden.dtype)
         if self.wanted[0]:
             self.hidden[rows] = dlogits @ weight
-        if self.wanted[1] and self.one_piece:
-            self.weight = dlogits.T @ hidden[rows]
-        elif self.wanted[1]:
-            for part in vocabulary_slices(weight):
-                self.weight[part] += fp32_product(dlogits[:, part].T, hidden[rows])
+        if self.wanted[1]:
+            add_product(self.weight, dlogits.T, hidden[rows], self.beta)
+        self.beta = 1  # the first piece has overwritten the memory
 
 
 @torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
@@ -122,36 +137,42 @@ def fused_linear_op(
     weight: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    margin: Tensor,
+    rank_weight: Tensor | None,
     labels: Tensor,
     steps: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
     num_tokens: Tensor,
     num_sequences: Tensor,
-    rank_weight: float,
     form: str,
-    margin: float,
     ignore_index: int,
     max_chunk_rows: int,
     fp32_logits: bool,
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, cross_entropy, rank, entropy (N,); gradients by hidden, weight, bias (empty unless wanted) and temperature.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias (empty unless wanted), dtemperature; unit.
 
-    The gradients are those of num_tokens * loss, near 1 in size, so that fp16 does not lose them to underflow.
+    The gradients are those of unit * loss, in which a row's factors are near 1: in fp16 the mean over many tokens
+    would be below the smallest number, and a sum over rows with large weights above the largest.
     """
     forms = closed_forms(backend)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
-    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     grad_ce = entropy.new_ones(()) if token_weights is None else token_weights.to(dtype)
-    grad_ce = grad_ce.expand(len(hidden))
-    rank_scale = rank_weight * num_tokens / num_sequences
-    gradients = HeadGradients(hidden, weight, bias, wanted, one_piece=len(hidden) <= max_chunk_rows)
+    grad_ce = grad_ce.expand(hidden.shape[0])
+    rank_scale = None if rank_weight is None else rank_weight * num_tokens / num_sequences
+    unit = num_tokens.clone()
+    if hidden.dtype == torch.float16:
+        largest = largest_factor(grad_ce.masked_fill(labels == ignore_index, 0.0), rank_scale, form, temperature)
+        grad_ce, unit = grad_ce / largest, unit / largest
+        rank_scale = None if rank_scale is None else rank_scale / largest
+    gradients = HeadGradients(hidden, weight, bias, wanted)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in plan_chunks(cu_seqlens, len(hidden), max_chunk_rows):
+        for chunk in plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows):
             pieces = chunk.pieces(max_chunk_rows)
             logits, statistics = None, []
             for rows in pieces:
@@ -161,7 +182,7 @@ def fused_linear_op(
                 entropy[rows] = statistics[-1].entropy
                 ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
-            if rank_weight != 0:
+            if rank_scale is not None:
                 offsets = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.rows.start
                 rank = forms.trajectory_rank_loss(
                     entropy[chunk.rows], steps[chunk.rows], offsets, form, margin, temperature
@@ -180,35 +201,57 @@ def fused_linear_op(
                 forms.vocabulary_gradient(logits, labels[rows], ignore_index, saved, *row_grads, logits)
                 gradients.add(rows, logits)
 
-    cross_entropy, rank_mean = ce_sum / num_tokens, rank_sum / num_sequences
-    loss = cross_entropy + rank_weight * rank_mean
-    by_weight, by_bias = gradients.weight.to(weight.dtype), gradients.bias.to(hidden.dtype)
-    return loss, cross_entropy, rank_mean, entropy, gradients.hidden, by_weight, by_bias, grad_temperature
+    cross_entropy, rank_mean = ce_sum / unit, rank_sum / num_sequences
+    loss = cross_entropy + (0 if rank_weight is None else rank_weight * rank_mean)
+    by_head = (gradients.hidden, gradients.weight, gradients.bias)
+    return loss, cross_entropy, rank_mean, entropy, *by_head, grad_temperature, unit
+
+
+def largest_factor(grad_ce: Tensor, rank_scale: Tensor | None, form: str, temperature: Tensor) -> Tensor:
+    """() what the row factors are divided by in fp16: the largest of the cross-entropy's, or a bound of the ranking's.
+
+    The slope of the rank loss by one entropy is at most 1 / tau, which it nears with one pair alone, and fp16 has room
+    for factors of 16.
+    """
+    bound = grad_ce.new_zeros(()) if rank_scale is None else rank_scale / 16
+    bound = bound if form == "hinge" else bound / temperature
+    largest = torch.cat([grad_ce.abs(), bound[None]]).amax()
+    return largest.masked_fill(largest == 0, 1.0)
 
 
 @fused_linear_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wanted = arguments[-2]
     dtype = reference.working_dtype(hidden.dtype)
-    loss, cross_entropy, rank, by_temperature = (hidden.new_empty((), dtype=dtype) for _ in range(4))
-    entropy = hidden.new_empty(len(hidden), dtype=dtype)
+    loss, cross_entropy, rank, by_temperature, unit = (hidden.new_empty((), dtype=dtype) for _ in range(5))
+    entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     by_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    by_weight = weight.new_empty(weight.shape if wanted[1] else 0)
-    by_bias = hidden.new_empty(len(weight) if wanted[2] else 0)
-    return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature
+    by_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
+    by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
+    return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature, unit
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[4:], inputs[8])
+    ctx.save_for_backward(*output[4:])
+    ctx.dtype = inputs[0].dtype
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
-    *gradients, num_tokens = ctx.saved_tensors
-    scale = grad_loss / num_tokens
-    # hidden, weight, bias, temperature are the first four inputs
-    scaled = [g * scale if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return *scaled, *[None] * 14
+    refuse_second_derivatives()
+    *by_head, by_temperature, unit = ctx.saved_tensors
+    # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
+    scale = (grad_loss / unit)[None]
+    by_head = [
+        scaled(g, scale).to(ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)
+    ]
+    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 14
+
+
+def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient * scale, in place if this backward frees the graph that saved the gradient, and is not being traced."""
+    is_last_use = type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return gradient.mul_(scale) if is_last_use else gradient * scale
 
 
 fused_linear_op.register_autograd(scale_gradients, setup_context=save_gradients)
@@ -267,13 +310,15 @@ def fused_linear_tabom_loss(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
     check_head(hidden, weight, bias)
-    check_labels(labels, len(hidden), len(weight), hidden.device, ignore_index)
-    check_sequences(steps, cu_seqlens, len(hidden), hidden.device)
-    check_form(form, temperature)
-    check_token_weights(token_weights, len(hidden), hidden.device)
+    check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
+    check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
+    check_form(form, margin, temperature)
+    check_denominators(rank_weight, num_tokens, num_sequences)
+    check_token_weights(token_weights, hidden.shape[0], hidden.device)
     if max_chunk_rows is not None and max_chunk_rows < 1:
         raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
     backend = resolve(backend, hidden)
+    refuse_forward_mode(backend, hidden, weight, bias, temperature)
     if num_tokens is None:
         num_tokens = (labels != ignore_index).sum()
     if num_sequences is None:
@@ -298,25 +343,25 @@ def fused_linear_tabom_loss(
         return (loss, reference.softmax_entropy(logits.detach())) if return_entropy else loss
 
     if max_chunk_rows is None:
-        max_chunk_rows = max(1, LOGITS_BUDGET // (len(weight) * (4 if fp32_logits else hidden.itemsize)))
+        max_chunk_rows = max(1, LOGITS_BUDGET // (weight.shape[0] * (4 if fp32_logits else hidden.itemsize)))
     like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
-    scalars = (temperature, at_least_one(num_tokens), at_least_one(num_sequences))
-    temperature, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
+    scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
+    temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, cross_entropy, rank, entropy, *_ = fused_linear_op(
         hidden,
         weight,
         bias,
         temperature,
+        margin,
+        None if rank_weight == 0 else as_scalar(rank_weight, like),
         labels,
         steps,
         cu_seqlens,
         token_weights,
         num_tokens,
         num_sequences,
-        rank_weight,
         form,
-        margin,
         ignore_index,
         max_chunk_rows,
         fp32_logits,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tabom_kernels.backends import Backend, resolve
-from tabom_kernels.checks import check_form, check_logits, check_sequences, check_token_weights
+from tabom_kernels.checks import check_denominators, check_form, check_logits, check_sequences, check_token_weights
+from tabom_kernels.derivatives import refuse_forward_mode
 from tabom_kernels.ranking import Form, rank_loss_and_pairs
 from tabom_kernels.vocabulary import cross_entropy_with_entropy
 
@@ -61,10 +62,12 @@ def tabom_loss(
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    check_sequences(steps, cu_seqlens, len(logits), logits.device)
-    check_form(form, temperature)
-    check_token_weights(token_weights, len(logits), logits.device)
+    check_sequences(steps, cu_seqlens, logits.shape[0], logits.device)
+    check_form(form, margin, temperature)
+    check_denominators(rank_weight, num_tokens, num_sequences)
+    check_token_weights(token_weights, logits.shape[0], logits.device)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits, temperature)
     ce, entropy = cross_entropy_with_entropy(
         logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
     )
@@ -72,17 +75,17 @@ def tabom_loss(
         ce = ce * token_weights.to(ce.dtype)
     if num_tokens is None:
         num_tokens = (labels != ignore_index).sum()
-    cross_entropy = ce.sum() / at_least_one(num_tokens)
+    cross_entropy = ce.sum() / denominator(num_tokens)
     if rank_weight == 0:
         return TabomLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy).detach())
 
     losses, pairs = rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)
     if num_sequences is None:
         num_sequences = (pairs > 0).sum()
-    rank = losses.sum() / at_least_one(num_sequences)
+    rank = losses.sum() / denominator(num_sequences)
     return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
 
 
-def at_least_one(count: float | Tensor) -> float | Tensor:
-    """A denominator for a sum that is 0 when `count` is 0."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+def denominator(count: float | Tensor) -> float | Tensor:
+    """What to divide a sum by that is 0 when `count` is 0."""
+    return count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else count or 1

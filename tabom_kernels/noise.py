@@ -15,13 +15,19 @@ def mix_keys(*parts: int | Tensor) -> Tensor:
     """An int64 key that depends on every part and their order; int32 or int64 tensors broadcast.
 
     Raises:
-        TypeError: a tensor is of another dtype.
+        TypeError: a part is of another kind.
+        ValueError: a number does not fit 64 bits.
     """
     device = next((part.device for part in parts if isinstance(part, Tensor)), None)
     key = torch.zeros((), dtype=torch.int64, device=device)
-    for part in parts:
-        if isinstance(part, Tensor):
-            check_dtype("parts", part, INTEGERS)
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            if not -(2**63) <= part < 2**63:
+                raise ValueError(
+                    f"parts[{index}]={part}: expected an integer of 64 bits, at least -2^63 and below 2^63"
+                )
+        else:
+            check_dtype(f"parts[{index}]", part, INTEGERS)
             part = part.long()  # a 0-dim key would take the dtype of an int32 part, and lose its upper half
         key = split_mix(key ^ part)
     return key

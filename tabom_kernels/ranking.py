@@ -8,13 +8,14 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.checks import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
 
 @torch.library.custom_op("tabom_kernels::trajectory_rank_loss", mutates_args=())
 def rank_loss_op(
-    entropy: Tensor, temperature: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, backend: str
+    entropy: Tensor, temperature: Tensor, margin: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (B,), ordered pairs (B,), dE (N,) and dtau (B,): the gradients are finished in forward."""
     forms = closed_forms(backend)
@@ -23,23 +24,24 @@ def rank_loss_op(
 
 @rank_loss_op.register_fake
 def _(
-    entropy: Tensor, temperature: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, backend: str
+    entropy: Tensor, temperature: Tensor, margin: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, grad_temperature = (entropy.new_empty(len(cu_seqlens) - 1) for _ in range(2))
-    return loss, loss.new_empty(len(loss), dtype=torch.int64), torch.empty_like(entropy), grad_temperature
+    loss, grad_temperature = (entropy.new_empty(cu_seqlens.shape[0] - 1) for _ in range(2))
+    return loss, torch.empty_like(loss, dtype=torch.int64), torch.empty_like(entropy), grad_temperature
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, pairs, grad_entropy, grad_temperature = output
     ctx.mark_non_differentiable(pairs, grad_entropy, grad_temperature)
-    ctx.save_for_backward(grad_entropy, grad_temperature, inputs[3])
+    ctx.save_for_backward(grad_entropy, grad_temperature, inputs[4])
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+    refuse_second_derivatives()
     grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
     by_entropy = by_temperature = None
     if ctx.needs_input_grad[0]:
-        rows = len(grad_entropy)
+        rows = grad_entropy.shape[0]
         by_entropy = grad_entropy * grad_loss.repeat_interleave(cu_seqlens.diff(), output_size=rows)
     if ctx.needs_input_grad[1]:
         by_temperature = (grad_temperature * grad_loss).sum()
@@ -57,7 +59,7 @@ def count_op(steps: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
 
 @count_op.register_fake
 def _(steps: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
-    return steps.new_empty(len(cu_seqlens) - 1, dtype=torch.int64)
+    return steps.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.int64)
 
 
 def trajectory_rank_loss(
@@ -95,9 +97,10 @@ def trajectory_rank_loss(
         ValueError: a shape, device, form, temperature or offset is wrong, or the backend does not exist.
     """
     check_entropy(entropy)
-    check_sequences(steps, cu_seqlens, len(entropy), entropy.device)
-    check_form(form, temperature)
+    check_sequences(steps, cu_seqlens, entropy.shape[0], entropy.device)
+    check_form(form, margin, temperature)
     backend = resolve(backend, entropy)
+    refuse_forward_mode(backend, entropy, temperature)
     return rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)[0]
 
 
@@ -115,13 +118,19 @@ def rank_loss_and_pairs(
     if backend == "reference":
         losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
         return losses, reference.count_ordered_pairs(steps, cu_seqlens)
-    return rank_loss_op(entropy, as_scalar(temperature, entropy), steps, cu_seqlens, form, margin, backend)[:2]
+    temperature, margin = (as_scalar(x, entropy) for x in (temperature, margin))
+    return rank_loss_op(entropy, temperature, margin, steps, cu_seqlens, form, backend)[:2]
 
 
 def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """() of the dtype and device of `like`; a number gets there without a copy that waits for the host."""
+    """() of the dtype and device of `like`; a number gets there without a copy that waits for the host.
+
+    To an op, a setting is a tensor: for each new number torch.compile would compile anew, and for torch.full too.
+    """
     if isinstance(value, Tensor):
         return value.to(like.device, like.dtype)
+    if torch.compiler.is_compiling():
+        return like.new_zeros(()) + value
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
@@ -141,7 +150,7 @@ def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend |
         ValueError: a shape, device or offset is wrong, or the backend does not exist.
     """
     check_dtype("steps", steps, INTEGERS)
-    check_sequences(steps, cu_seqlens, len(steps), steps.device)
+    check_sequences(steps, cu_seqlens, steps.numel(), steps.device)
     backend = resolve(backend, steps)
     if backend == "reference":
         return reference.count_ordered_pairs(steps, cu_seqlens)

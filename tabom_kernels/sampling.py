@@ -1,5 +1,6 @@
 """What a sampler step needs of each masked position."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_logits, check_rows
+from tabom_kernels.checks import check_logits, check_rows, check_scalar
 from tabom_kernels.noise import row_keys
 
 
@@ -33,7 +34,7 @@ def _(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = reference.working_dtype(logits.dtype)
-    return tuple(logits.new_empty(len(logits), dtype=d) for d in (torch.int64, dtype, dtype, dtype))
+    return tuple(logits.new_empty(logits.shape[0], dtype=d) for d in (torch.int64, dtype, dtype, dtype))
 
 
 @torch.no_grad()
@@ -88,15 +89,14 @@ def unmask_statistics(
         ValueError: a shape or setting is wrong, or the backend does not exist.
     """
     check_logits(logits)
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or above")
+    check_scalar("temperature", temperature, lambda x: 0 <= x < math.inf, "0 (greedy) or above, and finite")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: expected a probability mass in (0, 1]")
     if isinstance(generator, Tensor):
-        check_rows("generator", generator, len(logits), (torch.int64,), logits.device)
-    keys = row_keys(generator, len(logits), logits.device) if temperature > 0 else None
+        check_rows("generator", generator, logits.shape[0], (torch.int64,), logits.device)
+    keys = row_keys(generator, logits.shape[0], logits.device) if temperature > 0 else None
     backend = resolve(backend, logits)
     if backend == "reference":
         return UnmaskStatistics(*reference.unmask_statistics(logits, temperature, top_k, top_p, keys))

@@ -96,7 +96,7 @@ class RankLoss(NamedTuple):
 
 
 def trajectory_rank_loss(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> RankLoss:
     """Loss and gradients over the (B, T, T) pairs of the padded sequences, some rows i at a time."""
     padded_steps, index = pad_steps(steps, cu_seqlens)
@@ -114,7 +114,7 @@ def trajectory_rank_loss(
 
 
 def pairwise_sums(
-    e: Tensor, steps: Tensor, form: str, margin: float, temperature: Tensor
+    e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
     total, grad_temperature = e.new_zeros(len(e)), e.new_zeros(len(e))
@@ -137,7 +137,7 @@ def pairwise_sums(
 
 
 def plackett_luce_sums(
-    e: Tensor, steps: Tensor, form: str, margin: float, temperature: Tensor
+    e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,)."""
     score = -e / temperature

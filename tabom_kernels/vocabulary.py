@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tabom_kernels import reference
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_labels, check_logits
+from tabom_kernels.checks import check_labels, check_logits, check_overlap
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.torch_backend import VocabularyStatistics
 
 
@@ -16,6 +17,8 @@ def statistics_op(
     logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ce, entropy, maximum, log_sum), each (N,), by a backend; ce is empty without labels."""
+    if inplace_backward:
+        check_overlap(logits)
     ce, entropy, maximum, log_sum = closed_forms(backend).vocabulary_statistics(logits, labels, ignore_index)
     return entropy.new_empty(0) if ce is None else ce, entropy, maximum, log_sum
 
@@ -24,7 +27,7 @@ def statistics_op(
 def _(
     logits: Tensor, labels: Tensor | None, ignore_index: int, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, dtype = len(logits), reference.working_dtype(logits.dtype)
+    rows, dtype = logits.shape[0], reference.working_dtype(logits.dtype)
     sizes = (0 if labels is None else rows, rows, rows, rows)
     return tuple(logits.new_empty(size, dtype=dtype) for size in sizes)
 
@@ -79,6 +82,7 @@ def save_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None
 
 
 def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple:
+    refuse_second_derivatives()
     if grad_ce is None and grad_entropy is None:
         return None, None, None, None, None
     logits, labels, *statistics = ctx.saved_tensors
@@ -110,6 +114,7 @@ def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor
     """
     check_logits(logits)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.softmax_entropy(logits)
     return statistics_op(logits, None, 0, False, backend)[1]
@@ -129,7 +134,8 @@ def cross_entropy_with_entropy(
         logits: (N, V) of any floating dtype and row stride.
         labels: (N,) int64; `ignore_index` = no cross-entropy on this row (it is 0, and so is its gradient).
         inplace_backward: backward writes the gradient over the logits and so destroys them; a second backward
-            through the same graph then raises a RuntimeError. `reference` has no in-place form and ignores it.
+            through the same graph then raises a RuntimeError. The logits must not be an expanded view. `reference`
+            has no in-place form and ignores it.
         backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
 
     Returns:
@@ -137,11 +143,12 @@ def cross_entropy_with_entropy(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or device is wrong, a label is out of range, or the backend does not exist.
+        ValueError: a shape, stride or device is wrong, a label is out of range, or the backend does not exist.
     """
     check_logits(logits)
     check_labels(labels, *logits.shape, logits.device, ignore_index)
     backend = resolve(backend, logits)
+    refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.cross_entropy_with_entropy(logits, labels, ignore_index)
     return statistics_op(logits, labels, ignore_index, inplace_backward, backend)[:2]

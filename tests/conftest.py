@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -15,6 +16,8 @@ from tabom.lab.model import character_tokenizer, tiny_config
 from tabom.models.diffusion_model import DiffusionModel, describe
 
 torch.set_num_threads(1)
+settings.register_profile("tabom", deadline=None)  # the first example may compile a kernel
+settings.load_profile("tabom")
 
 
 @pytest.fixture

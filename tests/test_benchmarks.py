@@ -47,7 +47,7 @@ def test_the_hot_path_compiles_as_it_must(static_table):
 
 
 def test_every_kernel_benchmark_runs(capsys):
-    records = kernels.measure_all(CPU, [(32, 50)], [[4, 4]])
+    records = kernels.measure_rows(CPU, 32, 50, peers=True) + kernels.measure_ranking(CPU, [4, 4], peers=True)
     assert {record["op"] for record in records} == {"statistics", "gradient", "whole_loss", "sampling", "ranking"}
     assert all(record["seconds"]["low"] <= record["seconds"]["median"] for record in records)
     kernels.print_table(records, 1e9)
@@ -121,9 +121,10 @@ def test_the_suite_runs_and_compares_with_a_stored_run(tmp_path):
 
 def test_contenders_take_turns():
     order = []
-    contenders = [Contender(name, lambda n=name: order.append(n)) for name in "ab"]
-    assert set(time_interleaved(contenders, CPU, rounds=2)) == {"a", "b"}
-    assert order == ["a", "b", "a", "b", "a", "b"]  # the first round warms up
+    calls = {name: [lambda n=name, c=copy: order.append((n, c)) for copy in (0, 1)] for name in "ab"}
+    contenders = [Contender(name, calls[name]) for name in "ab"]
+    assert set(time_interleaved(contenders, CPU, rounds=2)) == {("a", "eager"), ("b", "eager")}
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]  # the first round warms up
 
 
 def test_summary_is_the_median_and_its_spread():

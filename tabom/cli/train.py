@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +11,7 @@ from transformers import set_seed
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_model
 from tabom.data.trajectories import read_trajectories
-from tabom.lab.dry_run import dry_run, random_model
+from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.training.trainer import TabomConfig, TabomTrainer
 
 if TYPE_CHECKING:
@@ -92,7 +93,14 @@ def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments
         model_arguments.attn_implementation,
         config.device,
     )
-    dry_run(family, config, lora_config(arguments) if arguments.use_peft else None)
+    peft_config = None
+    if arguments.use_peft and find_spec("peft"):
+        peft_config = lora_config(arguments)
+    elif arguments.use_peft:
+        layers = arguments.lora_target_modules
+        print(f"peft is not installed: {', '.join(layers)} are trained themselves, in place of an adapter on them")
+        train_only(family.model, layers)
+    dry_run(family, config, peft_config)
 
 
 def lora_config(arguments: DataArguments) -> "LoraConfig":

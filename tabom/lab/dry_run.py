@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from tabom.data.trajectories import Trajectory
 from tabom.lab.model import character_tokenizer
@@ -117,6 +117,13 @@ def make_up_trajectories(count: int, vocab_size: int, prompt_length: int, respon
         )
         for _ in range(count)
     ]
+
+
+def train_only(model: PreTrainedModel, layers: Sequence[str]) -> PreTrainedModel:
+    """Freezes all but the layers of these names: what a machine without peft trains in place of an adapter on them."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-2] in layers)
+    return model
 
 
 class StepTimer(TrainerCallback):

@@ -48,7 +48,10 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if mask_token_id is None:
         mask_token_id = tokenizer.mask_token_id
     if mask_token_id is None:
-        raise ValueError("no mask token: set config.mask_token_id, or the tokenizer's mask_token")
+        raise ValueError(
+            f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
+            "or the tokenizer's mask_token"
+        )
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     logits_shift = getattr(config, "logits_shift", 0)
     return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift)

@@ -1,7 +1,8 @@
 """The families of diffusion language models that load natively, as models of transformers.
 
 Dream is Qwen2 and LLaDA is Llama, with bidirectional attention; their checkpoints differ in the names of settings and
-weights. Both are renamed while loading, so no code of a checkpoint ever runs.
+weights. Both are renamed while loading, so no code of a checkpoint ever runs. What dLLM made of autoregressive models
+(`a2d-...`) differs in the name of its type alone.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 
@@ -25,22 +28,27 @@ from transformers import (
 class Family:
     """How the checkpoints of a family become a model of transformers.
 
-    `logits_shift` is how far to the left the logits of a token stand. `key_mapping` renames weights: regular
-    expressions to replacements, in order, as in `PreTrainedModel.from_pretrained`.
+    `logits_shift` is how far to the left the logits of a token stand. `mask_token_ids` are, by the size of the
+    vocabulary, for checkpoints that do not say theirs: another vocabulary has another. `key_mapping` renames weights:
+    regular expressions to replacements, in order, as in `PreTrainedModel.from_pretrained`.
     """
 
     architecture: type[PreTrainedModel]
     tokenizer: type[PreTrainedTokenizerBase]
     config: Callable[[dict[str, Any]], PreTrainedConfig]
     logits_shift: int
-    mask_token_id: int
+    mask_token_ids: dict[int, int] = field(default_factory=dict)
     key_mapping: dict[str, str] = field(default_factory=dict)
 
 
-def dream_config(settings: dict[str, Any]) -> Qwen2Config:
-    """Dream's config.json has Qwen2's names."""
+def same_names(config: type[PreTrainedConfig]) -> Callable[[dict[str, Any]], PreTrainedConfig]:
+    """For a config.json that has the names of a config of transformers."""
     own = ("model_type", "architectures", "auto_map", "transformers_version", "use_cache")
-    return Qwen2Config(**{name: value for name, value in settings.items() if name not in own}, use_cache=False)
+
+    def convert(settings: dict[str, Any]) -> PreTrainedConfig:
+        return config(**{name: value for name, value in settings.items() if name not in own}, use_cache=False)
+
+    return convert
 
 
 def llada_config(settings: dict[str, Any]) -> LlamaConfig:
@@ -105,15 +113,20 @@ LLADA_WEIGHTS = {
 }
 
 FAMILIES = {
-    "Dream": Family(Qwen2ForCausalLM, Qwen2TokenizerFast, dream_config, logits_shift=1, mask_token_id=151666),
+    "Dream": Family(
+        Qwen2ForCausalLM, Qwen2TokenizerFast, same_names(Qwen2Config), logits_shift=1, mask_token_ids={152064: 151666}
+    ),
     "llada": Family(
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
         llada_config,
         logits_shift=0,
-        mask_token_id=126336,
+        mask_token_ids={126464: 126336},
         key_mapping=LLADA_WEIGHTS,
     ),
+    "a2d-qwen2": Family(Qwen2ForCausalLM, Qwen2TokenizerFast, same_names(Qwen2Config), logits_shift=0),
+    "a2d-qwen3": Family(Qwen3ForCausalLM, Qwen2TokenizerFast, same_names(Qwen3Config), logits_shift=0),
+    "a2d-llama": Family(LlamaForCausalLM, PreTrainedTokenizerFast, same_names(LlamaConfig), logits_shift=0),
 }
 """By the `model_type` of config.json."""
 
@@ -134,6 +147,6 @@ def native_config(settings: dict[str, Any]) -> PreTrainedConfig:
     family = FAMILIES[settings["model_type"]]
     config = family.config(settings)
     config.is_causal = False
-    config.mask_token_id = settings.get("mask_token_id", family.mask_token_id)
+    config.mask_token_id = settings.get("mask_token_id") or family.mask_token_ids.get(config.vocab_size)
     config.logits_shift = family.logits_shift
     return config

@@ -1,6 +1,7 @@
 """Loading a diffusion language model from a folder or the hub."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -44,8 +48,10 @@ def load(
             shifted logits, and a mask token, added if there is none. It must be trained before it is of use.
 
     Raises:
+        FileNotFoundError: a path into a folder that is here, and nothing there.
         ValueError: the family is not known, the model attends causally, or no mask token is known.
     """
+    check_is_there(Path(model_name_or_path))
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if find_adapter_config_file(model_name_or_path) is not None:
         return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
@@ -55,18 +61,39 @@ def load(
         return load_family(model_name_or_path, FAMILIES[model_type], settings, options)
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise ValueError(f"model type {model_type!r} in {model_name_or_path} is not known. {WHAT_LOADS}")
-    is_masked_lm = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and "is_causal" not in settings
+    as_masked_lm = is_masked_lm(settings)
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    if is_masked_lm or adapt:
+    if as_masked_lm or adapt:
         config.is_causal = False
     if adapt and model_type not in ADAPTABLE:
         raise ValueError(f"adapt: model type {model_type!r}; expected one of {', '.join(ADAPTABLE)}")
-    auto = AutoModelForMaskedLM if is_masked_lm else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if as_masked_lm else AutoModelForCausalLM
     model = auto.from_pretrained(model_name_or_path, config=config, trust_remote_code=trust_remote_code, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if adapt:
         add_mask_token(model, tokenizer)
     return describe(model.eval(), tokenizer)
+
+
+def check_is_there(path: Path) -> None:
+    """Says at once what the hub would deny after a minute: `runs/typo`, beside models that are in runs/.
+
+    Raises:
+        FileNotFoundError: the folder of `path` is on this machine, and `path` is not.
+    """
+    if path.exists() or path.parent == Path() or not path.parent.is_dir():
+        return
+    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    similar = get_close_matches(path.name, beside, n=3) or beside[:3]
+    hint = f"; there are {', '.join(similar)}" if similar else ""
+    raise FileNotFoundError(f"model={path}: nothing of this name in {path.parent}{hint}")
+
+
+def is_masked_lm(settings: dict[str, Any]) -> bool:
+    """Whether a config.json is of a masked language model: its type has such a class, and was not saved as another."""
+    model_type = settings.get("model_type")
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal_class not in (settings.get("architectures") or [])
 
 
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:

@@ -42,11 +42,11 @@ def pairs_kernel(
     steps,  # (N,)
     cu_seqlens,  # (B + 1,)
     temperature,  # ()
+    margin,  # ()
     loss_sum,  # (N,) over the pairs in which a row comes first
     pairs,  # (N,) number of them
     grad_entropy,  # (N,) over all pairs of a row
     grad_temperature,  # (N,)
-    margin,
     sequences,
     HINGE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,6 +56,7 @@ def pairs_kernel(
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
     tau = tl.load(temperature)
+    at_least = tl.load(margin)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     by_entropy = tl.zeros([BLOCK], tl.float32)
@@ -66,7 +67,7 @@ def pairs_kernel(
         other_e = tl.load(entropy + other, other_step >= 0, other=0.0)  # an unranked row may hold NaN
         comes_first = step < other_step
         comes_second = (other_step >= 0) & (other_step < step)
-        x = tl.where(comes_first, e - other_e, other_e - e) + margin
+        x = tl.where(comes_first, e - other_e, other_e - e) + at_least
         if HINGE:
             loss = tl.maximum(x, 0.0)
             slope = (x > 0.0).to(tl.float32)
@@ -191,10 +192,10 @@ def means_kernel(
 
 @on_its_device
 def trajectory_rank_loss(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float, temperature: Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> RankLoss:
     """Loss and gradients over all pairs; see `torch_backend.trajectory_rank_loss`."""
-    rows, sequences = len(entropy), len(cu_seqlens) - 1
+    rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
     entropy, steps, cu_seqlens = entropy.contiguous(), steps.contiguous(), cu_seqlens.contiguous()
     loss, grad_temperature = (entropy.new_empty(sequences) for _ in range(2))
     pairs = torch.empty(sequences, dtype=torch.int64, device=entropy.device)
@@ -208,7 +209,7 @@ def trajectory_rank_loss(
         turns_gradient_kernel[(rows,)](*inputs, log_sum, grad_entropy, row_grad_temperature, sequences, **launch)
     elif rows:
         sums = (row_loss, row_pairs, grad_entropy, row_grad_temperature)
-        pairs_kernel[(rows,)](*inputs, *sums, margin, sequences, HINGE=form == "hinge", **launch)
+        pairs_kernel[(rows,)](*inputs, margin, *sums, sequences, HINGE=form == "hinge", **launch)
     if sequences:
         row_sums = (row_loss, row_pairs, row_grad_temperature)
         means = (loss, pairs, grad_entropy, grad_temperature)
@@ -219,5 +220,6 @@ def trajectory_rank_loss(
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,) int64: what the rank loss counts by the way."""
-    entropy = torch.zeros(len(steps), device=steps.device)
-    return trajectory_rank_loss(entropy, steps, cu_seqlens, "hinge", 0.0, entropy.new_ones(())).pairs
+    entropy = torch.zeros(steps.shape[0], device=steps.device)
+    one = entropy.new_ones(())
+    return trajectory_rank_loss(entropy, steps, cu_seqlens, "hinge", one, one).pairs

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,8 +169,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("max_chunk_rows", [8, 20])
-def test_no_tensor_of_rows_times_vocabulary_is_ever_made(rng, max_chunk_rows):
+@pytest.mark.parametrize("max_chunk_rows, rows_at_once", [(8, 7), (20, 20)])
+def test_no_tensor_of_rows_times_vocabulary_is_ever_made(rng, max_chunk_rows, rows_at_once):
     rows, columns, width = 64, 500, 16
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(columns, width)
@@ -183,7 +185,7 @@ def test_no_tensor_of_rows_times_vocabulary_is_ever_made(rng, max_chunk_rows):
             max_chunk_rows=max_chunk_rows,
             num_sequences=4.0,
         ).loss.backward()
-    assert largest.elements == max_chunk_rows * columns
+    assert largest.elements == rows_at_once * columns
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -253,6 +255,23 @@ def test_under_autocast_it_is_a_linear_layer(rng):
     assert ours["weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "lengths, limit, expected",
+    [([128] * 8, 861, [512, 512]), ([3] * 6, 13, [9, 9]), ([700, 300, 24], 861, [700, 324]), ([8, 0, 0], 5, [8])],
+)
+def test_chunks_are_about_equal(lengths, limit, expected):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    chunks = list(fused_linear.plan_chunks(offsets, sum(lengths), limit))
+    assert [c.rows.stop - c.rows.start for c in chunks] == expected
+
+
+@pytest.mark.parametrize("rows, size, expected", [(0, 5, [0]), (5, 5, [5]), (6, 5, [3, 3]), (1024, 861, [512, 512])])
+def test_pieces_are_about_equal(rows, size, expected):
+    pieces = fused_linear.Chunk(slice(0, 1), slice(10, 10 + rows)).pieces(size)
+    assert [p.stop - p.start for p in pieces] == expected
+    assert pieces[0].start == 10 and all(a.stop == b.start for a, b in pairwise(pieces))
+
+
 @pytest.mark.parametrize("rows, limit, expected", [(17, 17, [17]), (17, 9, [6, 9, 2]), (17, 5, [5, 1, 9, 2])])
 def test_chunks_are_whole_sequences(rows, limit, expected):
     offsets = torch.tensor([0, 5, 5, 6, 15, 17])
@@ -293,3 +312,61 @@ def test_errors_name_the_argument(changes, error, message):
     arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error, match=message):
         fused_linear_tabom_loss(**arguments)
+
+
+@pytest.mark.parametrize("max_chunk_rows", [None, 3000])
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_fp16_overflows_only_where_autograd_does(rng, scale, max_chunk_rows):
+    """Sums over 8192 rows that fp16 does not hold, though their mean is small: one hidden channel is at 30."""
+    head, batch = draw_problem([32] * 256, torch.float16)
+    head["hidden"][:, 2] = 30
+    head["weight"].mul_(0.1)
+    batch["labels"].fill_(3)
+    for weights in (None, torch.full((8192,), 1e5), torch.full((8192,), 1e-5)):
+        batch["token_weights"] = weights
+        options = {"num_tokens": 8192.0 * (1 if weights is None else weights[0].item())}
+        ours = run(head, batch, scale, max_chunk_rows=max_chunk_rows, backend="torch", **options)
+        naive = run(head, batch, scale, backend="reference", **options)
+        exact = run({name: x.double() for name, x in head.items()}, batch, scale, backend="reference", **options)
+        for name in head:
+            assert naive[name].isfinite().all() and ours[name].isfinite().all(), name
+            error, naive_error = ((x[name].double() - exact[name]).norm() for x in (ours, naive))
+            assert error <= 2 * naive_error + 1e-3 * exact[name].norm(), (name, error, naive_error)
+
+
+def test_factors_of_the_ranking_overflow_no_fp16(rng):
+    """A temperature of 1e-6 nats and one pair a sequence: dE is up to 1e6, and per token it would be 1e8."""
+    head, batch = draw_problem([2] * 8, torch.float16)
+    batch["steps"] = torch.tensor([0, 1] * 8)
+    options = {"temperature": 1e-6, "num_sequences": 800, "num_tokens": 1e5, "margin": 0.0}
+    ours = run(head, batch, backend="torch", **options)
+    naive = run(head, batch, backend="reference", **options)
+    for name in head:
+        assert naive[name].isfinite().all() and ours[name].isfinite().all(), name
+        torch.testing.assert_close(ours[name], naive[name], rtol=2e-2, atol=2e-2 * naive[name].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_through_a_kept_graph_gives_the_same(rng, dtype):
+    """The gradients are scaled in place by the backward that frees the graph, and by no other."""
+    head, batch = draw_problem([5, 4], dtype)
+    leaves = {name: x.clone().requires_grad_() for name, x in head.items()}
+    loss = fused_linear_tabom_loss(**leaves, **batch).loss
+    first, second, last = (
+        torch.autograd.grad(loss * 3, list(leaves.values()), retain_graph=keep) for keep in (True, True, False)
+    )
+    for a, b, c in zip(first, second, last, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_the_upstream_gradient_is_not_rounded_to_half_precision(rng):
+    """1 + 2^-9 is 1 in bf16; over many numbers its share shows."""
+    head, batch = draw_problem([300], torch.bfloat16)
+    head["hidden"] = torch.randn(300, WIDTH).bfloat16()
+    plain, scaled = (run(head, batch, upstream, rank_weight=0.0) for upstream in (2.0**20, 2.0**20 * (1 + 2**-9)))
+    for name in ("hidden", "weight"):
+        ratio = scaled[name].double().abs().sum() / plain[name].double().abs().sum()
+        assert abs(ratio - 1 - 2**-9) < 2**-10, name
+    assert all(scaled[name].dtype == torch.bfloat16 for name in head)

@@ -43,7 +43,7 @@ def test_sequences_of_8192_rows(rng):
         for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
             e = entropy.to(dtype, copy=True).requires_grad_()
             losses = torch.ops.tabom_kernels.trajectory_rank_loss(
-                e, torch.tensor(0.7, dtype=dtype), steps, cu_seqlens, form, 0.1, backend
+                e, *(torch.tensor(x, dtype=dtype) for x in (0.7, 0.1)), steps, cu_seqlens, form, backend
             )[0]
             losses.sum().backward()
             results.append((losses.detach().double(), e.grad.double()))
@@ -77,8 +77,10 @@ def test_nothing_waits_for_the_host(rng, form):
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        step()
+    finally:  # else every later test of the process fails too
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_training_step_is_captured_in_a_cuda_graph(rng):

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from tabom_kernels import (
     backend_for,
     count_ordered_pairs,
     cross_entropy_with_entropy,
+    fused_linear_tabom_loss,
     softmax_entropy,
     tabom_loss,
     trajectory_rank_loss,
@@ -197,7 +199,23 @@ CU = torch.tensor([0, 3], dtype=torch.int32)
         ({"cu_seqlens": torch.tensor([0, 2, 1, 3])}, ValueError, r"cu_seqlens: .*\[0, 2, 1, 3\]"),
         ({"cu_seqlens": torch.tensor([1, 3])}, ValueError, r"cu_seqlens: .*\[1, 3\]"),
         ({"form": "listnet"}, ValueError, "form='listnet': expected one of logistic"),
-        ({"temperature": 0.0}, ValueError, "temperature=0.0: expected above 0"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0: expected above 0 and finite"),
+        ({"temperature": math.inf}, ValueError, "temperature=inf: expected above 0 and finite"),
+        ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature=nan: expected above 0 and finite"),
+        ({"margin": math.nan}, ValueError, "margin=nan: expected a finite number of nats"),
+        ({"margin": -math.inf, "form": "plackett_luce"}, ValueError, "margin=-inf: expected a finite number"),
+        ({"rank_weight": -0.5}, ValueError, "rank_weight=-0.5: expected 0 or above, and finite"),
+        ({"rank_weight": math.nan}, ValueError, "rank_weight=nan: expected 0 or above"),
+        ({"num_tokens": -1}, ValueError, "num_tokens=-1.0: expected 0 or above, and finite"),
+        ({"num_tokens": torch.tensor(-1)}, ValueError, "num_tokens=-1.0: expected 0 or above"),
+        (
+            {"num_tokens": torch.ones(3)},
+            ValueError,
+            r"num_tokens: expected a number or a 0-dim tensor, got shape \(3,\)",
+        ),
+        ({"num_sequences": torch.ones(1)}, ValueError, r"num_sequences: expected a number .*got shape \(1,\)"),
+        ({"num_sequences": math.inf}, ValueError, "num_sequences=inf: expected 0 or above"),
+        ({"token_weights": torch.ones(3, requires_grad=True)}, ValueError, "token_weights: .* use .detach()"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature: .*0-dim tensor, got shape \(2,\)"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
         ({"backend": "cuda"}, ValueError, "backend='cuda': expected triton, torch or reference"),
@@ -208,6 +226,28 @@ def test_errors_name_the_argument_its_value_and_what_was_expected(changes, error
     arguments = {"logits": LOGITS, "labels": LABELS, "steps": STEPS, "cu_seqlens": CU, **changes}
     with pytest.raises(error, match=message):
         tabom_loss(**arguments)
+    if "logits" not in changes:
+        hidden, weight = LOGITS[:, :2], LOGITS.new_zeros(5, 2)
+        with pytest.raises(error, match=message):
+            fused_linear_tabom_loss(hidden, weight, **{k: v for k, v in arguments.items() if k != "logits"})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [0.25, torch.tensor(0.25)])
+def test_denominators_between_0_and_1_are_used_as_they_are(rng, backend, count):
+    logits, *batch = draw_batch([5, 6])
+    quarter, one = (
+        tabom_loss(logits.float(), *batch, num_tokens=n, num_sequences=n, backend=backend) for n in (count, 1)
+    )
+    for ours, plain in zip(quarter, one, strict=True):
+        torch.testing.assert_close(ours, 4 * plain)
+    hidden, weight = torch.randn(11, 3), torch.randn(13, 3)
+    quarter, one = (
+        fused_linear_tabom_loss(hidden, weight, *batch, num_tokens=n, num_sequences=n, backend=backend)
+        for n in (count, 1)
+    )
+    for ours, plain in zip(quarter, one, strict=True):
+        torch.testing.assert_close(ours, 4 * plain)
 
 
 def test_the_default_backend_and_a_light_import():

@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -25,7 +26,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tabom import load
+from tabom.lab.dry_run import DREAM_7B, LLADA_8B
 from tabom.lab.model import character_tokenizer
+from tabom.models.families import native_config
 from tabom.sampling.engine import sample
 from tabom.sampling.sampler import SamplerConfig
 
@@ -122,6 +125,7 @@ def write_llada(folder, **changes):
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         is_causal=False,
+        tie_word_embeddings=changes.get("weight_tying", False),
     )
     model = LlamaForCausalLM(config).eval()
     own = {
@@ -146,7 +150,10 @@ def write_llada(folder, **changes):
         **changes,
     }
     (folder / "config.json").write_text(json.dumps(own))
-    write_shards(folder, {llada_name(name): weight for name, weight in model.state_dict().items()})
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    write_shards(folder, {llada_name(name): weight for name, weight in weights.items()})
     return model
 
 
@@ -174,6 +181,55 @@ def test_a_family_loads_as_a_model_of_transformers_and_saves_as_one(tmp_path, rn
     prompt = family.tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False)
     assert again.tokenizer(prompt).input_ids == family.tokenizer(prompt).input_ids
     assert again.tokenizer.chat_template == TEMPLATE
+
+
+A2D = {
+    "a2d-qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, vocab_size=60, is_causal=False)),
+    "a2d-qwen3": Qwen3ForCausalLM(Qwen3Config(**SIZES, vocab_size=60, is_causal=False)),
+    "a2d-llama": LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=60, is_causal=False)),
+}
+
+
+@pytest.mark.parametrize("model_type", A2D)
+def test_what_was_made_of_an_autoregressive_model_loads_unshifted(tmp_path, rng, model_type):
+    """dLLM's `a2d-` types: config and weights of transformers under another name, the mask token the tokenizer's."""
+    original = A2D[model_type].eval()
+    save_with_characters(original, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["is_causal"]
+    own = {
+        "model_type": model_type,
+        "auto_map": {"AutoConfig": "modeling.A2DConfig"},
+        "architectures": ["A2DLMHeadModel"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings | own))
+    family = load(tmp_path)
+    input_ids = torch.randint(4, 50, (2, 9))
+    assert type(family.model) is type(original) and family.logits_shift == 0
+    assert family.mask_token_id == family.tokenizer.mask_token_id == character_tokenizer().mask_token_id
+    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
+
+
+def test_llada_with_tied_embeddings_and_its_own_mask_token(tmp_path, rng):
+    original = write_llada(tmp_path, weight_tying=True, mask_token_id=7)
+    family = load(tmp_path)
+    assert family.mask_token_id == 7 and family.model.config.num_key_value_heads == 1
+    input_ids = torch.randint(4, 50, (2, 9))
+    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
+    assert family.model.lm_head.weight is family.model.model.embed_tokens.weight
+
+
+def test_a_mask_token_is_never_guessed_for_another_vocabulary(tmp_path, rng):
+    """LLaDA's own, 126336, is that of its vocabulary of 126464 alone."""
+    write_llada(tmp_path, mask_token_id=None)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["mask_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"no mask token is known for this vocabulary of 60: set mask_token_id in its"):
+        load(tmp_path)
+    assert native_config({**LLADA_8B}).mask_token_id == 126336
+    assert native_config(DREAM_7B).mask_token_id == 151666
+    assert native_config(DREAM_7B | {"vocab_size": 151936}).mask_token_id is None
 
 
 def test_attention_is_bidirectional(tmp_path, rng):
@@ -322,3 +378,12 @@ def test_an_adapter_in_the_names_of_the_authors_loads_into_its_base(tmp_path, rn
     torch.testing.assert_close(family.model(input_ids).logits, original(input_ids).logits, rtol=1e-4, atol=1e-4)
     trained = [name for name, p in family.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_mistyped_folder_is_named_at_once(tmp_path, monkeypatch):
+    """The hub is not asked: a name in a folder that is here was meant to be here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: pytest.fail("asked the hub"))
+    (tmp_path / "runs" / "tabom").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"model=runs/taobm: nothing of this name in runs; there are tabom"):
+        load("runs/taobm")

@@ -1,0 +1,19 @@
+"""What the documents point at is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(document):
+    text = document.read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", text)]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    paths = re.findall(r"`((?:tabom|tabom_kernels|tests|benchmarks|docs)/[\w./-]+\.(?:py|yaml|md|json))`", text)
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
