@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench gpu gpu-first gpu-peers gpu-models clean
+.PHONY: demo test lint format bench triton-newest gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -23,6 +23,10 @@ format: $(INSTALLED)
 # ARGS="--benchmark-save=NAME" keeps a run, ARGS="--benchmark-compare" shows the last one kept beside this one.
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks/suite.py $(ARGS)
+
+# A second Triton beside the pinned one: what the compiler makes of the kernels is then tested with both.
+triton-newest: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target .triton-newest triton
 
 # These run on the machine's own Python, whose torch sees the GPU: nothing is installed. `gpu` stays under ten minutes.
 gpu:
@@ -52,4 +56,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .triton-newest runs

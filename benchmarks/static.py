@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from tabom_kernels import triton_backend
 from tabom_kernels.triton_backend import VocabularyStatistics
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 ROWS, COLUMNS = 256, 152064
 TOOLS = Path(nvidia.__file__).parent / "bin"
 POINTERS = {
@@ -44,11 +44,14 @@ class Launch(NamedTuple):
 
     kernel: JITFunction
     arguments: dict[str, Any]
-    warps: int
+    options: dict[str, Any]
 
 
 class Figures(NamedTuple):
-    """Of one kernel on one architecture. Wide is 128 bits: a share of the chunk's bytes, of the store instructions."""
+    """Of one kernel on one architecture. Per element is of the kernels that read a chunk of the vocabulary.
+
+    Wide loads bring 128 bits: a share of the chunk's bytes. Narrow stores are those of less, of what writes a chunk.
+    """
 
     kernel: str
     dtype: str
@@ -60,7 +63,7 @@ class Figures(NamedTuple):
     per_element: float | None
     ex2_per_element: float | None
     wide_loads: float | None
-    wide_stores: float | None
+    narrow_stores: int | None
 
 
 def launches() -> list[tuple[str, str, Launch]]:
@@ -101,8 +104,9 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     """The launches that a call would make."""
     recorded = []
 
-    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        recorded.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | constants, num_warps))
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        options = {name: keywords.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+        recorded.append(Launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | keywords, options))
 
     original, JITFunction.run = JITFunction.run, run
     call()
@@ -134,7 +138,7 @@ def source_of(launch: Launch) -> ASTSource:
 def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures:
     """Compile for sm_`architecture` and read the machine code."""
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source_of(launch), target=target, options={"num_warps": launch.warps})
+    compiled = triton.compile(source_of(launch), target=target, options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -143,7 +147,8 @@ def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     count = Counter(code)
     instructions = len(code) - count["NOP"]
-    threads, chunk = 32 * launch.warps, launch.arguments.get("CHUNK")
+    threads = 32 * launch.options["num_warps"]
+    chunk = launch.arguments["CHUNK"] if "ALIGNMENT" in launch.arguments else None
     itemsize = {"bfloat16": 2, "float32": 4}[dtype]
     wide_loads, wide_stores, stores = (
         sum(n for op, n in count.items() if op.startswith(kind) and op.endswith(width))
@@ -161,7 +166,7 @@ def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures
         per_element=chunk and instructions * threads / chunk,
         ex2_per_element=chunk and count["MUFU.EX2"] * threads / chunk,
         wide_loads=chunk and wide_loads * 16 * threads / (chunk * itemsize),
-        wide_stores=wide_stores / stores if "out" in launch.arguments else None,
+        narrow_stores=stores - wide_stores if "out" in launch.arguments else None,
     )
 
 

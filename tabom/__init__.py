@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tabom.data.prompts import PromptSet, read_prompts
     from tabom.data.trajectories import Trajectory, read_trajectories
+    from tabom.data.verifiers import Verdict, make_verifier
     from tabom.models.diffusion_model import DiffusionModel, describe
     from tabom.models.loading import load
     from tabom.sampling.collect import CollectConfig, collect
@@ -32,11 +33,13 @@ __all__ = [
     "TabomConfig",
     "TabomTrainer",
     "Trajectory",
+    "Verdict",
     "collect",
     "decode_response",
     "denoise",
     "describe",
     "load",
+    "make_verifier",
     "read_prompts",
     "read_trajectories",
     "sample",
@@ -45,6 +48,7 @@ __all__ = [
 MODULES = {
     "data.prompts": ("PromptSet", "read_prompts"),
     "data.trajectories": ("Trajectory", "read_trajectories"),
+    "data.verifiers": ("Verdict", "make_verifier"),
     "models.diffusion_model": ("DiffusionModel", "describe"),
     "models.loading": ("load",),
     "sampling.collect": ("CollectConfig", "collect"),

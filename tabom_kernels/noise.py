@@ -10,6 +10,9 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
 
+SEGMENT = 256
+"""Columns of a vocabulary that are drawn together before one of them is: it needs little noise, not one number each."""
+
 
 def mix_keys(*parts: int | Tensor) -> Tensor:
     """An int64 key that depends on every part and their order; int32 or int64 tensors broadcast.
@@ -33,15 +36,18 @@ def mix_keys(*parts: int | Tensor) -> Tensor:
     return key
 
 
-def gumbel_noise(keys: Tensor, columns: int) -> Tensor:
-    """(N, columns) standard Gumbel noise, fp32; row i is the SplitMix64 stream seeded with `keys[i]` (N,) int64.
+def exponential_noise(keys: Tensor, counters: Tensor) -> Tensor:
+    """(N, C) standard exponential noise, fp32: of the SplitMix64 streams seeded with `keys` (N,), those at `counters`.
 
-    The uniform is (k + 1/2) / 2^23 for a 23-bit k: exact in fp32, and never 0 or 1.
+    The stream's 64 bits k are a uniform number u = (k + 1/2) / 2^64, and the noise is -log u. Near u = 1 it is computed
+    from 1 - u, so that numbers down to 2^-65 and up to 45 come with all the digits of fp32.
+
+    Args:
+        counters: int64, (C,) or (N, C); 0 is the first output of the stream.
     """
-    counters = torch.arange(columns, device=keys.device) * GOLDEN_GAMMA
-    bits = shift_right(split_mix(keys[:, None] + counters), 41)
-    uniform = (bits.float() + 0.5) * 2.0**-23
-    return uniform.log_().neg_().log_().neg_()
+    bits = split_mix(keys[:, None] + counters * GOLDEN_GAMMA)
+    distance = ((bits ^ (bits >> 63)).float() + 0.5) * 2.0**-64  # from the nearer end
+    return -torch.where(bits < 0, distance.neg().log1p(), distance.log())
 
 
 def uniform_noise(keys: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ def trajectory_rank_loss(
 
     An ordered pair (i, j) is two rows of one sequence with 0 <= s_i < s_j. With x = E_i - E_j + margin,
 
-    - `logistic`: mean over the ordered pairs of softplus(x / temperature), Bradley-Terry;
-    - `hinge`: mean over the ordered pairs of relu(x), the authors' release; the temperature is not used;
+    - `logistic`: mean over the ordered pairs of softplus(x / temperature): Bradley-Terry, Eq. 3 and 5;
+    - `hinge`: mean over the ordered pairs of relu(x): Eq. 8, and the release; the temperature is not used;
     - `plackett_luce`: the exact likelihood of the whole order, ties by Breslow's rule: mean over the ranked rows i of
       E_i / temperature + log sum_{j: s_j >= s_i} exp(-E_j / temperature); the margin is not used.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tabom_kernels.noise import gumbel_noise
+from tabom_kernels.noise import SEGMENT, exponential_noise
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,14 +17,30 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def softmax_entropy(logits: Tensor) -> Tensor:
     """(N,) Shannon entropy (nats) of the softmax of (N, V) logits; a logit of -inf contributes 0."""
-    log_p = F.log_softmax(logits.to(working_dtype(logits.dtype)), dim=-1)
-    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    d, log_sum = shifted(logits)
+    return log_sum - (d.exp() * d.masked_fill(d == -torch.inf, 0.0)).sum(-1) / log_sum.exp()
 
 
 def cross_entropy_with_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(N,) cross-entropy (nats), 0 where the label is `ignore_index`, and (N,) entropy (nats)."""
-    ce = F.cross_entropy(logits.to(working_dtype(logits.dtype)), labels, ignore_index=ignore_index, reduction="none")
-    return ce, softmax_entropy(logits)
+    d, log_sum = shifted(logits)
+    ignored = labels == ignore_index
+    ce = log_sum - d.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
+    return ce.masked_fill(ignored, 0.0), softmax_entropy(logits)
+
+
+def shifted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) logits less the best of their row, and (N,) the log of the sum of their exponentials.
+
+    log1p of the sum without the best token keeps rows exact that are certain to 1e-12, which log_softmax does not. Rows
+    of -inf alone and rows with inf have no softmax: NaN.
+    """
+    logits = logits.to(working_dtype(logits.dtype))
+    best, token = logits.max(-1, keepdim=True)
+    is_best = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, token, True)
+    d = logits - torch.where(best.isinf(), torch.nan, best)
+    d = torch.where(is_best, d.detach(), d)  # it is 0, and has no slope that others would have to cancel
+    return d, d.exp().masked_fill(is_best, 0.0).sum(-1).log1p()
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -64,19 +80,35 @@ def unmask_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token, probability, margin and entropy, each (N,); see `tabom_kernels.unmask_statistics`."""
     logits = logits.to(working_dtype(logits.dtype))
-    p = logits.softmax(-1)
+    d, log_sum = shifted(logits)
+    p = (d - log_sum[:, None]).exp()
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        kept = filter_logits(logits / temperature, top_k, top_p)
-        token = (kept + gumbel_noise(keys, logits.shape[1])).argmax(-1)
+        token = draw(filter_logits(logits / temperature, top_k, top_p).softmax(-1), keys)
     top = F.pad(p, (0, 1)).topk(2).values
     probability = p.gather(1, token[:, None]).squeeze(1)
     return token, probability, top[:, 0] - top[:, 1], softmax_entropy(logits)
 
 
+def draw(weights: Tensor, keys: Tensor) -> Tensor:
+    """(N,) columns, drawn with the probabilities weights / sum weights, (N, V), as the keys (N,) decide.
+
+    Two exponential races, first of the segments of 256 columns, then of the columns of the winner: exponential noise /
+    weight is smallest with a probability proportional to the weight. Column k has the number k + 1 of its key's noise,
+    segment s the number -s.
+    """
+    columns = torch.arange(SEGMENT, device=keys.device)
+    segments = F.pad(weights, (0, -weights.shape[1] % SEGMENT)).unflatten(1, (-1, SEGMENT))
+    counters = -torch.arange(segments.shape[1], device=keys.device)
+    winner = (exponential_noise(keys, counters) / segments.sum(-1)).argmin(-1, keepdim=True)
+    inside = segments.gather(1, winner[:, :, None].expand(-1, 1, SEGMENT)).squeeze(1)
+    columns = winner * SEGMENT + columns
+    return columns.gather(1, (exponential_noise(keys, columns + 1) / inside).argmin(-1, keepdim=True)).squeeze(1)
+
+
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """-inf outside the k best logits, then outside the smallest set of best logits with mass >= top_p.
+    """-inf outside the k best logits, then outside the smallest set of the best with at least top_p of the mass left.
 
     Logits that tie with the last one kept are kept.
     """
@@ -85,9 +117,10 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
     if top_p is not None and top_p < 1:  # at 1 the rounding of the sums would cut the tail
         ordered = logits.sort(descending=True).values
-        p = ordered.softmax(-1)
-        mass_before = p.cumsum(-1) - p
-        worst_kept = ordered.masked_fill(mass_before >= top_p, torch.inf).min(-1, keepdim=True).values
+        weight = (ordered - ordered[:, :1]).exp()
+        mass_before = weight.cumsum(-1) - weight
+        dropped = mass_before >= top_p * weight.sum(-1, keepdim=True)
+        worst_kept = ordered.masked_fill(dropped, torch.inf).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
     return logits
 

@@ -37,6 +37,15 @@ def _(
     return tuple(logits.new_empty(logits.shape[0], dtype=d) for d in (torch.int64, dtype, dtype, dtype))
 
 
+def filters_that_cut(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[int | None, float | None]:
+    """The two filters, None for one that keeps all tokens: a top_k from V on, a top_p that rounds to 1."""
+    ulp_below_one = torch.finfo(reference.working_dtype(logits.dtype)).eps / 2
+    return (
+        None if top_k is None or top_k >= logits.shape[1] else top_k,
+        None if top_p is None or 1 - top_p <= ulp_below_one / 2 else top_p,
+    )
+
+
 @torch.no_grad()
 def filter_logits(
     logits: Tensor,
@@ -52,8 +61,10 @@ def filter_logits(
         logits: (N, V) of any floating dtype.
     """
     backend = resolve(backend, logits)
+    top_k, top_p = filters_that_cut(logits, top_k, top_p)
     if backend == "reference":
-        return reference.filter_logits(logits / temperature, top_k, top_p)
+        kept = reference.filter_logits(logits.to(reference.working_dtype(logits.dtype)) / temperature, top_k, top_p)
+        return kept.to(logits.dtype)
     thresholds = closed_forms(backend).filter_thresholds(logits, temperature, top_k, top_p)
     scaled = logits / temperature
     return scaled if thresholds is None else scaled.masked_fill_(logits < thresholds[:, None], -torch.inf)
@@ -71,15 +82,16 @@ def unmask_statistics(
 ) -> UnmaskStatistics:
     """A token for each row, and how certain the model is of it.
 
-    The token is the argmax at temperature 0, the lowest index among equals. Above, it is a Gumbel-max draw from
-    softmax(logits / temperature), after top-k and then top-p (transformers' order; logits that tie with the last one
-    kept are kept). `probability`, `margin` (best minus second best probability; 1 when V = 1) and `entropy` are those
-    of softmax(logits), which neither temperature nor filters touch: the certainty that TABOM trains.
+    The token is the argmax at temperature 0, the lowest index among equals. Above, it is drawn from
+    softmax(logits / temperature), down to the rarest token (`reference.draw`), after top-k and then top-p
+    (transformers' order; logits that tie with the last one kept are kept). `probability`, `margin` (best minus second
+    best probability; 1 when V = 1) and `entropy` are those of softmax(logits), which neither temperature nor filters
+    touch: the certainty that TABOM trains.
 
     Args:
         logits: (N, V) of any floating dtype; -inf is never chosen.
         top_k: at least 1.
-        top_p: in (0, 1]; 1 filters nothing.
+        top_p: in (0, 1]; 1 filters nothing, nor does what rounds to 1 in fp32 (fp64 for fp64 logits).
         generator: a torch.Generator (None: the global one); or an (N,) int64 tensor of keys, and then a row's token
             depends on its logits and its key alone, whatever else is in the batch (see `mix_keys`).
         backend: "triton", "torch" or "reference"; None takes `backend_for(logits)`.
@@ -98,6 +110,7 @@ def unmask_statistics(
         check_rows("generator", generator, logits.shape[0], (torch.int64,), logits.device)
     keys = row_keys(generator, logits.shape[0], logits.device) if temperature > 0 else None
     backend = resolve(backend, logits)
+    top_k, top_p = filters_that_cut(logits, top_k, top_p)
     if backend == "reference":
         return UnmaskStatistics(*reference.unmask_statistics(logits, temperature, top_k, top_p, keys))
     return UnmaskStatistics(*unmask_statistics_op(logits, temperature, top_k, top_p, keys, backend))

@@ -1,12 +1,13 @@
 """Closed forms in PyTorch, without autograd: for the CPU and every other device.
 
 The vocabulary is read a chunk of rows at a time, in buffers that are used again, so that the fp32 copies of a chunk
-stay in the cache. With d = z - max z, S = sum exp(d) and U = sum exp(d) * d of a row of logits z,
+stay in the cache. With d = z - max z, S' = sum exp(d) without the best token and U = sum exp(d) * d of a row z,
 
-    lse = max z + log S        E = log S - U / S        ce = log S - d_y
+    lse = max z + log1p(S')        E = log1p(S') - U / (1 + S')        ce = log1p(S') - d_y
     dz  = p * (a - g * (log p + E)) - a * [column == y]        for a = dL/dce, g = dL/dE.
 
-`max` and `log S` are kept apart: at |z| ~ 1e4 their fp32 sum has lost three digits of `log S`.
+`max` and `log1p(S')` are kept apart: at |z| ~ 1e4 their fp32 sum has lost three digits. S' is a sum of its own where it
+is small, as the difference of 1 + 1e-12 and 1 is nothing in fp32.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tabom_kernels.noise import gumbel_noise
-from tabom_kernels.reference import working_dtype
+from tabom_kernels.reference import draw, working_dtype
 
 CHUNK_ELEMENTS = 2**17
 """Of a chunk of logits, or of pairs, for each thread: two fp32 buffers take 1 MiB, which fits most L2 caches."""
 
 NUCLEUS = 1024
 """Of the most probable tokens, how many top-p looks at before it sorts them all."""
+
+CERTAIN = 1 / 16
+"""Below this, S' is added up by itself; above, 1 + S' less 1 has six digits left in fp32."""
 
 LOWEST = -1e4
 """Stands for d = -inf: exp(LOWEST) is exactly 0 in every dtype, and 0 * LOWEST is not NaN."""
@@ -40,15 +43,19 @@ class VocabularyStatistics(NamedTuple):
 
 def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
     """Reads (N, V) logits once."""
-    rows, dtype = len(logits), working_dtype(logits.dtype)
-    maximum, total, weighted = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    rows, dtype = logits.shape[0], working_dtype(logits.dtype)
+    maximum, rest, weighted = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
     for chunk, d, p in row_chunks(logits):
         torch.amax(d.copy_(logits[chunk]), -1, out=maximum[chunk])
         torch.exp(d.sub_(maximum[chunk, None]).clamp_(min=LOWEST), out=p)
-        torch.sum(p, -1, out=total[chunk])
+        total = p.sum(-1) - 1
+        certain = total < CERTAIN
+        if certain.any():
+            total = torch.where(certain, p.masked_fill_(d == 0, 0.0).sum(-1), total)
+        rest[chunk] = total
         torch.sum(p.mul_(d), -1, out=weighted[chunk])
-    log_sum = total.log()
-    entropy = log_sum - weighted / total
+    log_sum = rest.log1p()
+    entropy = log_sum - weighted / (1 + rest)
     if labels is None:
         return VocabularyStatistics(None, entropy, maximum, log_sum)
     label = labels.masked_fill(labels == ignore_index, 0)
@@ -75,12 +82,17 @@ def vocabulary_gradient(
     if labels is not None:
         a.masked_fill_(labels == ignore_index, 0.0)
         label = labels.masked_fill(labels == ignore_index, 0)
+        # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
+        log_p = (logits.gather(1, label[:, None]).squeeze(1) - statistics.maximum - statistics.log_sum).clamp(
+            min=LOWEST
+        )
+        dz_label = a * log_p.expm1() - g * log_p.exp() * (log_p + statistics.entropy)
     for chunk, log_p, dz in row_chunks(logits):
         log_p.copy_(logits[chunk]).sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
         torch.exp(log_p.clamp_(min=LOWEST), out=dz)
         dz.mul_(log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None]))
-        if grad_ce is not None:
-            dz.scatter_add_(1, label[chunk, None], -a[chunk, None])
+        if labels is not None:
+            dz.scatter_(1, label[chunk, None], dz_label[chunk, None])
         out[chunk] = dz
     unused = (a == 0) & (g == 0)
     return out.index_fill_(0, unused.nonzero().squeeze(1), 0.0)  # their logits may be NaN
@@ -169,45 +181,45 @@ def unmask_statistics(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token, probability, margin and entropy, each (N,); greedy reads the logits once, and keys are not used."""
-    rows, dtype = len(logits), working_dtype(logits.dtype)
+    rows, dtype = logits.shape[0], working_dtype(logits.dtype)
     token = logits.new_empty(rows, dtype=torch.int64)
     probability, margin, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
     for chunk, d, p in row_chunks(logits):
         best, best_token = d.copy_(logits[chunk]).max(-1, keepdim=True)
-        if temperature == 0:
-            token[chunk] = best_token.squeeze(1)
-        else:
-            score = gumbel_noise(keys[chunk], d.shape[1]).add_(d / temperature)
+        token[chunk] = best_token.squeeze(1)
+        if temperature > 0:
+            weight = torch.exp(torch.sub(d, best, out=p).div_(temperature), out=p)
             thresholds = filter_thresholds(d, temperature, top_k, top_p)
             if thresholds is not None:
-                score.masked_fill_(d < thresholds[:, None], -torch.inf)
-            token[chunk] = score.max(-1).indices
+                weight.masked_fill_(d < thresholds[:, None], 0.0)
+            token[chunk] = draw(weight, keys[chunk])
         torch.exp(d.sub_(best).clamp_(min=LOWEST), out=p)
-        total = p.sum(-1)
-        probability[chunk] = p.gather(1, token[chunk, None]).squeeze(1) / total
-        entropy[chunk] = total.log() - torch.mul(p, d, out=d).sum(-1) / total
-        second = p.scatter_(1, best_token, 0.0).amax(-1)  # relative to the best, whose place in p is 1
-        margin[chunk] = (1 - second) / total
+        rest = p.scatter_(1, best_token, 0.0).sum(-1)
+        second = p.amax(-1)  # relative to the best
+        margin[chunk] = (1 - second) / (1 + rest)
+        probability[chunk] = d.gather(1, token[chunk, None]).squeeze(1).exp_() / (1 + rest)
+        entropy[chunk] = rest.log1p() - p.mul_(d).sum(-1) / (1 + rest)
     return token, probability, margin, entropy
 
 
 def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor | None:
-    """(N,) the lowest logit of each row that top-k, and then top-p, keeps; None when they keep all."""
-    columns = logits.shape[1]
-    top_k = None if top_k is None or top_k >= columns else top_k
-    if top_p is None or top_p >= 1:
+    """(N,) the lowest logit of each row that top-k (below V), and then top-p (below 1), keeps; None without filters."""
+    if top_p is None:
         return None if top_k is None else logits.topk(top_k).values[:, -1]
-    scaled = logits.to(working_dtype(logits.dtype)) / temperature
-    p = scaled.softmax(-1)
-    mass = 1.0
-    if top_k is not None:
-        mass = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0).sum(-1, keepdim=True)
+    ordered = logits.topk(min(max(top_k or 0, NUCLEUS), logits.shape[1])).values
+    best, worst_kept = ordered[:, :1], -torch.inf if top_k is None else ordered[:, top_k - 1, None]
+
+    def weights(z: Tensor) -> Tensor:
+        d = z.to(working_dtype(z.dtype)) - best
+        return d.div_(temperature).exp_().masked_fill_(z < worst_kept, 0.0)
+
     # What is kept is mostly a small part of the vocabulary: only if the best are not enough, all are sorted.
-    best, order = p.topk(min(NUCLEUS, columns))
-    if (best.sum(-1, keepdim=True) < top_p * mass).any():
-        best, order = p.sort(descending=True)
-    dropped = best.cumsum(-1) - best >= top_p * mass
-    return logits.gather(1, order).masked_fill(dropped, torch.inf).amin(-1)
+    mass = top_p * weights(logits).sum(-1, keepdim=True)
+    if (weights(ordered).sum(-1, keepdim=True) < mass).any():
+        ordered = logits.sort(descending=True).values
+    weight = weights(ordered)
+    dropped = (weight.cumsum(-1) - weight >= mass) | (ordered < worst_kept)
+    return ordered.masked_fill(dropped, torch.inf).amin(-1)
 
 
 def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

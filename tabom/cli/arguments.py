@@ -1,6 +1,7 @@
 """Command lines from dataclasses, with YAML files of defaults: `--config FILE.yaml [--any-field value]`."""
 
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,6 +47,12 @@ def parse_arguments(
 
 class Parser(HfArgumentParser):
     """Says what is wrong in one line; the usage of a hundred fields would push it off the screen."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
+        if field.type == int | str:  # of which HfArgumentParser would take integers alone
+            field.type = str
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

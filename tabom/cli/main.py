@@ -10,22 +10,36 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
+  evaluate      measure models on prompt sets; --compare BASE TUNED
+  export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
+  report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
   quickstart    the whole path on the model that ships with the package, in about two minutes
   lab pretrain  make that model again, from nothing
+  lab study     the objectives compared: a grid of runs, a table, two pictures
 
 `tabom COMMAND --help` lists the fields of a command; `tabom --version` says which version this is."""
 
 COMMANDS = {
     "generate": "tabom.cli.generate",
     "collect": "tabom.cli.collect",
+    "evaluate": "tabom.cli.evaluate",
+    "export": "tabom.cli.export",
+    "report": "tabom.cli.report",
     "train": "tabom.cli.train",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",
+    "lab study": "tabom.cli.lab_study",
 }
 """The module of each command; its `run` takes the rest of the command line."""
 
-EXTRAS = {"matplotlib": "plot", "peft": "lora"}
+EXTRAS = {
+    "datasets": "data",
+    "lm_eval": "eval",
+    "math_verify": "math",
+    "matplotlib": "plot",
+    "peft": "lora",
+}
 """Packages that the core install leaves out, and the extra that brings each."""
 
 
@@ -54,4 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"tabom {name}: error: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -6,12 +6,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_model
-from tabom.data.trajectories import read_trajectories
+from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.lab.dry_run import dry_run, random_model, train_only
+from tabom.models.diffusion_model import DiffusionModel
 from tabom.training.trainer import TabomConfig, TabomTrainer
 
 if TYPE_CHECKING:
@@ -23,6 +24,13 @@ class DataArguments:
     """What is learnt from, and whether by an adapter."""
 
     data: str | None = field(default=None, metadata={"help": "JSONL file of trajectories."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Trajectories whose loss is evaluated; see --eval_strategy."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better one; needs --load_best_model_at_end."},
+    )
     method: list[str] | None = field(
         default=None, metadata={"help": "Keep only the records of these methods. Default, and `all`: every record."}
     )
@@ -60,26 +68,55 @@ def run(argv: Sequence[str]) -> None:
     if arguments.random_weights:
         random_weights_run(arguments, model_arguments, config)
         return
+    callbacks = check_evaluation(arguments, config)
     family = load_model(model_arguments)
+    trainer = TabomTrainer(
+        model=family.model,
+        args=config,
+        train_dataset=read_data(arguments.data, arguments, family),
+        eval_dataset=read_data(arguments.eval_data, arguments, family) if arguments.eval_data else None,
+        callbacks=callbacks,
+        processing_class=family.tokenizer,
+        peft_config=lora_config(arguments) if arguments.use_peft else None,
+    )
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.save_model()
+    trainer.create_model_card()
+    print(f"saved to {config.output_dir}")
+
+
+def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:
+    """The callbacks of early stopping.
+
+    Raises:
+        ValueError: there is something to evaluate but no moment to do it, or a moment but nothing.
+    """
+    if (arguments.eval_data is not None) != (config.eval_strategy != "no"):
+        raise ValueError(
+            f"eval_data={arguments.eval_data!r} with eval_strategy={config.eval_strategy.value!r}: give "
+            "--eval_strategy steps or epoch together with what is evaluated"
+        )
+    if arguments.early_stopping_patience is None:
+        return []
+    if not config.load_best_model_at_end:
+        raise ValueError(
+            f"early_stopping_patience={arguments.early_stopping_patience}: needs --load_best_model_at_end true"
+        )
+    return [EarlyStoppingCallback(arguments.early_stopping_patience)]
+
+
+def read_data(path: str, arguments: DataArguments, family: DiffusionModel) -> list[Trajectory]:
+    """The trajectories of a file; says how many, and how many were left out."""
     trajectories, invalid = read_trajectories(
-        arguments.data,
+        path,
         family.tokenizer,
         family.model.config.vocab_size,
         method=arguments.method,
         skip_invalid=arguments.skip_invalid,
     )
-    print(f"{arguments.data}: {len(trajectories)} trajectories, {invalid} invalid lines left out")
-    trainer = TabomTrainer(
-        model=family.model,
-        args=config,
-        train_dataset=trajectories,
-        processing_class=family.tokenizer,
-        peft_config=lora_config(arguments) if arguments.use_peft else None,
-    )
-    resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-    trainer.save_model()
-    print(f"saved to {config.output_dir}")
+    print(f"{path}: {len(trajectories)} trajectories, {invalid} invalid lines left out")
+    return trajectories
 
 
 def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:

@@ -1,14 +1,16 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_response
+from tabom.data.sources import read_records
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
 RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
@@ -27,8 +29,9 @@ class Trajectory:
 
     `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
     tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
-    left. `method` names how the answer was made, `data_source` where the prompt came from, `cache` what the decoding
-    kept between its steps (None: nothing, it was exact).
+    left. `method` names how the answer was made, `data_source` where the prompt came from. `entropy` (nats) is that
+    of each token when it was unmasked. `cache` is what the decoding kept between its steps (None: nothing, it was
+    exact).
     """
 
     prompt: Prompt
@@ -38,6 +41,7 @@ class Trajectory:
     non_ltr_positions: list[int] | None = None
     method: str | None = None
     data_source: str | None = None
+    entropy: list[float] | None = None
     cache: str | None = None
 
     def to_record(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     non_ltr = record.get("non_ltr_positions")
     if non_ltr is not None:
         non_ltr = integers(record, "non_ltr_positions", 0, len(token_ids))
+    entropy = numbers(record, "entropy", len(token_ids)) if record.get("entropy") is not None else None
     return Trajectory(
         prompt=prompt,
         response=response,
@@ -84,6 +89,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         non_ltr_positions=non_ltr,
         method=record.get("method"),
         data_source=record.get("data_source"),
+        entropy=entropy,
         cache=record.get("cache"),
     )
 
@@ -138,19 +144,14 @@ def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> 
     return values
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-                continue
-            is_object = isinstance(record, dict)
-            yield number, record if is_object else ValueError(f"expected a JSON object, got {record!r:.60}")
+def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
+    """A field that must be a list of `count` finite numbers."""
+    values = record[field]
+    if not isinstance(values, list) or not all(type(value) in (int, float) and isfinite(value) for value in values):
+        raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
+    if len(values) != count:
+        raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
+    return values
 
 
 def read_trajectories(
@@ -161,7 +162,7 @@ def read_trajectories(
     method: Sequence[str] | None = None,
     skip_invalid: bool = False,
 ) -> tuple[list[Trajectory], int]:
-    """Reads a JSONL file of trajectories.
+    """Reads trajectories from a JSONL, JSON, Parquet or CSV file, a folder of `datasets` or the hub.
 
     Args:
         vocab_size: the model's; token ids must be below it.
@@ -176,18 +177,24 @@ def read_trajectories(
     """
     trajectories: list[Trajectory] = []
     invalid = 0
-    for number, record in read_json_lines(path):
+    others: Counter[str] = Counter()
+    for place, record in read_records(path, default_split="train"):
         try:
             if isinstance(record, ValueError):
                 raise record
             if method is None or "all" in method or record.get("method") in method:
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
+            else:
+                others[str(record.get("method"))] += 1
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{path}, line {number}: {error} (--skip-invalid leaves such lines out)") from error
+                raise ValueError(f"{path}, {place}: {error} (--skip-invalid leaves such lines out)") from error
             invalid += 1
     if not trajectories:
-        chosen = "" if method is None else f" with method {' or '.join(method)} (--method all keeps every record)"
+        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+        chosen = (
+            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+        )
         raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
     return trajectories, invalid
 
@@ -199,12 +206,13 @@ def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None =
     """
     missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
     next_step = max(trajectory.decoding_order) + 1
-    positions = trajectory.non_ltr_positions
+    positions, entropy = trajectory.non_ltr_positions, trajectory.entropy
     return replace(
         trajectory,
         response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
         decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
         non_ltr_positions=None if positions is None else [position for position in positions if position < length],
+        entropy=None if entropy is None else entropy[:length] + [0.0] * missing,
     )
 
 

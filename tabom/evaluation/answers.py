@@ -20,8 +20,9 @@ def answer(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> 
 
 def grade(model: DiffusionModel, prompts: PromptSet, completions: Sequence[Completion]) -> np.ndarray:
     """1 where the completion is right, 0 elsewhere."""
-    responses = (decode_response(model, completion.token_ids) for completion in completions)
-    return np.array([prompts.is_correct(index, response) for index, response in enumerate(responses)], dtype=float)
+    responses = [decode_response(model, completion.token_ids) for completion in completions]
+    verdicts = prompts.verdicts(range(len(responses)), responses)
+    return np.array([verdict.correct is True for verdict in verdicts], dtype=float)
 
 
 def accuracy(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> np.ndarray:

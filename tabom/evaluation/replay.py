@@ -1,40 +1,65 @@
-"""Trajectories replayed by a model: whether it is certain in the order in which their tokens were unmasked."""
+"""Trajectories replayed by a model: how its certainty follows the order in which their tokens were unmasked."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.trajectories import Trajectory
-from tabom.evaluation.metrics import count_pairs_in_order
+from tabom.evaluation.metrics import count_pairs_in_order, tds
 from tabom.models.diffusion_model import DiffusionModel, logits_at
 from tabom_kernels import softmax_entropy
 
 
+class Replay(NamedTuple):
+    """A response of T tokens at each of the S moments of its decoding, on the model's device."""
+
+    steps: Tensor  # (T,) int64, -1 = never unmasked
+    masked: Tensor  # (S, T) bool: not yet unmasked
+    entropy: Tensor  # (S, T) nats, 0 where unmasked
+
+
 @torch.inference_mode()
+def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
+    """What the model makes of the masked positions before each step of the trajectory, the first to the last."""
+    prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
+    response = torch.tensor(trajectory.response_token_ids)
+    steps = torch.tensor(trajectory.decoding_order)
+    moments = torch.arange(int(steps.max()) + 1)[:, None]
+    masked = (steps < 0) | (steps >= moments)
+    input_ids = torch.cat([prompt.expand(len(moments), -1), response.where(~masked, model.mask_token_id)], dim=1)
+    moment, position = masked.nonzero(as_tuple=True)
+    rows = moment * input_ids.shape[1] + len(prompt) + position - model.logits_shift
+    steps, masked, input_ids, rows = (each.to(model.device) for each in (steps, masked, input_ids, rows))
+    logits = logits_at(model.model, rows, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    entropy = softmax_entropy(logits)
+    return Replay(steps, masked, entropy.new_zeros(masked.shape).masked_scatter(masked, entropy))
+
+
 def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) -> np.ndarray:
     """Share of the pairs still to be unmasked whose earlier position has the lower entropy, one score a trajectory.
 
-    Each trajectory is replayed at every step that leaves a pair, and the pairs of all its steps are counted together.
+    The pairs of all moments of a trajectory are counted together.
     """
     scores = []
     for trajectory in trajectories:
-        prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
-        response = torch.tensor(trajectory.response_token_ids)
-        steps = torch.tensor(trajectory.decoding_order)
-        now = torch.arange(int(steps.max()))[:, None]  # one row a moment of the decoding
-        masked = (steps < 0) | (steps >= now)
-        ranked = masked & (steps >= 0)
-        responses = response.where(~masked, model.mask_token_id)
-        input_ids = torch.cat([prompt.expand(len(now), -1), responses], dim=1)
-        moment, position = ranked.nonzero(as_tuple=True)
-        rows = moment * input_ids.shape[1] + len(prompt) + position - model.logits_shift
-        cu_seqlens = torch.nn.functional.pad(ranked.sum(1).cumsum(0), (1, 0)).int()
-        input_ids, rows, cu_seqlens, steps = (
-            tensor.to(model.device) for tensor in (input_ids, rows, cu_seqlens, steps[position])
-        )
-        logits = logits_at(model.model, rows, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        counts = count_pairs_in_order(softmax_entropy(logits), steps, cu_seqlens)
+        steps, masked, entropy = replay(model, trajectory)
+        rows = masked.sum(1)
+        cu_seqlens = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
+        counts = count_pairs_in_order(entropy[masked], steps.expand(len(rows), -1)[masked], cu_seqlens)
         scores.append((counts.in_order / counts.pairs).item())
+    return np.array(scores)
+
+
+def replayed_tds(model: DiffusionModel, trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """TDS (nats^2, see `tabom.evaluation.metrics.tds`), one a trajectory; the paper's are the model's own answers."""
+    scores = []
+    for trajectory in trajectories:
+        _, masked, entropy = replay(model, trajectory)
+        is_end = np.array(trajectory.response_token_ids) == model.eos_token_id
+        after_end = is_end.cumsum() - is_end > 0
+        scores.append(tds(entropy.double().cpu().numpy(), masked.cpu().numpy() & ~after_end))
     return np.array(scores)

@@ -1,6 +1,7 @@
-"""The table, the sentences and the pictures of the quickstart."""
+"""The table, the sentences and a picture of the quickstart."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,122 +9,134 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-Scores = dict[str, np.ndarray]
-"""Measure -> its scores in [0, 1], one a problem."""
+from tabom.lab.study import BASE
+from tabom.lab.study_report import Result, error, scores
+
+Results = dict[str, list[Result]]
+"""Method -> the results of its seeds; the base has one."""
 
 PASS_AT = (1, 2, 4, 8, 16)
 
 ROWS = {
-    "1 a step": "weak task",
-    "2 a step": "  2 tokens/step",
-    "4 a step": "  4 tokens/step",
+    "1 a step": "subtraction",
+    "2 a step": "  2 tokens a step",
+    "4 a step": "  4 tokens a step",
     **{f"pass@{k}": f"  pass@{k}" for k in PASS_AT},
-    "retention": "other tasks",
+    "other tasks": "other tasks",
     **{task: f"  {task}" for task in ("addition", "sorting", "reversing", "sudoku")},
     "pair order": "pair order",
+    "TDS": "TDS",
 }
-
-COLORS = ("black", "tab:blue", "tab:orange", "tab:green", "tab:red")
-"""Of the methods, the base first, in every picture."""
 
 MEASURES = {
     "1 a step": "accuracy on the weak task",
-    "retention": "accuracy on the other tasks",
-    "pass@16": "pass@16",
-    "pair order": "pair-order accuracy",
-    "2 a step": "accuracy at 2 tokens a step",
     "4 a step": "accuracy at 4 tokens a step",
+    "pass@16": "pass@16",
+    "other tasks": "accuracy on the other tasks",
+    "pair order": "pair order",
+    "TDS": "TDS",
 }
+"""What the sentences speak of."""
 
 
-def print_table(console: Console, results: dict[str, Scores]) -> None:
-    """Means in percent with their standard errors."""
+def mean_and_error(by_seed: np.ndarray) -> tuple[float, float]:
+    """Of (seeds, problems) scores: the mean, and its standard error over seeds and over problems together."""
+    over_problems = error(by_seed.mean(0))
+    over_seeds = error(by_seed.mean(1)) if len(by_seed) > 1 else 0.0
+    return float(by_seed.mean()), float(np.hypot(over_problems, over_seeds))
+
+
+def by_seed(runs: list[Result], measure: str) -> np.ndarray:
+    """(seeds, problems) scores."""
+    return np.array([scores(run, measure) for run in runs])
+
+
+def with_error(mean: float, error: float) -> str:
+    """`61.2 ±2.1`."""
+    return f"{mean:.1f} ±{error:.1f}"
+
+
+def means_and_errors(results: Results) -> dict[str, dict[str, list[float]]]:
+    """Method -> measure -> mean and error, as the table shows them; TDS in thousandths of nats^2."""
+    return {
+        method: {measure: [round(x, 3) for x in mean_and_error(by_seed(runs, measure))] for measure in ROWS}
+        for method, runs in results.items()
+    }
+
+
+def markdown_table(measures: dict[str, dict[str, list[float]]], rows: tuple[str, ...] = tuple(MEASURES)) -> str:
+    """The table of a document, from what `means_and_errors` gave."""
+    lines = [f"| | {' | '.join(measures)} |", f"| --- |{' --- |' * len(measures)}"]
+    for row in rows:
+        lines.append(f"| {ROWS[row].strip()} | {' | '.join(with_error(*each[row]) for each in measures.values())} |")
+    return "\n".join(lines)
+
+
+def print_table(console: Console, results: Results) -> None:
+    """Means with their standard errors."""
+    seeds = max(map(len, results.values()))
     caption = (
-        "percent ± standard error over held-out problems; one training run a method\n"
-        "pair order: pairs of the base's own held-out trajectories whose earlier token has the lower entropy"
+        f"percent ± standard error over problems and over {seeds} training runs a method; TDS in 1/1000 nats^2\n"
+        "pair order: pairs of the base's own held-out trajectories whose earlier token has the lower entropy\n"
+        "TDS: variance of the masked tokens' entropies along the model's own decoding"
     )
     table = Table(box=SIMPLE_HEAD, caption=caption, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for method in results:
-        table.add_column(method.replace(", ", ",\n"), justify="right")
-    for name, title in ROWS.items():
-        table.add_row(title, *(with_error(scores[name]) for scores in results.values()))
+        table.add_column(method, justify="right")
+    for measure, title in ROWS.items():
+        cells = (with_error(*mean_and_error(by_seed(runs, measure))) for runs in results.values())
+        table.add_row(title, *cells)
     console.print(table)
 
 
-def with_error(scores: np.ndarray) -> str:
-    """`61.2 ±2.1`."""
-    return f"{100 * scores.mean():.1f} ±{100 * scores.std() / np.sqrt(len(scores)):.1f}"
-
-
-def print_verdicts(console: Console, results: dict[str, Scores]) -> None:
-    """TABOM beside the base and each other method, measure by measure, in words."""
-    for other in ("base", "NELBO, ground truth", "NELBO, trajectories", "window CE"):
-        verdicts = {name: verdict(results["TABOM"][name], results[other][name]) for name in MEASURES}
-        console.print(f"\n[bold]TABOM against {other}[/bold]")
-        for outcome in ("higher", "lower", "no clear difference"):
-            named = [
-                f"{MEASURES[name]}{difference(results['TABOM'][name], results[other][name], outcome)}"
-                for name, found in verdicts.items()
-                if found == outcome
-            ]
-            if named:
-                console.print(f"  {outcome}: {', '.join(named)}", highlight=False)
+def print_verdicts(console: Console, results: Results) -> None:
+    """Both TABOMs beside the base and the others, measure by measure, in words."""
+    for ours, others in (
+        ("TABOM, whole path", ("base", "NELBO", "NELBO, truth of all prompts", "TABOM")),
+        ("TABOM", ("NELBO", "window")),
+    ):
+        for other in others:
+            console.print(f"\n[bold]{ours}, against {other}[/bold]")
+            for outcome, measures in compared(results[ours], results[other]).items():
+                console.print(f"  {outcome}: {', '.join(measures)}", highlight=False)
     console.print(
-        "\n'Higher' and 'lower' are differences of more than two standard errors on the same problems. They say "
-        "nothing of the spread over training runs (--seed), nor of models larger than this one.",
+        "\n'Higher' and 'lower' are differences of more than two standard errors, over problems and over seeds. Two "
+        "seeds say little of the spread over training runs, and one tiny model nothing of larger ones: "
+        "docs/study.md has more seeds, tasks and a second base.",
         highlight=False,
     )
 
 
-def verdict(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Compares paired scores: `higher`, `lower`, or `no clear difference` within two standard errors."""
-    differences = ours - theirs
-    error = differences.std() / np.sqrt(len(differences))
-    if abs(differences.mean()) <= 2 * error:
+def compared(ours: list[Result], theirs: list[Result]) -> dict[str, list[str]]:
+    """Verdict -> the measures of which it holds, with the difference where it is clear."""
+    found: dict[str, list[str]] = {}
+    for measure, name in MEASURES.items():
+        mean, error = mean_and_error(by_seed(ours, measure) - by_seed(theirs, measure))
+        outcome = verdict(mean, error)
+        clear = "" if outcome == "no clear difference" else f" ({mean:+.1f})"
+        found.setdefault(outcome, []).append(name + clear)
+    return found
+
+
+def verdict(mean: float, error: float) -> str:
+    """Of a paired difference: `higher`, `lower`, or `no clear difference` within two standard errors."""
+    if abs(mean) <= 2 * error:
         return "no clear difference"
-    return "higher" if differences.mean() > 0 else "lower"
+    return "higher" if mean > 0 else "lower"
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, outcome: str) -> str:
-    """The difference in points, where it is clear."""
-    return "" if outcome == "no clear difference" else f" ({100 * (ours.mean() - theirs.mean()):+.1f} points)"
-
-
-def draw_accuracy_against_retention(results: dict[str, Scores], path: Path) -> None:
-    """One point a method, with standard errors; up and to the right is better."""
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for color, marker, (method, scores) in zip(COLORS, "sDo^*", results.items(), strict=True):
-        x, y = 100 * scores["retention"], 100 * scores["1 a step"]
-        axes.errorbar(
-            x.mean(),
-            y.mean(),
-            xerr=x.std() / np.sqrt(len(x)),
-            yerr=y.std() / np.sqrt(len(y)),
-            color=color,
-            marker=marker,
-            markersize=9,
-            linestyle="none",
-            capsize=3,
-            label=method,
-        )
-    axes.set_xlabel("accuracy on the other tasks, % (retention)")
-    axes.set_ylabel("accuracy on the weak task, %")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_entropy_by_step(entropies: dict[str, np.ndarray], path: Path) -> None:
+def draw_entropy_by_step(results: Results, path: Path) -> None:
     """Mean entropy of the token unmasked at each step; the base is dashed."""
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for color, (method, values) in zip(COLORS, entropies.items(), strict=True):
-        axes.plot(values, marker="o", label=method, color=color, linestyle="--" if method == "base" else "-")
+    for color, (method, runs) in enumerate(results.items()):
+        values: Any = np.mean([run["entropy_by_step"] for run in runs], axis=0)
+        style = {"color": "black", "linestyle": "--"} if method == BASE else {"color": f"C{color - 1}"}
+        axes.plot(values, marker="o", label=method, **style)
     axes.set_xlabel("decode step")
     axes.set_ylabel("mean entropy of the unmasked token, nats")
-    axes.set_xticks(range(len(next(iter(entropies.values())))))
+    axes.set_xticks(range(len(values)))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -79,6 +79,7 @@ class Task(ABC):
             list(prompts),
             list(answers),
             check=lambda prompt, answer, response: self.is_correct(Problem(prompt, answer), response),
+            verifier=self.name,
         )
 
 

@@ -96,6 +96,18 @@ def is_masked_lm(settings: dict[str, Any]) -> bool:
     return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and causal_class not in (settings.get("architectures") or [])
 
 
+def load_tokenizer(model_name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` would give, without the model."""
+    if find_adapter_config_file(model_name_or_path) is not None:
+        from peft import PeftConfig
+
+        model_name_or_path = PeftConfig.from_pretrained(model_name_or_path).base_model_name_or_path
+    model_type = PreTrainedConfig.get_config_dict(model_name_or_path)[0].get("model_type")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].tokenizer.from_pretrained(model_name_or_path)
+    return AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+
+
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
     """A checkpoint in a family's own layout; its weights are renamed while they are read."""
     config = native_config(settings)

@@ -1,15 +1,19 @@
 """`tabom collect`: answers a prompt set, verifies the answers, keeps the right ones with their decoding order.
 
-Two files grow side by side: `<output>` gets the right answers, `<output>.rejected` the wrong ones, under a first line
-that holds the settings. Every finished attempt is a line of exactly one of them, written at once, so a process killed
-at any moment loses no more than what is in flight, and a restart repeats nothing.
+Two files grow side by side: `<output>` gets the right answers and those that nobody could check (`"correct": null`),
+`<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
+attempt is a line of exactly one of them, written as soon as it is judged, so a process killed at any moment loses no
+more than what is in flight, and a restart repeats nothing.
 """
 
 import json
 import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.progress import Progress
 
@@ -19,6 +23,14 @@ from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.engine import Engine, EngineConfig, Request
 from tabom.sampling.sampler import Completion, Cost, SamplerConfig, decode_response, response_length
+
+T = TypeVar("T")
+
+JUDGED_AT_ONCE = 16
+"""Answers; verifiers work on several at a time."""
+
+PUBLISHED_METHODS = {"dream_entropy": "entropy", "llada_low_confidence": "default"}
+"""What the authors' records call a policy in `method`, and their recipes keep; the other policies keep their names."""
 
 
 @dataclass
@@ -42,13 +54,14 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class CollectReport:
-    """Attempts over all runs on this output, those of them that were right, and the attempts of this run.
+    """Attempts over all runs on this output, the right and the unverified among them, and the attempts of this run.
 
     `positions_per_token`: computed a decided token in this run.
     """
 
     attempts: int
     correct: int
+    unverified: int
     new_attempts: int
     positions_per_token: float
 
@@ -70,16 +83,17 @@ def collect(
     settings = {
         "model": model.model.config.name_or_path,
         "prompts": prompts.fingerprint(),
+        "verifier": prompts.verifier,
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": config.max_prompt_length,
     }
-    right, wrong = start_or_resume(output, rejected, settings, config.overwrite)
+    verdicts = start_or_resume(output, rejected, settings, config.overwrite)
     attempts = [
         (index, repeat)
         for index in range(len(prompts.prompts))
         for repeat in range(config.samples_per_prompt)
-        if attempt_id(index, repeat) not in right | wrong
+        if attempt_id(index, repeat) not in verdicts
     ]
 
     requests = (
@@ -91,23 +105,52 @@ def collect(
         for index, repeat in attempts
     )
     cost = Cost()
-    with Progress() as progress, output.open("a") as right_lines, rejected.open("a") as wrong_lines:
+    with Progress() as progress, output.open("a") as kept_lines, rejected.open("a") as rejected_lines:
         bar = progress.add_task("collecting", total=len(attempts))
-        for number, completion in Engine(model, sampler, engine).run(requests):
-            index, repeat = attempts[number]
-            trajectory = to_trajectory(model, prompts, index, completion, sampler)
-            is_correct = prompts.is_correct(index, trajectory.response)
-            name = attempt_id(index, repeat)
-            (right if is_correct else wrong).add(name)
-            lines = right_lines if is_correct else wrong_lines
-            write_line(lines, {"id": name, **trajectory.to_record()})
-            lines.flush()
-            cost.add(completion)
-            progress.advance(bar)
-        write_to_disk(right_lines)
-        write_to_disk(wrong_lines)
+        for finished in in_groups(Engine(model, sampler, engine).run(requests), JUDGED_AT_ONCE):
+            batch = [attempts[number] for number, _ in finished]
+            trajectories = [
+                to_trajectory(model, prompts, index, completion, sampler)
+                for (index, _), (_, completion) in zip(batch, finished, strict=True)
+            ]
+            judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
+            for attempt, trajectory, verdict in zip(batch, trajectories, judged, strict=True):
+                name = attempt_id(*attempt)
+                verdicts[name] = verdict.correct
+                lines = rejected_lines if verdict.correct is False else kept_lines
+                write_line(lines, {"id": name, **trajectory.to_record(), **verdict._asdict()})
+            write_to_disk(kept_lines)
+            write_to_disk(rejected_lines)
+            for _, completion in finished:
+                cost.add(completion)
+            progress.update(bar, advance=len(batch), description=hit_rate(verdicts.values()))
 
-    return CollectReport(len(right | wrong), len(right), len(attempts), cost.positions_per_token)
+    counts = Counter(verdicts.values())
+    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts), cost.positions_per_token)
+
+
+def in_groups(stream: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one of what is left."""
+    items = iter(stream)
+    while group := list(islice(items, size)):
+        yield group
+
+
+def hit_rate(verdicts: Collection[bool | None]) -> str:
+    """How many of the attempts so far were right, of those that could be checked."""
+    counts = Counter(verdicts)
+    checked = counts[True] + counts[False]
+    rate = f"{counts[True] / checked:.1%} of {checked} right" if checked else "none checked"
+    return f"{rate}, {counts[None]} unverified" if counts[None] else rate
+
+
+def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
+    """Several samples of a prompt need a sampler that another seed changes."""
+    if samples_per_prompt > 1 and not sampler.is_random:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} with temperature=0: all samples of a prompt would be the "
+            "same; give --temperature or --alg_temp above 0, or a random --policy"
+        )
 
 
 def to_trajectory(
@@ -120,8 +163,9 @@ def to_trajectory(
         response_token_ids=completion.token_ids,
         decoding_order=completion.decoding_order,
         non_ltr_positions=non_ltr_positions(completion.decoding_order),
-        method=sampler.policy,
+        method=PUBLISHED_METHODS.get(sampler.policy, sampler.policy),
         data_source=prompts.name,
+        entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
         cache=sampler.cache_name,
     )
 
@@ -131,10 +175,8 @@ def attempt_id(index: int, repeat: int) -> str:
     return f"{index}-{repeat}"
 
 
-def start_or_resume(
-    output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool
-) -> tuple[set[str], set[str]]:
-    """Readies both files for appending and returns the attempts that were right and those that were wrong."""
+def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, bool | None]:
+    """Readies both files for appending and returns the verdicts on the attempts that are finished."""
     output.parent.mkdir(parents=True, exist_ok=True)
     if overwrite:
         output.unlink(missing_ok=True)
@@ -156,7 +198,7 @@ def start_or_resume(
                 f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
                 "continue with the same settings, choose another output, or --overwrite"
             )
-    return {record["id"] for record in read_lines(output)}, {record["id"] for record in wrong}
+    return {record["id"]: record["correct"] for record in (*read_lines(output), *wrong)}
 
 
 def drop_torn_line(path: Path) -> None:

@@ -111,12 +111,17 @@ class Completion(NamedTuple):
 
 
 class DecodingState(NamedTuple):
-    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked."""
+    """A batch of B responses between two steps; `decoding_order` is -1 where a token is still masked.
+
+    `candidate_entropy` is what the step just taken saw: the entropy of every position that it could have unmasked,
+    those of the active block that were still masked.
+    """
 
     tokens: Tensor  # (B, T) int64
     decoding_order: Tensor  # (B, T) int64
     entropy: Tensor  # (B, T) nats, 0 where masked
-    positions: int = 0  # computed so far: rows that went through the model's body
+    candidate_entropy: Tensor  # (B, T) nats, NaN where the step had no choice
+    positions: int  # computed so far: rows that went through the model's body
 
 
 def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
@@ -193,7 +198,8 @@ def denoise(
     entropy = torch.zeros_like(tokens, dtype=torch.float32)
     sequence_seeds = torch.tensor(seeds or [config.seed] * len(prompts), device=model.device)
 
-    yield DecodingState(tokens, order, entropy)
+    no_choice = torch.full_like(entropy, torch.nan)
+    yield DecodingState(tokens, order, entropy, no_choice, 0)
     step = block_end = 0
     for block in config.plan(length):
         block_end += block.tokens
@@ -216,10 +222,11 @@ def denoise(
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
-            yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
+            seen = candidates.entropy.where(masked, no_choice)
+            yield DecodingState(tokens, order, entropy, seen, step * inputs["input_ids"].numel())
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy, step * inputs["input_ids"].numel())
+        yield DecodingState(tokens, order, entropy, no_choice, step * inputs["input_ids"].numel())
 
 
 @dataclass

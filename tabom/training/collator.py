@@ -1,5 +1,7 @@
 """From trajectories to the batches that the model's forward takes."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +21,9 @@ DENOMINATORS = ("num_tokens", "num_sequences")
 
 Example = tuple[list[int], list[int], Target]
 """Prompt token ids, response token ids, and what is asked of the response."""
+
+FILLER = -1
+"""Index of no record: fills the last batch of an epoch up, so that every process has as many batches."""
 
 
 class TrajectoryDataset(Dataset):
@@ -53,20 +58,39 @@ class TrajectoryDataset(Dataset):
     def __len__(self) -> int:
         return len(self.trajectories)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
+    def __getitem__(self, key: tuple[int, int]) -> Example | None:
         epoch, index = key
+        if index == FILLER:
+            return None
         trajectory = self.trajectories[index]
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
         return self.prompts[index], trajectory.response_token_ids, target
 
+    def asks_anything(self) -> bool:
+        """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""
+        keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
+        return any(self[key][2].supervised.any() for key in keys)
+
+    def digest(self) -> str:
+        """Of all that the examples are made from, and their order."""
+        digest = hashlib.sha256()
+        for prompt, trajectory in zip(self.prompts, self.trajectories, strict=True):
+            digest.update(json.dumps([prompt, trajectory.to_record()]).encode())
+        return f"{len(self)} trajectories, sha256 {digest.hexdigest()[:16]}"
+
 
 class EpochSampler(Sampler):
-    """Yields the keys (epoch, index) of a `TrajectoryDataset` in an order that depends on (seed, epoch) alone."""
+    """Yields the keys (epoch, index) of a `TrajectoryDataset` in an order that depends on (seed, epoch) alone.
 
-    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+    Args:
+        multiple_of: fill an epoch up to a multiple of so many keys with `FILLER`.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool, multiple_of: int = 1) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.fillers = -length % multiple_of
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,13 +98,13 @@ class EpochSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length + self.fillers
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return ((self.epoch, int(index)) for index in order)
+        return ((self.epoch, int(index)) for index in (*order, *[FILLER] * self.fillers))
 
 
 class TrajectoryCollator:
@@ -90,6 +114,7 @@ class TrajectoryCollator:
     the N positions that are supervised or ranked: `rows` (N,) flat indices of the logits in (B * L), `labels` (N,)
     with -100 = not supervised, `steps` (N,) with -1 = not ranked, `token_weights` (N,) and `cu_seqlens` (B + 1,).
     `num_tokens` and `num_sequences` are this batch's shares of the denominators of cross-entropy and rank loss.
+    A filler (None) is a row of one token that is asked nothing.
     """
 
     def __init__(self, mask_token_id: int, pad_token_id: int, logits_shift: int = 0) -> None:
@@ -97,7 +122,8 @@ class TrajectoryCollator:
         self.pad_token_id = pad_token_id
         self.logits_shift = logits_shift
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        examples = [example or ask_nothing() for example in examples]
         length = max(len(prompt) + len(response) for prompt, response, _ in examples)
         input_ids = np.full((len(examples), length), self.pad_token_id)
         attention_mask = np.zeros((len(examples), length), dtype=np.int64)
@@ -125,3 +151,14 @@ class TrajectoryCollator:
             "num_tokens": torch.tensor(sum(target.num_tokens for *_, target in examples)),
             "num_sequences": (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum(),
         }
+
+
+def ask_nothing() -> Example:
+    """One masked token without a label."""
+    nowhere = np.zeros(1, dtype=bool)
+    weights = np.ones(1, dtype=np.float32)
+    return (
+        [],
+        [0],
+        Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0),
+    )

@@ -23,6 +23,31 @@ class LossOutput(ModelOutput):
     entropy: Tensor | None = None
 
 
+class LinearWithLoss(torch.nn.Linear):
+    """A head that gives logits, or the loss of the rows once `forward_with_loss` has left a `request`.
+
+    It takes the place of a linear layer's class, not of its `forward`, so that copies, casts, wrappers and
+    torch.compile treat it as the layer that it is.
+    """
+
+    request: dict[str, Any] | None = None
+    answer: tuple[TabomLoss, Tensor] | None = None
+    logits_are_final = False  # whether the model was seen to leave them as they are
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.request is None:
+            return super().forward(hidden)
+        rows, arguments = self.request["rows"], self.request["arguments"]
+        chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
+        self.answer = fused_linear_tabom_loss(chosen, self.weight, bias=self.bias, return_entropy=True, **arguments)
+        loss = self.answer[0].loss
+        return torch.cat([loss[None], loss.new_tensor(PROBE)])
+
+
+PROBE = (-16384.0, 0.0, 1.0, 16384.0)
+"""Logits that every half precision holds exactly: what scales, caps or moves logits changes one of them."""
+
+
 def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **loss_settings: Any) -> None:
     """Lets `model(**batch)` take a batch of `TrajectoryCollator` and return a `LossOutput`.
 
@@ -31,11 +56,15 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     one with a LoRA adapter, gives the logits of the rows.
 
     Args:
-        model: any transformers model with output embeddings; its `forward` is replaced on this instance.
+        model: any transformers model with output embeddings; its `forward` is replaced on this instance, and a linear
+            head becomes a `LinearWithLoss`.
         fused_linear: False: the logits of the rows for any head, and whatever the model does to them afterwards.
         loss_settings: passed on to `tabom_kernels`: rank_weight, form, margin, temperature, backend.
     """
     plain_forward = model.forward
+    head = model.get_output_embeddings()
+    if fused_linear and type(head) is torch.nn.Linear:
+        head.__class__ = LinearWithLoss
 
     def forward(*args: Any, rows: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         if rows is None:
@@ -57,8 +86,9 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
         batch = {"labels": labels, "steps": steps, "cu_seqlens": cu_seqlens}
         options = {"token_weights": token_weights, "num_tokens": num_tokens, "num_sequences": num_sequences}
         options |= loss_settings
-        if fused_linear and is_plain_linear(model.get_output_embeddings()):
-            loss, entropy = loss_in_head(model, rows, batch | options, plain_forward, inputs)
+        head = model.get_output_embeddings()
+        if computes_loss(head):
+            loss, entropy = loss_in_head(head, rows, batch | options, plain_forward, inputs)
         else:
             logits = logits_at(model, rows, forward=plain_forward, **inputs)
             loss = tabom_loss(logits, **batch, **options)
@@ -68,40 +98,44 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     model.forward = forward
 
 
-def is_plain_linear(head: torch.nn.Module) -> bool:
-    """Whether the head computes what a linear layer does; adapters, quantised and offloaded layers do not."""
-    return type(head).forward is torch.nn.Linear.forward and "forward" not in vars(head)
+def computes_loss(head: torch.nn.Module) -> bool:
+    """Whether the head is a `LinearWithLoss` itself: adapters hide it, and offloading replaces its forward."""
+    return isinstance(head, LinearWithLoss) and "forward" not in vars(head)
 
 
 def loss_in_head(
-    model: PreTrainedModel,
+    head: LinearWithLoss,
     rows: Tensor,
     arguments: dict[str, Any],
     forward: Callable[..., Any],
     inputs: dict[str, Tensor],
 ) -> tuple[TabomLoss, Tensor]:
-    """Runs the model with a head that gathers the rows and returns their loss in place of logits.
+    """Runs the model with a head that gathers the rows, and returns their loss and entropies.
+
+    The loss leaves the head by the side, in the fp32 that it was computed in, as wrappers (FSDP2's mixed precision)
+    cast what a module returns. What the head returns, once it is through the model, tells whether the model changes
+    its logits; and it keeps a gradient of zero flowing through the wrappers, whose backward hooks sit there.
 
     Raises:
         ValueError: the model changes its logits after the head, which the loss would then miss.
     """
-    head = model.get_output_embeddings()
-    result: list[tuple[TabomLoss, Tensor]] = []
-
-    def loss_of_rows(hidden: Tensor) -> Tensor:
-        chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
-        result.append(fused_linear_tabom_loss(chosen, head.weight, bias=head.bias, return_entropy=True, **arguments))
-        return result[0][0].loss
-
-    head.forward = loss_of_rows
+    head.request = {"rows": rows, "arguments": arguments}
     try:
-        output = forward(**inputs)
+        logits = forward(**inputs).logits
+        loss, entropy = head.answer
     finally:
-        del head.forward
-    [(loss, entropy)] = result
-    if output.logits is not loss.loss:
+        head.request = head.answer = None
+    if not head.logits_are_final:
+        check_probe(logits[1:])
+        head.logits_are_final = True
+    return loss._replace(loss=loss.loss + 0 * logits[0]), entropy
+
+
+@torch.compiler.disable
+def check_probe(logits: Tensor) -> None:
+    """Compares values on the host, which waits for the device: once for a model is enough."""
+    if logits.tolist() != list(PROBE):
         raise ValueError(
-            f"model type {model.config.model_type!r} changes its logits after the head (by scaling or soft-capping): "
-            "set fused_linear=False, and the logits of the selected rows are computed"
+            "this model changes its logits after the head (by scaling or soft-capping): set fused_linear=False, and "
+            "the logits of the selected rows are computed"
         )
-    return loss, entropy

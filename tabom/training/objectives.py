@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tabom.data.trajectories import Trajectory
-from tabom.training.windows import draw_cut, window_at
+from tabom.training.windows import WindowSize, WindowUnit, draw_cut, last_cut, one_by_one, window_at
 
-Objective = Literal["tabom", "window", "nelbo", "fixed_ratio"]
+Objective = Literal["tabom", "window", "nelbo", "nelbo_exact", "fixed_ratio"]
 
 MINIMUM_MASK_PROBABILITY = 1e-3
 """Keeps NELBO's weight 1/t finite (LLaDA, arXiv 2502.09992, uses the same floor)."""
@@ -19,10 +19,12 @@ class ObjectiveSettings:
     """How an example is made from a trajectory; the fields are those of `TabomConfig`."""
 
     objective: Objective = "tabom"
-    supervised_window: int = 32
-    rank_window: int = 32
+    supervised_window: WindowSize = 32
+    rank_window: WindowSize = 32
+    window_unit: WindowUnit = "steps"
     mask_ratio: float = 0.5
     cut_among_non_ltr: bool = False
+    skip_last_step: bool = False
     rank_ties: bool = False
     drop_short: bool = False
 
@@ -30,8 +32,8 @@ class ObjectiveSettings:
 class Target(NamedTuple):
     """What the model sees of a response of T tokens, and what it is asked.
 
-    `num_tokens` is what this example adds to the denominator of the cross-entropy: its supervised tokens, except
-    for NELBO, whose estimator divides by all response tokens (LLaDA, eq. 3).
+    Cross-entropy is the sum of weight times cross-entropy over the supervised tokens of all examples, divided by the
+    sum of their `num_tokens`.
     """
 
     masked: np.ndarray  # (T,) bool: replaced by the mask token in the input
@@ -42,48 +44,80 @@ class Target(NamedTuple):
 
 
 def make_target(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
-    """Draws the target of one trajectory.
+    """Draws the target of one trajectory: of what the model sees, the objective decides.
 
-    `tabom` and `window` replay the decoding at a random cut (`windows.py`); they differ only in the loss, where
-    `window` does not use the ranking. `nelbo` masks each token with probability t ~ U(0, 1) and weighs by 1/t.
-    `fixed_ratio` masks `mask_ratio` of the tokens, at least one.
+    `tabom` and `window` replay the decoding at a random cut (`replayed`); `nelbo`, `nelbo_exact` and `fixed_ratio`
+    mask at random (`randomly_masked`). Any of them may be ranked: `tabom` is `window` with a `rank_weight`.
+    """
+    if settings.objective in ("tabom", "window"):
+        return replayed(trajectory, settings, rng)
+    return randomly_masked(trajectory, settings, rng)
 
-    With `rank_ties`, tokens of one step are ranked as if unmasked one by one, left to right. With `drop_short`, a
-    trajectory of no more than M steps is asked nothing.
+
+def replayed(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
+    """A moment of the decoding: the windows of `windows.py` at a random cut, supervised tokens weighted alike.
+
+    With M = "all" the cut is any step and every later token is supervised, each weighted n/k where k of the n decoded
+    tokens are left, and n counts in the denominator. In the mean over cuts that is
+
+        1/(s_max + 1) sum_c 1/k_c sum_{i: s_i >= c} CE_i(c)        nats a token,
+
+    for one token a step the NELBO in its order-agnostic form (`nelbo_exact`), with the states that the decoding
+    passed through in place of random ones.
+
+    With `skip_last_step` the cut ends at s_max - M, as released. With `drop_short` a trajectory of no more than M
+    steps is asked nothing. With `rank_ties` tokens of one step are ranked as if unmasked one by one (`one_by_one`).
     """
     steps = np.asarray(trajectory.decoding_order)
-    length = len(steps)
-    weights = np.ones(length, dtype=np.float32)
-    unranked = np.full(length, -1)
+    window, unit = settings.supervised_window, settings.window_unit
+    if settings.drop_short and window != "all" and steps.max() < window:
+        nothing = np.zeros(len(steps), dtype=bool)
+        return Target(~nothing, nothing, np.full(len(steps), -1), ones(steps), num_tokens=0)
 
-    if settings.objective == "nelbo":
-        t = max(rng.random(), MINIMUM_MASK_PROBABILITY)
-        masked = rng.random(length) < t
-        return Target(masked, masked, unranked, weights / np.float32(t), num_tokens=length)
-
-    if settings.objective == "fixed_ratio":
-        masked = np.zeros(length, dtype=bool)
-        masked[rng.permutation(length)[: max(1, round(settings.mask_ratio * length))]] = True
-        return Target(masked, masked, unranked, weights, num_tokens=int(masked.sum()))
-
-    if settings.drop_short and steps.max() < settings.supervised_window:
-        nothing = np.zeros(length, dtype=bool)
-        return Target(~nothing, nothing, unranked, weights, num_tokens=0)
-
-    among_positions = trajectory.non_ltr_positions if settings.cut_among_non_ltr else None
-    cut = draw_cut(steps, settings.supervised_window, rng, among_positions)
-    window = window_at(steps, cut, settings.supervised_window, settings.rank_window)
+    last = max(last_cut(steps, window, unit) - settings.skip_last_step, 0)
+    cut = draw_cut(steps, last, rng, trajectory.non_ltr_positions if settings.cut_among_non_ltr else None)
+    visible, supervised, ranked = window_at(steps, cut, window, settings.rank_window, unit, trajectory.entropy)
+    decoded, left = int((steps >= 0).sum()), int(supervised.sum())
     return Target(
-        masked=~window.visible,
-        supervised=window.supervised,
-        steps=np.where(window.ranked, break_ties(steps) if settings.rank_ties else steps, -1),
-        token_weights=weights,
-        num_tokens=int(window.supervised.sum()),
+        masked=~visible,
+        supervised=supervised,
+        steps=ranked_steps(trajectory, ranked, settings),
+        token_weights=ones(steps) * np.float32(decoded / max(left, 1)) if window == "all" else ones(steps),
+        num_tokens=decoded if window == "all" else left,
     )
 
 
-def break_ties(steps: np.ndarray) -> np.ndarray:
-    """Ranks from 0 in the order of `steps`, equal ones from left to right."""
-    ranks = np.empty_like(steps)
-    ranks[np.argsort(steps, kind="stable")] = np.arange(len(steps))
-    return ranks
+def randomly_masked(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
+    """Random tokens masked, all of them supervised and ranked.
+
+    `nelbo` masks each of T tokens with probability t ~ U(0, 1) and weighs by 1/t (LLaDA, arXiv 2502.09992, eq. 3).
+    `nelbo_exact` masks k ~ U{1, .., T} of them and weighs by T/k: the same bound with less variance (LLaDA, eq. 6).
+    Both divide by T. `fixed_ratio` masks `mask_ratio` of the tokens, at least one, weighted alike.
+    """
+    steps = np.asarray(trajectory.decoding_order)
+    length = len(steps)
+    if settings.objective == "nelbo":
+        t = max(rng.random(), MINIMUM_MASK_PROBABILITY)
+        masked = rng.random(length) < t
+        weight, num_tokens = 1 / t, length
+    else:
+        is_exact = settings.objective == "nelbo_exact"
+        count = int(rng.integers(length)) + 1 if is_exact else max(1, round(settings.mask_ratio * length))
+        masked = np.zeros(length, dtype=bool)
+        masked[rng.permutation(length)[:count]] = True
+        weight, num_tokens = (length / count, length) if is_exact else (1.0, count)
+    return Target(
+        masked, masked, ranked_steps(trajectory, masked, settings), ones(steps) * np.float32(weight), num_tokens
+    )
+
+
+def ranked_steps(trajectory: Trajectory, ranked: np.ndarray, settings: ObjectiveSettings) -> np.ndarray:
+    """(T,) the decoding steps where `ranked`, elsewhere -1."""
+    steps = np.asarray(trajectory.decoding_order)
+    ranks = np.where(steps >= 0, one_by_one(steps, trajectory.entropy), -1) if settings.rank_ties else steps
+    return np.where(ranked, ranks, -1)
+
+
+def ones(steps: np.ndarray) -> np.ndarray:
+    """(T,) weights that change nothing."""
+    return np.ones(len(steps), dtype=np.float32)

@@ -5,12 +5,18 @@ A trajectory unmasks position i at step s_i (-1: never). Training replays the mo
     visible      0 <= s_i < c        shown to the model, all other positions are masked
     supervised   c <= s_i < c + M    cross-entropy
     ranked       c <= s_i < c + W    pairs (i, j) with s_i < s_j
+
+M and W count steps, as the authors' release does; or tokens, as their paper does: then the next M of them are
+supervised in the order of the steps, ties broken by entropy. "all" is every later token, whichever the unit.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+WindowSize = int | Literal["all"]
+WindowUnit = Literal["steps", "tokens"]
 
 
 class Window(NamedTuple):
@@ -26,37 +32,71 @@ def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index))
 
 
-def draw_cut(
-    steps: np.ndarray,
-    supervised_window: int,
-    rng: np.random.Generator,
-    among_positions: Sequence[int] | None = None,
-) -> int:
-    """Draws the cut c ~ U{0, .., s_max - M} (steps), or 0 for a trajectory shorter than the window.
+def one_by_one(steps: np.ndarray, entropy: Sequence[float] | None = None) -> np.ndarray:
+    """(T,) ranks from 0 in the order of `steps`; equal ones by entropy, else from left to right.
 
-    The upper end is the paper's: with s_max counted from 0, a trajectory of more than M steps never supervises its
-    very last step, as the cut that would reach it, s_max - M + 1, is not drawn.
+    Args:
+        entropy: (T,) nats, of each token when it was unmasked, as far as the record has it.
+    """
+    ranks = np.empty_like(steps)
+    ranks[np.lexsort((np.zeros(len(steps)) if entropy is None else entropy, steps))] = np.arange(len(steps))
+    return ranks
+
+
+def last_cut(steps: np.ndarray, supervised_window: WindowSize, unit: WindowUnit = "steps") -> int:
+    """The first cut whose window reaches the end: s_max - M + 1 in steps, or 0 for a trajectory shorter than that.
+
+    In tokens: the first step before which at most M tokens are left, or s_max where the last step alone unmasks more.
+    For "all" the last step, s_max.
+    """
+    last_step = max(int(steps.max()), 0)
+    if supervised_window == "all":
+        return last_step
+    if unit == "steps":
+        return max(last_step - supervised_window + 1, 0)
+    tokens_left = np.sort(steps)[::-1]  # the step of the k-th last token
+    if supervised_window >= (steps >= 0).sum():
+        return 0
+    return min(int(tokens_left[supervised_window]) + 1, last_step)
+
+
+def draw_cut(
+    steps: np.ndarray, last: int, rng: np.random.Generator, among_positions: Sequence[int] | None = None
+) -> int:
+    """Draws the cut c ~ U{0, .., last}.
 
     Args:
         steps: (T,) decoding steps from 0, -1 for never.
-        supervised_window: M, in steps.
+        last: see `last_cut`.
         among_positions: draw among the steps of these positions instead (the record's `non_ltr_positions`), as far as
-            they are at most s_max - M. Where none is: as if not given.
+            they are at most `last`. Where none is: as if not given.
     """
-    last_cut = max(int(steps.max()) - supervised_window, 0)
     if among_positions:
         candidates = np.unique(steps[np.asarray(among_positions)])
-        candidates = candidates[(candidates >= 0) & (candidates <= last_cut)]
+        candidates = candidates[(candidates >= 0) & (candidates <= last)]
         if len(candidates):
             return int(rng.choice(candidates))
-    return int(rng.integers(last_cut + 1))
+    return int(rng.integers(last + 1))
 
 
-def window_at(steps: np.ndarray, cut: int, supervised_window: int, rank_window: int) -> Window:
-    """The window of M = `supervised_window` and W = `rank_window` steps at `cut`."""
-    decoded_later = steps >= cut
-    return Window(
-        visible=(steps >= 0) & ~decoded_later,
-        supervised=decoded_later & (steps < cut + supervised_window),
-        ranked=decoded_later & (steps < cut + rank_window),
-    )
+def window_at(
+    steps: np.ndarray,
+    cut: int,
+    supervised_window: WindowSize,
+    rank_window: WindowSize,
+    unit: WindowUnit = "steps",
+    entropy: Sequence[float] | None = None,
+) -> Window:
+    """The window of M = `supervised_window` and W = `rank_window` at `cut`.
+
+    Args:
+        entropy: (T,) nats, breaks ties where the windows count tokens; see `one_by_one`.
+    """
+    visible = (steps >= 0) & (steps < cut)
+    later = steps >= cut
+    ahead = one_by_one(steps, entropy) - (~later).sum() if unit == "tokens" else steps - cut
+
+    def next_ones(window: WindowSize) -> np.ndarray:
+        return later if window == "all" else later & (ahead < window)
+
+    return Window(visible, next_ones(supervised_window), next_ones(rank_window))

@@ -15,11 +15,14 @@ CHUNK_BYTES = 16384
 CHUNK_WARPS = 4
 """A thread holds 64 logits in bf16 and has its eight 128-bit loads in flight at once."""
 
-NOISE_WARPS = 16
-"""Gumbel noise takes ten times the registers of the logits that it is added to."""
+CHUNK_LANES = 32 * CHUNK_WARPS
+"""Threads of a chunk, and at least as many as the logits that each of them holds."""
 
 MERGE_WARPS = 1
 """The partial results of a row are at most a few hundred."""
+
+DRAW_WARPS = 4
+"""A draw needs noise for each segment of the vocabulary, about a thousand, and for the columns of one."""
 
 SCAN_BYTES = 8192
 SCAN_WARPS = 8
@@ -28,6 +31,14 @@ SCAN_WARPS = 8
 PAIR_BLOCK = 256
 PAIR_WARPS = 1
 """Rows that one row is paired with at a time."""
+
+
+def options(warps: int) -> dict[str, int | bool]:
+    """What every launch says beside its arguments.
+
+    Multiplications and additions are fused, which newer versions of Triton no longer do by themselves.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def chunk_columns(columns: int, itemsize: int) -> int:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import RankLoss
-from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def trajectory_rank_loss(
     grad_entropy, row_loss, row_grad_temperature = (entropy.new_empty(rows) for _ in range(3))
     row_pairs = torch.empty(rows, dtype=torch.int32, device=entropy.device)
     inputs = (entropy, steps, cu_seqlens, temperature)
-    launch = {"BLOCK": PAIR_BLOCK, "num_warps": PAIR_WARPS}
+    launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
     if rows and form == "plackett_luce":
         log_sum = entropy.new_empty(rows)
         turns_kernel[(rows,)](*inputs, log_sum, row_loss, row_pairs, sequences, **launch)

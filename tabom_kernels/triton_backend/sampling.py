@@ -1,9 +1,10 @@
 """What a sampler step needs of each row, from one read of the logits: token, probability, margin, entropy.
 
 Beside the statistics of `vocabulary`, every chunk names its best token and its second best logit. Above temperature 0
-the best token is that of logits / temperature + Gumbel noise, and the noise of a column comes from the row's key and
-the column alone. Filters add a search for the lowest logit that top-k and top-p keep, by bisection over the bit
-patterns of floating-point numbers, which are in the order of their values: no sort.
+it leaves the weight of each of its segments of 256 columns, and the second launch draws a segment, and then a column of
+that segment, as `reference.draw` says: the noise comes from the row's key alone, and one segment is read again. Filters
+add a search for the lowest logit that top-k and top-p keep, by bisection over the bit patterns of floating-point
+numbers, which are in the order of their values: no sort.
 """
 
 import torch
@@ -14,13 +15,28 @@ from torch import Tensor
 from tabom_kernels import noise
 from tabom_kernels.triton_backend.launch import (
     CHUNK_WARPS,
+    DRAW_WARPS,
     MERGE_WARPS,
-    NOISE_WARPS,
     SCAN_BYTES,
     SCAN_WARPS,
     on_its_device,
+    options,
 )
-from tabom_kernels.triton_backend.vocabulary import LOG2E, LOWEST, chunking, exp2, load_logits, merge_chunks
+from tabom_kernels.triton_backend.vocabulary import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    by_lane,
+    chunking,
+    columns_of_runs,
+    exp2,
+    expm1,
+    load_lane,
+    load_logits,
+    log1p,
+    merge_chunks,
+    sums_without_the_best,
+)
 
 GOLDEN_GAMMA = tl.constexpr(noise.GOLDEN_GAMMA % 2**64)
 MIX_1 = tl.constexpr(noise.MIX_1 % 2**64)
@@ -31,105 +47,169 @@ LOW_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 @triton.jit
-def gumbel_noise(key, column):
-    """The same numbers as `tabom_kernels.noise.gumbel_noise`."""
-    x = key.to(tl.uint64, bitcast=True) + (column + 1).to(tl.uint64) * GOLDEN_GAMMA
+def exponential_noise(key, counter):
+    """The same numbers as `tabom_kernels.noise.exponential_noise`."""
+    x = key.to(tl.uint64, bitcast=True) + (counter + 1).to(tl.int64).to(tl.uint64, bitcast=True) * GOLDEN_GAMMA
     x = (x ^ (x >> 30)) * MIX_1
     x = (x ^ (x >> 27)) * MIX_2
-    x = x ^ (x >> 31)
-    uniform = ((x >> 41).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << 23))
-    return -tl.log(-tl.log(uniform))
+    bits = (x ^ (x >> 31)).to(tl.int64, bitcast=True)
+    distance = ((bits ^ (bits >> 63)).to(tl.float32) + 0.5) * 2.0**-64
+    return tl.where(bits < 0, -log1p(-distance), -tl.log(distance))
 
 
 @triton.jit
 def unmask_kernel(
     logits,  # (N, V)
-    partials,  # (N, 3, CHUNKS) m, S, U
-    candidates,  # (N, 2, CHUNKS) best score, second best logit
-    best_columns,  # (N, CHUNKS) of the best score
-    keys,  # (N,) or None: greedy
+    partials,  # (N, 3, CHUNKS) m, S', U
+    seconds,  # (N, CHUNKS) second best logit
+    best_columns,  # (N, CHUNKS)
+    weights,  # (N, SEGMENTS) sum of exp((z - m of the chunk) / temperature), or None: greedy
     thresholds,  # (N,) lowest logit that is kept, or None
-    temperature,
+    scale,  # log2 e / temperature
     row_stride,
+    column_stride,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS
+    row_start = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
+    first = chunk * CHUNK
+    column = columns_of_runs(RUN, CHUNK)
+    z = load_logits(row_start + first.to(tl.int64) * column_stride, column, column_stride, column < COLUMNS - first)
+    best_of_run = by_lane(tl.max(z, 1), LANES)
+    best_of_lane = tl.max(best_of_run, 0)
+    m = tl.max(best_of_lane)
+    # The lane of the first run that holds the maximum.
+    STEPS: tl.constexpr = CHUNK // (LANES * RUN)
+    lane = tl.arange(0, LANES)
+    run = LANES * tl.arange(0, STEPS)[:, None] + lane[None, :]
+    winner = tl.min(tl.min(tl.where(best_of_run == m, run, LANES * STEPS - 1), 0)) % LANES
+    w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
+    rest, U = sums_without_the_best(z, w, m, winner, LANES)
+    token = tl.min(tl.where(w == m, column_of_w, COLUMNS))
+    others = tl.maximum(
+        tl.where(column_of_w == token, -float("inf"), w), tl.where(lane == winner, -float("inf"), best_of_lane)
+    )
+    partial = partials + row * 3 * CHUNKS + chunk
+    tl.store(partial, m)
+    tl.store(partial + CHUNKS, rest)
+    tl.store(partial + 2 * CHUNKS, U)
+    tl.store(seconds + row * CHUNKS + chunk, tl.max(others))
+    tl.store(best_columns + row * CHUNKS + chunk, token)
+
+    if weights is not None:
+        weight = exp2((z - tl.maximum(m, LOWEST)) * scale)
+        if thresholds is not None:
+            weight = tl.where(z >= tl.load(thresholds + row), weight, 0.0)
+        RUNS: tl.constexpr = min(SEGMENT // RUN, LANES)  # of a segment, neighbouring lanes of one step
+        of_segment = tl.sum(tl.reshape(tl.sum(weight, 1), [CHUNK // RUN // RUNS, RUNS]), 1)
+        segment = chunk * (CHUNK // RUN // RUNS) + tl.arange(0, CHUNK // RUN // RUNS)
+        tl.store(weights + row * SEGMENTS + segment, of_segment, segment < SEGMENTS)
+
+
+@triton.jit
+def draw_token(
+    row_start,
+    partials,
+    weights,
+    thresholds,
+    keys,
+    row,
+    m,
+    scale,
     column_stride,
     key_stride,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    RUN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENTS_CEILING: tl.constexpr,
 ):
-    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    chunk = tl.program_id(0) % CHUNKS
-    # Neighbouring columns that one 128-bit load brings are a run; the top two are sought among the runs' maxima.
-    neighbour = tl.arange(0, RUN)
-    run = chunk * CHUNK + RUN * tl.arange(0, CHUNK // RUN)
-    column = run[:, None] + neighbour[None, :]
-    row_start = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
-    z = load_logits(row_start + column.to(tl.int64) * column_stride, column < COLUMNS)
-    best_of_run = tl.max(z, 1)
-    m = tl.max(best_of_run)
-    p = exp2((z - m) * LOG2E)
-    partial = partials + row * 3 * CHUNKS + chunk
-    tl.store(partial, m)
-    tl.store(partial + CHUNKS, tl.sum(tl.sum(p, 1)))
-    tl.store(partial + 2 * CHUNKS, tl.sum(tl.sum(p * (z - m), 1)))
+    """The column that `reference.draw` draws."""
+    m = tl.maximum(m, LOWEST)
+    key = tl.load(keys + row * key_stride)
+    segment = tl.arange(0, SEGMENTS_CEILING)
+    m_chunk = tl.load(partials + row * 3 * CHUNKS + segment * SEGMENT // CHUNK, segment < SEGMENTS, other=LOWEST)
+    weight = tl.load(weights + row * SEGMENTS + segment, segment < SEGMENTS, other=0.0)
+    weight *= exp2((tl.maximum(m_chunk, LOWEST) - m) * scale)
+    segment = tl.argmin(exponential_noise(key, -segment) / weight, 0)
 
-    # The first run that holds the maximum is read once more, from the cache.
-    winner = tl.min(tl.where(best_of_run == m, run, COLUMNS))
-    neighbour += winner
-    w = load_logits(row_start + neighbour.to(tl.int64) * column_stride, neighbour < COLUMNS)
-    token = tl.min(tl.where(w == m, neighbour, COLUMNS))
-    second_of_winner = tl.max(tl.where(neighbour == token, LOWEST, w))
-    second = tl.maximum(tl.max(tl.where(run == winner, LOWEST, best_of_run)), second_of_winner)
-    score = m
-    if keys is not None:
-        if thresholds is not None:
-            z = tl.where(z >= tl.load(thresholds + row), z, LOWEST)
-        noisy = z / temperature + gumbel_noise(tl.load(keys + row * key_stride), column)
-        score = tl.max(tl.max(noisy, 1))
-        token = tl.min(tl.min(tl.where(noisy == score, column, COLUMNS), 1))
-    candidate = candidates + row * 2 * CHUNKS + chunk
-    tl.store(candidate, score)
-    tl.store(candidate + CHUNKS, second)
-    tl.store(best_columns + row * CHUNKS + chunk, token)
+    column = segment * SEGMENT + tl.arange(0, SEGMENT)
+    z = load_logits(row_start, column, column_stride, column < COLUMNS)
+    weight = exp2((z - m) * scale)
+    if thresholds is not None:
+        weight = tl.where(z >= tl.load(thresholds + row), weight, 0.0)
+    return segment * SEGMENT + tl.argmin(exponential_noise(key, column + 1) / weight, 0)
 
 
 @triton.jit
 def choose_kernel(
     logits,
     partials,
-    candidates,
+    seconds,
     best_columns,
+    weights,
+    thresholds,
+    keys,  # (N,) or None: greedy
     token,
     probability,
     margin,
     entropy,
+    scale,
     row_stride,
     column_stride,
+    key_stride,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_CEILING: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENTS_CEILING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    m, S, U = merge_chunks(partials, row, CHUNKS, CHUNKS_CEILING)
+    row_start = logits + row * row_stride
+    m, rest, U, first = merge_chunks(partials, row, CHUNKS, CHUNKS_CEILING)
     chunk = tl.arange(0, CHUNKS_CEILING)
     inside = chunk < CHUNKS
-    m_chunk = tl.load(partials + row * 3 * CHUNKS + chunk, inside, other=LOWEST)
-    candidate = candidates + row * 2 * CHUNKS + chunk
-    score = tl.load(candidate, inside, other=-float("inf"))
-    second = tl.load(candidate + CHUNKS, inside, other=LOWEST)
-    column = tl.load(best_columns + row * CHUNKS + chunk, inside, other=COLUMNS)
-
-    chosen = tl.min(tl.where(score == tl.max(score), column, COLUMNS))
-    chosen = tl.minimum(chosen, COLUMNS - 1).to(tl.int64)  # a row of NaN has no best token, but needs a valid one
-    first = tl.min(tl.where(m_chunk == m, chunk, CHUNKS_CEILING))
+    m_chunk = tl.load(partials + row * 3 * CHUNKS + chunk, inside, other=-float("inf"))
+    second = tl.load(seconds + row * CHUNKS + chunk, inside, other=-float("inf"))
     second = tl.max(tl.where(chunk == first, second, m_chunk))
-    z = load_logits(logits + row * row_stride + chosen * column_stride, True)
+    if keys is None:
+        chosen = tl.load(best_columns + row * CHUNKS + tl.minimum(first, CHUNKS - 1))
+    else:
+        chosen = draw_token(
+            row_start,
+            partials,
+            weights,
+            thresholds,
+            keys,
+            row,
+            m,
+            scale,
+            column_stride,
+            key_stride,
+            COLUMNS,
+            CHUNK,
+            CHUNKS,
+            SEGMENT,
+            SEGMENTS,
+            SEGMENTS_CEILING,
+        )
+    chosen = tl.minimum(chosen, COLUMNS - 1).to(tl.int64)  # a row of NaN has no best token, but needs a valid one
+    z = tl.load(row_start + chosen * column_stride).to(tl.float32)
     tl.store(token + row, chosen)
-    tl.store(probability + row, tl.exp(z - m) / S)
-    tl.store(margin + row, (1.0 - tl.exp(second - m)) / S)
-    tl.store(entropy + row, tl.log(S) - U / S)
+    tl.store(probability + row, tl.exp(z - m) / (1.0 + rest))
+    tl.store(margin + row, -expm1(second - m) / (1.0 + rest))
+    tl.store(entropy + row, log1p(rest) - LN2 * U / (1.0 + rest))
 
 
 @triton.jit
@@ -147,7 +227,7 @@ def kept_mass(
     mass = tl.zeros([BLOCK], tl.float32)
     for first in range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        z = load_logits(row_start + column.to(tl.int64) * column_stride, column < COLUMNS)
+        z = load_logits(row_start, column, column_stride, column < COLUMNS)
         kept = (z >= threshold) & (column < COLUMNS)
         if WEIGHTED:
             mass += tl.where(kept, tl.exp((z - m) / temperature), 0.0)
@@ -214,7 +294,7 @@ def threshold_kernel(
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     for first in range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        best = tl.maximum(best, load_logits(row_start + column.to(tl.int64) * column_stride, column < COLUMNS))
+        best = tl.maximum(best, load_logits(row_start, column, column_stride, column < COLUMNS))
     m = tl.max(best)
     threshold = tl.full([], LOWEST, tl.float32)
     if top_k is not None:
@@ -240,40 +320,38 @@ def unmask_statistics(
     if rows == 0:
         return token, probability, margin, entropy
     blocks = chunking(logits)
-    chunks = blocks["CHUNKS"]
-    thresholds = None
+    chunks, segments = blocks["CHUNKS"], triton.cdiv(columns, noise.SEGMENT)
+    weights = thresholds = None
     if keys is not None:
+        weights = logits.new_empty((rows, segments), dtype=torch.float32)
         thresholds = filter_thresholds(logits, temperature, top_k, top_p)
-    partials, candidates = (logits.new_empty((rows, parts, chunks), dtype=torch.float32) for parts in (3, 2))
+    scale = 0.0 if keys is None else LOG2E.value / temperature
+    partials = logits.new_empty((rows, 3, chunks), dtype=torch.float32)
+    seconds = logits.new_empty((rows, chunks), dtype=torch.float32)
     best_columns = logits.new_empty((rows, chunks), dtype=torch.int32)
+    drawn_from = (partials, seconds, best_columns, weights, thresholds)
+    sizes = {"SEGMENT": noise.SEGMENT, "SEGMENTS": segments}
     unmask_kernel[(rows * chunks,)](
-        logits,
-        partials,
-        candidates,
-        best_columns,
-        keys,
-        thresholds,
-        temperature,
-        *logits.stride(),
-        0 if keys is None else keys.stride(0),
-        **blocks,
-        RUN=16 // logits.itemsize,
-        num_warps=CHUNK_WARPS if keys is None else NOISE_WARPS,
+        logits, *drawn_from, scale, *logits.stride(), **blocks, **sizes, **options(CHUNK_WARPS)
     )
     choose_kernel[(rows,)](
         logits,
-        partials,
-        candidates,
-        best_columns,
+        *drawn_from,
+        keys,
         token,
         probability,
         margin,
         entropy,
+        scale,
         *logits.stride(),
+        0 if keys is None else keys.stride(0),
         COLUMNS=columns,
+        CHUNK=blocks["CHUNK"],
         CHUNKS=chunks,
         CHUNKS_CEILING=triton.next_power_of_2(chunks),
-        num_warps=MERGE_WARPS,
+        SEGMENTS_CEILING=triton.next_power_of_2(segments),
+        **sizes,
+        **options(MERGE_WARPS if keys is None else DRAW_WARPS),
     )
     return token, probability, margin, entropy
 
@@ -282,8 +360,6 @@ def unmask_statistics(
 def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor | None:
     """(N,) the lowest logit of each row that top-k, and then top-p, keeps; None when they keep all."""
     rows, columns = logits.shape
-    top_k = None if top_k is None or top_k >= columns else top_k
-    top_p = None if top_p is None or top_p >= 1 else top_p
     if top_k is None and top_p is None:
         return None
     thresholds = logits.new_empty(rows, dtype=torch.float32)
@@ -297,6 +373,6 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
         LOW_BITS=LOW_BITS[logits.dtype],
         COLUMNS=columns,
         BLOCK=min(SCAN_BYTES // logits.itemsize, triton.next_power_of_2(columns)),
-        num_warps=SCAN_WARPS,
+        **options(SCAN_WARPS),
     )
     return thresholds

@@ -1,11 +1,18 @@
 """Cross-entropy, entropy and their gradient: one read of the logits forward, one read and one write backward.
 
-A row of logits z is cut into chunks. A program holds one chunk in registers, so its exact maximum is known before the
-first exponential, and leaves m = max z, S = sum exp(z - m) and U = sum exp(z - m) * (z - m). A second, tiny launch
-merges the chunks of each row, always in the same order: with r = exp(m_chunk - m), d = m_chunk - m,
+A row of logits z is cut into chunks. A program holds one chunk in registers, so its exact maximum m is known before
+the first exponential. It works in base 2, on t = z * log2 e - c with c = fp32(m * log2 e): one fused multiply-add a
+logit, exact but for the rounding of c, and that is the same number for every logit, `residual`. It leaves m,
 
-    S = sum r * S_chunk        U = sum r * (U_chunk + d * S_chunk)
-    E = log S - U / S          ce = log S - (z_label - m).
+    S' = sum of 2^t without the best logit        U = sum 2^t * t        (both as if residual were 0).
+
+A second, tiny launch merges the chunks of each row, always in the same order: with d = (m_chunk - m) * log2 e, r = 2^d,
+
+    S' = sum r * (1 + S'_chunk) - 1        U = sum r * (U_chunk + d * (1 + S'_chunk))
+    E = log1p(S') - log 2 * U / (1 + S')        ce = log1p(S') - (z_label - m)
+
+where the 1 of the best chunk is left out, not subtracted: 1 + 1e-12 is 1 in fp32, and rows as certain as that are what
+a sampler has to put in order.
 """
 
 import torch
@@ -15,12 +22,28 @@ from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
 from tabom_kernels.torch_backend import VocabularyStatistics
-from tabom_kernels.triton_backend.launch import CHUNK_WARPS, MERGE_WARPS, alignment, chunk_columns, on_its_device
+from tabom_kernels.triton_backend.launch import (
+    CHUNK_LANES,
+    CHUNK_WARPS,
+    MERGE_WARPS,
+    alignment,
+    chunk_columns,
+    on_its_device,
+    options,
+)
 
-LOWEST = tl.constexpr(-1e30)
-"""Stands for -inf: its exponential is exactly 0, and 0 * LOWEST is not NaN. NaN itself is kept."""
+LOG2E = tl.constexpr(1.44269502162933349609375)
+"""In fp32, so that the interpreter multiplies by the same number as a GPU."""
+LN2 = tl.constexpr(0.6931471805599453)
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST_BITS = tl.constexpr(-256.0)
+"""Stands for t = -inf: its power of 2 is exactly 0 in fp32, and 0 * LOWEST_BITS is not NaN. NaN itself is kept."""
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""The lowest finite number: what a row or chunk of -inf alone takes for its maximum."""
+
+FAR = tl.constexpr(2.0**29)
+"""From here on neighbouring fp32 numbers are 64 apart, and c is off by as much: the base no longer matters."""
 
 
 @triton.jit
@@ -28,54 +51,164 @@ def interpreted_exp2(x):
     return tl.exp2(x)
 
 
-# libdevice's exp2 flushes denormal results to 0, which saves three of fourteen instructions a logit; the interpreter
-# has no libdevice.
-exp2 = interpreted_exp2 if triton.knobs.runtime.interpret else libdevice.exp2
+@triton.jit
+def interpreted_fma(x, y, z):
+    return (x.to(tl.float64) * y + z).to(tl.float32)
 
 
 @triton.jit
-def load_logits(pointers, mask):
-    z = tl.load(pointers, mask, other=-float("inf")).to(tl.float32)
-    return tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+def interpreted_widen(x):
+    return x.to(tl.float32)
+
+
+@triton.jit
+def widen_on_gpu(x):
+    """fp32 of logits of any dtype; a pair of bf16 takes two instructions, not the compiler's three."""
+    if x.dtype == tl.bfloat16:
+        asm: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        bits = tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2)
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+# libdevice's exp2 flushes denormal results to 0, which saves three instructions a logit. The interpreter has no
+# libdevice and no assembly, and its fma rounds twice.
+INTERPRETED = triton.knobs.runtime.interpret
+exp2 = interpreted_exp2 if INTERPRETED else libdevice.exp2
+fma = interpreted_fma if INTERPRETED else tl.fma
+widen = interpreted_widen if INTERPRETED else widen_on_gpu
+
+
+@triton.jit
+def log1p(x):
+    """Exact in the rounding of 1 + x, which Kahan's quotient takes back."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """The same for exp(x) - 1 and x <= 0."""
+    u = tl.exp(x)
+    near = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(tl.maximum(u, 0.5))))
+    return tl.where(u < 0.5, u - 1.0, near)
+
+
+@triton.jit
+def base_of(m):
+    """The scale, c and residual with which t = fma(z, scale, -c), and t = residual at z = m."""
+    m = tl.maximum(m, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.where(tl.abs(m) < FAR, LOG2E, 1.0)
+    c = m * scale
+    return scale, c, fma(m, scale, -c)
+
+
+@triton.jit
+def bits(z, scale, c):
+    """t of logits."""
+    return tl.maximum(fma(z, scale, -c), LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def columns_of_runs(RUN: tl.constexpr, CHUNK: tl.constexpr):
+    """(CHUNK // RUN, RUN) columns of a chunk, from its first: a run is what a thread loads at once."""
+    return RUN * tl.arange(0, CHUNK // RUN)[:, None] + tl.arange(0, RUN)[None, :]
+
+
+@triton.jit
+def load_logits(row_start, column, column_stride, inside):
+    return widen(tl.load(row_start + column.to(tl.int64) * column_stride, inside, other=-float("inf")))
+
+
+@triton.jit
+def by_lane(of_run, LANES: tl.constexpr):
+    """(steps, LANES) of the runs of a chunk: a lane is what one thread loads, in so many steps."""
+    return tl.reshape(of_run, [of_run.shape[0] // LANES, LANES])
+
+
+@triton.jit
+def load_lane(
+    row_start,
+    chunk,
+    winner,
+    column_stride,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """(LANES,) logits of one lane of a chunk, one a thread, and their columns."""
+    lane = tl.arange(0, LANES)
+    column = chunk * CHUNK + RUN * winner + lane // RUN * (LANES * RUN) + lane % RUN
+    return load_logits(row_start, column, column_stride, (lane < CHUNK // LANES) & (column < COLUMNS)), column
+
+
+@triton.jit
+def sums_without_the_best(z, w, m, winner, LANES: tl.constexpr):
+    """S' and U of a chunk of logits z with the maximum m, of which `winner` is a lane that holds it, w its logits.
+
+    The sums of the other lanes are added up, and that lane is added without its best.
+    """
+    scale, c, residual = base_of(m)
+    t = bits(z, scale, c)
+    p = exp2(t)
+    is_winner = tl.arange(0, LANES) == winner
+    S = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p, 1), LANES), 0))
+    U = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p * t, 1), LANES), 0))
+    t = bits(w, scale, c)
+    p = tl.where(w == m, 0.0, exp2(t))
+    S = tl.sum(S + p)
+    U = tl.sum(U + p * t)
+    ties = tl.sum(tl.where(w == m, 1.0, 0.0)) - 1.0
+    shrink = exp2(-residual)
+    return S * shrink + ties, (U - residual * S) * shrink
 
 
 @triton.jit
 def statistics_kernel(
     logits,  # (N, V)
-    partials,  # (N, 3, CHUNKS) m, S, U
+    partials,  # (N, 3, CHUNKS) m, S', U
     row_stride,
     column_stride,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    RUN: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    column = chunk * CHUNK + tl.arange(0, CHUNK)
-    start = tl.multiple_of(row * row_stride, ALIGNMENT)
-    z = load_logits(logits + start + column.to(tl.int64) * column_stride, column < COLUMNS)
-    m = tl.max(z)
-    p = exp2((z - m) * LOG2E)
+    row_start = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
+    first = chunk * CHUNK
+    column = columns_of_runs(RUN, CHUNK)
+    z = load_logits(row_start + first.to(tl.int64) * column_stride, column, column_stride, column < COLUMNS - first)
+    best_of_lane = tl.max(by_lane(tl.max(z, 1), LANES), 0)
+    m = tl.max(best_of_lane)
+    winner = tl.min(tl.where(best_of_lane == m, tl.arange(0, LANES), LANES - 1))
+    w, _ = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
+    rest, U = sums_without_the_best(z, w, m, winner, LANES)
     partial = partials + row * 3 * CHUNKS + chunk
     tl.store(partial, m)
-    tl.store(partial + CHUNKS, tl.sum(p))
-    tl.store(partial + 2 * CHUNKS, tl.sum(p * (z - m)))
+    tl.store(partial + CHUNKS, rest)
+    tl.store(partial + 2 * CHUNKS, U)
 
 
 @triton.jit
 def merge_chunks(partials, row, CHUNKS: tl.constexpr, CHUNKS_CEILING: tl.constexpr):
-    """(m, S, U) of a whole row, from the (m, S, U) of its chunks."""
+    """(m, S', U) of a whole row, from those of its chunks, and the first chunk that holds m."""
     chunk = tl.arange(0, CHUNKS_CEILING)
     partial = partials + row * 3 * CHUNKS + chunk
-    m_chunk = tl.load(partial, chunk < CHUNKS, other=LOWEST)
-    S = tl.load(partial + CHUNKS, chunk < CHUNKS, other=0.0)
+    m_chunk = tl.load(partial, chunk < CHUNKS, other=-float("inf"))
+    rest = tl.load(partial + CHUNKS, chunk < CHUNKS, other=0.0)
     U = tl.load(partial + 2 * CHUNKS, chunk < CHUNKS, other=0.0)
     m = tl.max(m_chunk)
-    r = tl.exp(m_chunk - m)
-    # A row of -inf alone has no softmax.
-    total = tl.where(m > LOWEST, tl.sum(r * S), float("nan"))
-    return m, total, tl.sum(r * (U + (m_chunk - m) * S))
+    first = tl.min(tl.where(m_chunk == m, chunk, CHUNKS_CEILING))
+    d = tl.maximum((m_chunk - m) * LOG2E, LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
+    r = exp2(d)
+    # A row of -inf alone has no softmax, nor has one with inf.
+    rest_of_row = tl.where(tl.abs(m) <= -LOWEST, tl.sum(tl.where(chunk == first, rest, r * (1.0 + rest))), float("nan"))
+    return m, rest_of_row, tl.sum(r * (U + d * (1.0 + rest))), first
 
 
 @triton.jit
@@ -91,25 +224,29 @@ def merge_kernel(
     column_stride,
     label_stride,
     ignore_index,
+    COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_CEILING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    m, S, U = merge_chunks(partials, row, CHUNKS, CHUNKS_CEILING)
+    m, rest, U, _ = merge_chunks(partials, row, CHUNKS, CHUNKS_CEILING)
+    log_S = log1p(rest)
     tl.store(maximum + row, m)
-    tl.store(log_sum + row, tl.log(S))
-    tl.store(entropy + row, tl.log(S) - U / S)
+    tl.store(log_sum + row, log_S)
+    tl.store(entropy + row, log_S - LN2 * U / (1.0 + rest))
     if labels is not None:
         label = tl.load(labels + row * label_stride)
         used = label != ignore_index
-        z = tl.load(logits + row * row_stride + label * column_stride, used, other=0.0).to(tl.float32)
-        tl.store(cross_entropy + row, tl.where(used, tl.log(S) - (z - m), 0.0))
+        # A label that is no column gives NaN, and reads nothing.
+        inside = used & (label >= 0) & (label < COLUMNS)
+        z = tl.load(logits + row * row_stride + label * column_stride, inside, other=float("nan")).to(tl.float32)
+        tl.store(cross_entropy + row, tl.where(used, log_S - (z - m), 0.0))
 
 
 @on_its_device
 def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
     """Reads (N, V) logits once; see `torch_backend.vocabulary_statistics`."""
-    rows, blocks = len(logits), chunking(logits)
+    rows, blocks = logits.shape[0], chunking(logits)
     chunks = blocks["CHUNKS"]
     entropy, maximum, log_sum = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     ce = None if labels is None else torch.empty_like(entropy)
@@ -117,7 +254,7 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: i
     if rows == 0:
         return statistics
     partials = logits.new_empty((rows, 3, chunks), dtype=torch.float32)
-    statistics_kernel[(rows * chunks,)](logits, partials, *logits.stride(), **blocks, num_warps=CHUNK_WARPS)
+    statistics_kernel[(rows * chunks,)](logits, partials, *logits.stride(), **blocks, **options(CHUNK_WARPS))
     merge_kernel[(rows,)](
         logits,
         labels,
@@ -126,9 +263,10 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: i
         *logits.stride(),
         0 if labels is None else labels.stride(0),
         ignore_index,
+        COLUMNS=blocks["COLUMNS"],
         CHUNKS=chunks,
         CHUNKS_CEILING=triton.next_power_of_2(chunks),
-        num_warps=MERGE_WARPS,
+        **options(MERGE_WARPS),
     )
     return statistics
 
@@ -158,27 +296,44 @@ def gradient_kernel(
     OUT_ALIGNMENT: tl.constexpr,
 ):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    column = tl.program_id(0) % CHUNKS * CHUNK + tl.arange(0, CHUNK)
-    start = tl.multiple_of(row * row_stride, ALIGNMENT)
-    out_start = tl.multiple_of(row * out_row_stride, OUT_ALIGNMENT)
-    destination = out + out_start + column.to(tl.int64) * out_column_stride
-    label = -1
+    first = tl.program_id(0) % CHUNKS * CHUNK
+    start = logits + tl.multiple_of(row * row_stride, ALIGNMENT) + first.to(tl.int64) * column_stride
+    out_start = out + tl.multiple_of(row * out_row_stride, OUT_ALIGNMENT) + first.to(tl.int64) * out_column_stride
+    column = tl.arange(0, CHUNK)
+    inside = column < COLUMNS - first
+    destination = out_start + column.to(tl.int64) * out_column_stride
+    label = tl.full([], -1, tl.int64)
     a = 0.0
     g = 0.0
     if grad_ce is not None:
         label = tl.load(labels + row * label_stride)
-        a = tl.where(label == ignore_index, 0.0, tl.load(grad_ce + row * grad_ce_stride))
+        a = tl.where(label == ignore_index, 0.0, tl.load(grad_ce + row * grad_ce_stride).to(tl.float32))
     if grad_entropy is not None:
-        g = tl.load(grad_entropy + row * grad_entropy_stride)
+        g = tl.load(grad_entropy + row * grad_entropy_stride).to(tl.float32)
     if (a == 0.0) & (g == 0.0):  # most rows of a batch are outside both windows
-        tl.store(destination, tl.zeros([CHUNK], out.dtype.element_ty), column < COLUMNS)
+        tl.store(destination, tl.zeros([CHUNK], out.dtype.element_ty), inside)
     else:
-        z = load_logits(logits + start + column.to(tl.int64) * column_stride, column < COLUMNS)
-        log_p = z - tl.load(maximum + row) - tl.load(log_sum + row)
-        dz = exp2(log_p * LOG2E) * (a - g * (log_p + tl.load(entropy + row)))
-        # The label's column while dz is still fp32: p rounded to bf16 and then less 1 can lose all of it.
-        dz = tl.where(column == label, dz - a, dz)
-        tl.store(destination, dz.to(out.dtype.element_ty), column < COLUMNS)
+        m = tl.load(maximum + row)
+        log_S = tl.load(log_sum + row)
+        E = tl.load(entropy + row)
+        scale, c, residual = base_of(m)
+        # dz = p * (a - g * (log p + E)) with p = 2^t * share and log p = log 2 * (t - residual) - log S
+        share = exp2(-residual) * tl.exp(-log_S)
+        at_zero = (a + g * (log_S - E + LN2 * residual)) * share
+        slope = g * LN2 * share
+        label -= first
+        has_label = (a != 0.0) & (label >= 0) & (label < CHUNK) & (label < COLUMNS - first)
+        z_label = tl.load(start + label * column_stride, has_label, other=0.0).to(tl.float32)
+
+        t = bits(load_logits(start, column, column_stride, inside), scale, c)
+        tl.debug_barrier()  # in place, every thread has read the label's logit before one writes over it
+        dz = exp2(t) * (at_zero - slope * t)
+        tl.store(destination, dz.to(out.dtype.element_ty), inside)
+        # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
+        log_p = tl.maximum(z_label - m - log_S, LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
+        dz_label = a * expm1(log_p) - g * tl.exp(log_p) * (log_p + E)
+        tl.debug_barrier()
+        tl.store(out_start + label * out_column_stride, dz_label.to(out.dtype.element_ty), has_label)
 
 
 @on_its_device
@@ -192,7 +347,7 @@ def vocabulary_gradient(
     out: Tensor,
 ) -> Tensor:
     """Reads (N, V) logits once and writes `out` once; see `torch_backend.vocabulary_gradient`."""
-    rows, blocks = len(logits), chunking(logits)
+    rows, blocks = logits.shape[0], chunking(logits)
     if rows == 0:
         return out
     gradient_kernel[(rows * blocks["CHUNKS"],)](
@@ -207,8 +362,11 @@ def vocabulary_gradient(
         *(0 if rowwise is None else rowwise.stride(0) for rowwise in (labels, grad_ce, grad_entropy)),
         ignore_index,
         OUT_ALIGNMENT=alignment(out.data_ptr(), out.stride(0), out.itemsize),
-        **blocks,
-        num_warps=CHUNK_WARPS,
+        COLUMNS=blocks["COLUMNS"],
+        CHUNK=blocks["CHUNK"],
+        CHUNKS=blocks["CHUNKS"],
+        ALIGNMENT=blocks["ALIGNMENT"],
+        **options(CHUNK_WARPS),
     )
     return out
 
@@ -217,9 +375,12 @@ def chunking(logits: Tensor) -> dict[str, int]:
     """The compile-time shape of a launch with one program a chunk."""
     columns = logits.shape[1]
     chunk = chunk_columns(columns, logits.itemsize)
+    lanes = min(CHUNK_LANES, chunk)
     return {
         "COLUMNS": columns,
         "CHUNK": chunk,
         "CHUNKS": triton.cdiv(columns, chunk),
+        "LANES": lanes,
+        "RUN": min(16 // logits.itemsize, chunk // lanes),
         "ALIGNMENT": alignment(logits.data_ptr(), logits.stride(0), logits.itemsize),
     }

@@ -3,11 +3,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
+from tabom.data.trajectories import read_trajectories
+from tabom.lab.model import BASE_PATH, character_tokenizer
 from tabom.training.trainer import TabomConfig
 from tests.conftest import random_model
 
@@ -70,9 +75,10 @@ def test_collect_then_train_then_generate(capsys, tmp_path, model_folder):
     output = str(tmp_path / "t.jsonl")
     collect = ["collect", "--model", model_folder, "--prompts", str(prompts), "--output", output]
     assert run(*collect) == 0
-    assert "12 right of 12 attempts (12 made now)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 right of 12 attempts (12 made now)" in said and "12 more had no answer to be checked" in said
     assert run(*collect) == 0
-    assert "12 right of 12 attempts (0 made now)" in capsys.readouterr().out
+    assert "0 right of 12 attempts (0 made now)" in capsys.readouterr().out
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -82,6 +88,40 @@ def test_collect_then_train_then_generate(capsys, tmp_path, model_folder):
     assert run("train", "--config", str(recipe), "--model", model_folder, "--max_steps", "3") == 0
     assert "12 trajectories, 0 invalid" in capsys.readouterr().out
     assert run("generate", "--model", str(tmp_path / "run"), "--prompt", "1+2=") == 0
+
+
+@pytest.mark.parametrize("recipe, policy", [("dream_prm12k", "entropy"), ("llada_ling_coder", "llada_low_confidence")])
+def test_collect_then_train_with_the_matching_recipe(tmp_path, model_folder, recipe, policy):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(4)))
+    output = str(tmp_path / "t.jsonl")
+    collect = ["--prompts", str(prompts), "--policy", policy, "--steps", "6", "--output", output]
+    assert run("collect", "--model", model_folder, *collect) == 0
+    train = ["--recipe", recipe, "--model", model_folder, "--data", output, "--output_dir", str(tmp_path / "run")]
+    assert run("train", *train, "--dtype", "float32", "--bf16", "false", "--max_steps", "1") == 0
+    assert run("generate", "--model", str(tmp_path / "run"), "--prompt", "1+2=") == 0
+
+
+def test_records_of_other_methods_are_named(capsys, tmp_path, data, model_folder):
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path)]
+    assert run("train", *arguments, "--method", "default", "credit") == 2
+    assert "no valid trajectory with method default or credit, but 8 entropy" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_and_early_stopping(tmp_path, data, model_folder):
+    """With a learning rate that ruins the model, the first evaluation is the best and training stops early."""
+    arguments = ["--model", model_folder, "--data", data, "--eval_data", data, "--output_dir", str(tmp_path / "run")]
+    rhythm = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "40"]
+    stopping = ["--load_best_model_at_end", "true", "--early_stopping_patience", "2"]
+    ruin = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--supervised_window", "2"]
+    assert run("train", *arguments, *rhythm, *stopping, *ruin) == 0
+    state = json.loads(sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))[-1].read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert state["best_metric"] == losses[best] and state["best_global_step"] == best
+    assert max(losses) == best + 4 < 40
+    saved, kept = (load_file(tmp_path / "run" / path / "model.safetensors") for path in (".", f"checkpoint-{best}"))
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path, data, model_folder, monkeypatch):
@@ -117,6 +157,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/list.yaml"], "expected `field: value` lines"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
+        (["train", "--data", "{tmp}/t", "--rank_window", "most"], "rank_window=most: expected a number"),
+        (["train", "--data", "{tmp}/t", "--margin", "nan"], "margin=nan"),
     ],
 )
 def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
@@ -133,11 +175,20 @@ def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, argum
     assert message in error.splitlines()[-1] or arguments == ["nonsense"]  # which the overview follows
 
 
+def test_a_loss_that_is_not_finite_ends_in_one_line_with_a_status_of_its_own(capsys, tmp_path, model_folder, data):
+    settings = ["--optim", "sgd", "--learning_rate", "1e38", "--max_steps", "9", "--save_strategy", "no"]
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path), *settings]
+    assert run("train", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "is not finite" in error and "Traceback" not in error
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    monkeypatch.delitem(sys.modules, "tabom.lab.report", raising=False)
-    monkeypatch.delitem(sys.modules, "tabom.lab.quickstart", raising=False)
+    for name in ("lab.report", "lab.study_report", "lab.quickstart", "cli.quickstart"):
+        monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
     assert run("quickstart") == 2
     assert "pip install 'tabom[plot]'" in capsys.readouterr().err
 
@@ -156,6 +207,53 @@ def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("to, suffix", [("parquet", ".parquet"), ("jsonl", ".jsonl"), ("datasets", "")])
+def test_exported_trajectories_read_back(capsys, tmp_path, data, to, suffix):
+    tokenizer = character_tokenizer()
+    output = tmp_path / f"exported{suffix}"
+    assert run("export", "--data", data, data, "--to", to, "--output", str(output)) == 0
+    assert "16 records" in capsys.readouterr().out
+    before, after = (read_trajectories(path, tokenizer, len(tokenizer))[0] for path in (data, output))
+    assert after == before * 2
+
+
+def test_the_model_card_says_method_data_settings_and_results(tmp_path, data, model_folder):
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    evaluation = ["--eval_data", data, "--eval_strategy", "epoch", "--learning_rate", "3e-5", "--save_strategy", "no"]
+    assert run("train", *arguments, *evaluation, "--logging_steps", "1") == 0
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "transformers" and "tabom" in card.data.tags
+    assert {result.metric_type for result in card.data.eval_results} >= {"loss"}
+    for words in (
+        model_folder,
+        "8 trajectories",
+        "method entropy",
+        "| learning_rate | 3e-05 |",
+        "| eval_loss |",
+        "`tabom`",
+    ):
+        assert words in card.text, words
+
+
+def test_evaluate_and_compare(capsys, tmp_path, model_folder):
+    prompts = tmp_path / "sums.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(6)))
+    folder = tmp_path / "results"
+    arguments = ["--tasks", "subtraction", "--prompts", str(prompts), "--num_prompts", "5", "--max_new_tokens", "4"]
+    arguments += ["--samplers", "tokens_per_step=1", "tokens_per_step=2,policy=margin", "--output_dir", str(folder)]
+    assert run("evaluate", *arguments, "--compare", str(BASE_PATH), model_folder) == 0
+    said = capsys.readouterr().out
+    results, comparison = (json.loads((folder / name).read_text()) for name in ("results.json", "comparison.json"))
+    assert len(results) == 8 and len(comparison["comparisons"]) == 4
+    first = comparison["comparisons"][0]
+    assert (first["prompts"], first["won"]) == ("subtraction", 0) and first["lost"] == 5 * first["base"]["mean"]
+    assert (folder / "results.md").read_text() in said and (folder / "results.png").stat().st_size > 1000
+    steps = {result["sampler"]: result["steps"]["mean"] for result in results}
+    assert steps == {"tokens_per_step=1": 4, "tokens_per_step=2,policy=margin": 2}
+    assert run("evaluate", *arguments, "--samplers", "stps=3") == 2
+    assert "'stps' is none of" in capsys.readouterr().err
+
+
 PUBLISHED = {  # learning rate, rank weight, margin, methods
     "dream_prm12k": (2e-5, 1.0, 0.1, ["entropy"]),
     "dream_ling_coder": (1e-4, 2.0, 0.1, ["entropy"]),
@@ -172,6 +270,7 @@ def test_recipes_hold_the_published_values(recipe):
     assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
     assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
     assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.window_unit, config.skip_last_step) == ("steps", True)
     assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
     lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
     assert lora == (True, 16, 16, ["q_proj", "v_proj"])
@@ -187,6 +286,15 @@ def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
     types = (DataArguments, ModelArguments, TabomConfig)
     _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
     assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+
+
+@pytest.mark.parametrize("text, window", [("all", "all"), ("7", 7), (7, 7)])
+def test_windows_are_numbers_or_all_in_files_and_on_the_command_line(tmp_path, text, window):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"supervised_window: {text}\nwindow_unit: tokens\n")
+    argv = ["--config", str(path), "--rank_window", str(text), "--output_dir", "x"]
+    (config,) = parse_arguments((TabomConfig,), argv, "tabom train", "")
+    assert (config.supervised_window, config.rank_window, config.window_unit) == (window, window, "tokens")
 
 
 @pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
@@ -206,6 +314,8 @@ def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
         (["--random-weights", "--data", "t.jsonl"], "data='t.jsonl', random_weights=True: give exactly one"),
         ([], "data=None, random_weights=False: give exactly one"),
         (["--recipe", "dream"], "invalid choice: 'dream'"),
+        (["--data", "t.jsonl", "--eval_data", "e.jsonl"], "eval_data='e.jsonl' with eval_strategy='no'"),
+        (["--data", "t.jsonl", "--early_stopping_patience", "2"], "needs --load_best_model_at_end true"),
         (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
     ],
 )

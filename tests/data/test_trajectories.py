@@ -50,7 +50,7 @@ def test_without_ids_and_order_the_response_is_tokenized_and_decodes_left_to_rig
 
 def test_what_is_written_reads_back():
     for prompt in ("q", MESSAGES):
-        trajectory = Trajectory(prompt, "abc", IDS, [1, 0, 2], [1], "entropy", "sorting")
+        trajectory = Trajectory(prompt, "abc", IDS, [1, 0, 2], [1], "entropy", "sorting", [0.5, 0, 2.0])
         assert parse(json.loads(json.dumps(trajectory.to_record()))) == trajectory
 
 
@@ -72,6 +72,8 @@ BROKEN = [
         "'decoding_order': expected a list",
     ),
     ('{"prompt": "q", "response": "abc", "response_token_ids": [1, 2, 999]}', "999 at position 2; expected"),
+    ('{"prompt": "q", "response": "abc", "entropy": [0.1, NaN, 1]}', "'entropy': expected a list of finite numbers"),
+    ('{"prompt": "q", "response": "abc", "entropy": [0.1]}', "'entropy': has 1 numbers for 3 response tokens"),
     ('{"prompt": "q", "response": "abc", "non_ltr_positions": [3]}', "'non_ltr_positions': 3 at position 0"),
 ]
 
@@ -146,9 +148,10 @@ def test_a_response_is_encoded_as_the_chat_template_ends_it():
 
 
 def test_a_response_is_cut_and_filled_up():
-    trajectory = Trajectory("q", "abc", [5, 6, 7, 8], [3, 0, 2, 5], non_ltr_positions=[1, 2])
+    trajectory = Trajectory("q", "abc", [5, 6, 7, 8], [3, 0, 2, 5], non_ltr_positions=[1, 2], entropy=[1, 2, 3, 4])
     cut = fit_response(trajectory, 2, pad_token_id=0)
     assert (cut.response_token_ids, cut.decoding_order, cut.non_ltr_positions) == ([5, 6], [3, 0], [1])
+    assert (cut.entropy, fit_response(trajectory, 6, pad_token_id=0).entropy) == ([1, 2], [1, 2, 3, 4, 0, 0])
     filled = fit_response(trajectory, 6, pad_token_id=0)
     assert (filled.response_token_ids, filled.decoding_order) == ([5, 6, 7, 8, 0, 0], [3, 0, 2, 5, 6, 7])
     assert fit_response(trajectory, 6) == trajectory

@@ -1,10 +1,11 @@
 import math
 
+import mpmath
 import pytest
 import torch
 
-from tabom_kernels import mix_keys, noise, reference, torch_backend, unmask_statistics
-from tabom_kernels.noise import GOLDEN_GAMMA, gumbel_noise, split_mix
+from tabom_kernels import mix_keys, torch_backend, unmask_statistics
+from tabom_kernels.noise import GOLDEN_GAMMA, MIX_1, MIX_2, SEGMENT, exponential_noise, split_mix
 from tabom_kernels.sampling import filter_logits
 from tests.kernels.inputs import SHAPES, VALUES, gaussian
 
@@ -145,16 +146,81 @@ def test_split_mix_gives_the_published_stream():
     assert [x % 2**64 for x in stream.tolist()] == published
 
 
-def test_noise_is_gumbel_and_finite():
-    drawn = gumbel_noise(torch.arange(300), 1000).double()
-    assert drawn.isfinite().all()
-    assert abs(drawn.mean() - 0.5772) < 0.01 and abs(drawn.var() - 1.6449) < 0.03
+def test_noise_is_exponential():
+    drawn = exponential_noise(torch.arange(300), torch.arange(1000)).double()
+    assert abs(drawn.mean() - 1) < 0.01 and abs(drawn.var() - 1) < 0.03
 
 
-@pytest.mark.parametrize("bits, uniform", [(0, 2.0**-24), (-1, 1 - 2.0**-24)])
-def test_noise_is_finite_at_both_ends(monkeypatch, bits, uniform):
-    monkeypatch.setattr(noise, "split_mix", lambda state: torch.full_like(state, bits))
-    assert gumbel_noise(torch.zeros(1, dtype=torch.int64), 1).item() == pytest.approx(-math.log(-math.log(uniform)))
+def key_of(bits, counter):
+    """The key whose noise at `counter` comes from these 64 bits: SplitMix64 backwards."""
+    x, inverse = bits % 2**64, [pow(factor % 2**64, -1, 2**64) for factor in (MIX_1, MIX_2)]
+    for shift, factor in ((31, inverse[1]), (27, inverse[0]), (30, 1)):
+        y = x
+        for _ in range(64 // shift):
+            y = x ^ (y >> shift)
+        x = y * factor % 2**64
+    return (x - (counter + 1) * GOLDEN_GAMMA + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 2**20 + 3, 2**40, 2**63 - 1, 2**63, 2**64 - 2**40, 2**64 - 4, 2**64 - 1])
+def test_noise_has_all_its_digits_at_both_ends(bits):
+    """-log((bits + 1/2) / 2^64) from 3e-20 to 45; a 32-bit uniform number would give 0 or infinity."""
+    key = torch.tensor([key_of(bits, 7)])
+    with mpmath.workdps(40):
+        exact = float(-mpmath.log((mpmath.mpf(bits) + 0.5) / 2**64))
+    assert exponential_noise(key, torch.tensor([7])).item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [0, 1])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_token_of_probability_1e_12_is_drawn_as_often(rng, backend, distance):
+    """By importance sampling: of keys whose noise for the rare token is in the lowest 2^-38 of its range, it wins
+    against the certain one, in its own segment or another, in 2^38 times its share of all keys."""
+    rare, draws = distance * SEGMENT + 1, 40_000
+    logits = torch.full((1, 2 * SEGMENT), -torch.inf)
+    logits[0, 0], logits[0, rare] = 0.0, math.log(1e-12)
+    counter = rare + 1 if distance == 0 else -1
+    keys = torch.tensor([key_of(-1 - rng.randrange(2**26), counter) for _ in range(draws)])
+    token = unmask_statistics(logits.expand(draws, -1), temperature=1.0, generator=keys, backend=backend).token
+    share = 2.0**38 * 1e-12
+    assert (token == rare).double().mean() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / draws))
+
+
+def test_triton_draws_the_same_rare_tokens(rng):
+    logits = torch.full((1, 2 * SEGMENT), -torch.inf)
+    logits[0, 0], logits[0, 1], logits[0, SEGMENT] = 0.0, math.log(1e-12), math.log(3e-12)
+    keys = [key_of(-1 - rng.randrange(2**26), counter) for counter in (2, -1) for _ in range(40)]
+    ours, theirs = (
+        unmask_statistics(
+            logits.expand(len(keys), -1), temperature=1.0, generator=torch.tensor(keys), backend=b
+        ).token.tolist()
+        for b in ("triton", "reference")
+    )
+    assert ours == theirs and set(ours) == {0, 1, SEGMENT}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_flat_tail_is_drawn_with_its_mass(rng, backend):
+    """Of 20 000 columns at -12, 11 % at temperature 1; with noise of 23 bits most of them could never win."""
+    columns, draws = 20_000, 3000
+    logits = torch.full((1, columns), -12.0)
+    logits[0, 17] = 0.0
+    share = 1 - 1 / (1 + (columns - 1) * math.exp(-12))
+    keys = mix_keys(rng.randrange(2**40), torch.arange(draws))
+    token = unmask_statistics(logits.expand(draws, -1), temperature=1.0, generator=keys, backend=backend).token
+    assert (token != 17).double().mean() == pytest.approx(share, abs=5 * math.sqrt(share / draws))
+    tail = token[token != 17]
+    halves = (tail < columns // 2).double().mean()
+    assert halves == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(len(tail)))
+
+
+def test_uniform_rows_have_no_ties_and_no_favourites(rng):
+    columns, draws = 151_936, 2000
+    keys = mix_keys(rng.randrange(2**40), torch.arange(draws))
+    token = unmask_statistics(torch.zeros(1, columns).expand(draws, -1), temperature=1.0, generator=keys).token
+    assert token.double().mean() == pytest.approx(columns / 2, abs=5 * columns / math.sqrt(12 * draws))
+    noise = exponential_noise(keys[:200], -torch.arange(columns // SEGMENT))
+    assert all(len(row.unique()) >= columns // SEGMENT - 1 for row in noise)
 
 
 @pytest.mark.parametrize("nucleus", [2, 50, 10**6])
@@ -180,9 +246,55 @@ def test_filtered_logits_are_those_that_tokens_are_drawn_from(rng, backend):
     assert torch.equal(drawn.token, directly.token)
 
 
-def test_top_p_of_one_filters_nothing():
-    logits = 6 * torch.randn(1, 152064, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(reference.filter_logits(logits, None, 1.0), logits)
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_top_p_that_rounds_to_one_filters_nothing(rng, backend):
+    """The sums of fp32 would cut the tail."""
+    logits = 6 * torch.randn(1, 20_000)
+    for top_p in (1.0, 1 - 1e-9, 1 - 2.0**-25):
+        assert torch.equal(filter_logits(logits, top_p=top_p, backend=backend), logits)
+    halved = torch.tensor([[0.0, -30.0]])
+    assert filter_logits(halved, top_p=1 - 2.0**-24, backend=backend).tolist() == [[0.0, -torch.inf]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_beside_top_p_keeps_no_more_than_k(rng, backend, dtype):
+    """Distinct logits so close that their probabilities are the same numbers."""
+    step = 2.0**-22 if dtype == torch.float32 else 2.0**-7
+    best_first = torch.randperm(100)
+    logits = torch.empty(1, 100, dtype=dtype)
+    logits[0, best_first] = (2 - step * torch.arange(1, 101)).to(dtype)
+    settings = {"temperature": 1e4, "backend": backend}
+    assert kept_columns(logits, top_k=7, top_p=0.999, **settings) == [best_first[:7].sort().values.tolist()]
+    assert kept_columns(logits, top_k=8, top_p=0.49, **settings) == [best_first[:4].sort().values.tolist()]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_mass_of_exactly_top_p_is_enough(backend):
+    """Weights 2, 1, 1 at temperature 1 / log 2, exact in any backend."""
+    logits = torch.tensor([[1.0, 0.0, -torch.inf, 0.0, -40.0], [0.0, 0.0, 0.0, -torch.inf, 0.0]])
+    temperature = 1 / math.log(2)
+    assert kept_columns(logits, backend=backend, temperature=temperature, top_p=0.5) == [[0], [0, 1, 2, 4]]
+    assert kept_columns(logits, backend=backend, temperature=temperature, top_p=0.5 + 2.0**-20) == [
+        [0, 1, 3],
+        [0, 1, 2, 4],
+    ]
+
+
+def kept_columns(logits, **settings):
+    return [row.isfinite().nonzero().squeeze(1).tolist() for row in filter_logits(logits, **settings)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("top_k, top_p", [(7, None), (None, 0.6), (7, 0.97), (400, 0.9), (1, 1e-9)])
+def test_every_backend_keeps_the_same_set(rng, dtype, values, top_k, top_p):
+    logits = values(2, 3000).to(dtype)
+    settings = {"temperature": 0.7, "top_k": top_k, "top_p": top_p}
+    torch_set, triton_set, reference_set = (
+        kept_columns(logits, backend=backend, **settings) for backend in ("torch", "triton", "reference")
+    )
+    assert torch_set == reference_set and triton_set == reference_set
 
 
 @pytest.mark.parametrize(

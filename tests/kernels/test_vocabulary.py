@@ -1,10 +1,13 @@
+import math
+
+import mpmath
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tabom_kernels import cross_entropy_with_entropy, reference, softmax_entropy
+from tabom_kernels import cross_entropy_with_entropy, reference, softmax_entropy, unmask_statistics
 from tests.kernels.inputs import SHAPES, VALUES, draw_labels, gaussian, low_with_one_high, peaked
 
 BACKENDS = ["torch", "triton"]
@@ -133,6 +136,91 @@ def test_confident_rows_keep_their_relative_accuracy(backend):
     unshifted = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)
     assert (unshifted / exact - 1).abs() > 5e-3
     assert (softmax_entropy(z, backend=backend) / exact - 1).abs() < 5e-4
+
+
+def certain_row(distance, others, columns, best=0.0):
+    """One logit at `best`, some `distance` below, the rest at -inf; its S', entropy and the probability of the rest."""
+    logits = torch.full((columns,), -torch.inf, dtype=torch.float64)
+    logits[columns // 2], logits[:others] = best, best - distance
+    rest = others * math.exp(-distance)
+    return logits, rest, math.log1p(rest) + distance * rest / (1 + rest)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("columns, best", [(2, 0.0), (40, 12.0), (9000, 20.0), (9000, -16.0)])
+def test_certain_rows_are_exact(backend, dtype, columns, best):
+    """Entropy, the cross-entropy of either label, margin and the gradient at the label, from E = 1e-1 to 1e-14."""
+    if (backend, dtype) == ("triton", torch.float64):
+        pytest.skip("the kernels take no fp64")
+    rows = [
+        certain_row(d, others, columns, best) for d in (4.0, 16.0, 24.0, 31.0, 36.0) for others in (1, columns // 2)
+    ]
+    logits = torch.stack([row for row, *_ in rows]).to(dtype)
+    rest, exact = torch.tensor([numbers for _, *numbers in rows], dtype=torch.float64).T
+    assert exact.min() < 1e-13 and exact.max() > 0.05
+    labels = torch.full((len(rows),), columns // 2)
+    ce, entropy, grad = run(logits, labels, torch.tensor([[1.0], [0.0]]).expand(2, len(rows)), backend=backend)
+    sampled = unmask_statistics(logits, backend=backend)
+    share = rest / (1 + rest)
+    for name, ours, theirs in (
+        ("entropy", entropy, exact),
+        ("sampled entropy", sampled.entropy, exact),
+        ("cross-entropy", ce, rest.log1p()),
+        ("gradient", -grad[:, columns // 2], share),
+    ):
+        tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 1e-4) if name == "gradient" else 1e-4
+        atol = 2**-24 if name == "gradient" and dtype == torch.float16 else 0
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    other = cross_entropy_with_entropy(logits, labels * 0, backend=backend)[0]
+    torch.testing.assert_close(other.double(), rest.log1p() + best - logits[:, 0].double(), rtol=1e-6, atol=0)
+    second = (logits[:, 0].double() - best).exp()
+    torch.testing.assert_close(sampled.margin.double(), (1 - second) / (1 + rest), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_the_entropy_of_a_certain_row_of_random_logits(rng, backend):
+    """Against arithmetic with 40 digits."""
+    logits = gaussian(4, 300).float()
+    logits[torch.arange(4), torch.tensor([0, 7, 150, 299])] = torch.tensor([12.0, 24.0, 36.0, 46.0])
+    with mpmath.workdps(40):
+        exact = []
+        for row in logits.double().tolist():
+            p = [mpmath.exp(mpmath.mpf(z)) for z in row]
+            exact.append(float(-sum(x / sum(p) * mpmath.log(x / sum(p)) for x in p)))
+    assert min(exact) < 1e-11
+    ours = softmax_entropy(logits if backend != "reference" else logits.double(), backend=backend)
+    torch.testing.assert_close(ours.double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("lowest", [-1e30, -1.8e38, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_logits_however_low_have_a_softmax(backend, lowest, dtype):
+    """What masks add in place of -inf; a row of nothing else is uniform, and -inf beside it still has no part."""
+    logits = torch.full((3, 9000), lowest, dtype=dtype)
+    logits[1, :8999] = -torch.inf
+    logits[2, 3:] = -torch.inf
+    labels = torch.tensor([8999, 8999, 0])
+    ce, entropy, grad = run(logits, labels, torch.ones(2, 3), backend=backend)
+    exact = torch.tensor([9000.0, 1.0, 3.0]).log()
+    torch.testing.assert_close(entropy, exact)
+    torch.testing.assert_close(ce, exact)
+    torch.testing.assert_close(grad[2, :4].float(), torch.tensor([-2 / 3, 1 / 3, 1 / 3, 0]), rtol=2**-8, atol=1e-6)
+    assert unmask_statistics(logits, backend=backend).token.tolist() == [0, 8999, 0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("magnitude", [1e5, 1e7, 3e8, 1e9, 1e12, 3e38])
+def test_logits_of_any_magnitude(rng, backend, magnitude):
+    """Neighbouring fp32 numbers there are 2^-7 and more apart; in base 2 the offset itself is rounded as coarsely."""
+    for sign in (1, -1):
+        logits = torch.full((2, 500), sign * magnitude)
+        for _ in range(5):
+            logits[0, rng.randrange(500)] = torch.nextafter(logits[0, 0], torch.tensor(-torch.inf))
+        logits[1, :9] = -torch.inf
+        naive, ours = (softmax_entropy(z, backend=b) for z, b in ((logits.double(), "reference"), (logits, backend)))
+        torch.testing.assert_close(ours.double(), naive, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

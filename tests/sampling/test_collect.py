@@ -10,9 +10,10 @@ import pytest
 
 from tabom.data.prompts import PromptSet, read_prompts
 from tabom.data.trajectories import read_trajectories
+from tabom.data.verifiers import Verdict
 from tabom.lab.model import character_tokenizer
 from tabom.lab.tasks import Addition
-from tabom.sampling.collect import CollectConfig, collect
+from tabom.sampling.collect import CollectConfig, collect, hit_rate
 from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig
 from tests.conftest import random_model
@@ -24,11 +25,10 @@ PROMPTS = [f"{i}+1=" for i in range(20)]
 def keep_some(prompts=PROMPTS):
     """A prompt set whose checker accepts the answers to every second prompt."""
 
-    class Half(PromptSet):
-        def is_correct(self, index, response):
-            return index % 2 == 0
+    def check(prompt, answer, response):
+        return PROMPTS.index(prompt) % 2 == 0
 
-    return Half("half", list(prompts), [None] * len(prompts))
+    return PromptSet("half", list(prompts), [None] * len(prompts), check)
 
 
 def records(path):
@@ -58,6 +58,39 @@ def test_a_restart_after_any_torn_write_gives_the_same_file(tmp_path, cut_right,
     collect(model, keep_some(), SAMPLER, CollectConfig(str(torn)), EngineConfig(20))
     by_id = [sorted(records(path), key=lambda r: r["id"]) for path in (whole, torn)]
     assert by_id[0] == by_id[1]
+
+
+def test_every_record_says_its_verdict_and_the_unverified_are_counted_apart(tmp_path):
+    """Right and unverified answers are kept, marked; wrong ones are rejected with the reason."""
+    model, output = random_model(0), tmp_path / "t.jsonl"
+
+    def check(prompt, answer, response):
+        return Verdict([True, False, None][PROMPTS.index(prompt) % 3], f"why {prompt}")
+
+    report = collect(model, PromptSet("thirds", PROMPTS, [None] * 20, check), SAMPLER, CollectConfig(str(output)))
+    assert (report.attempts, report.correct, report.unverified) == (20, 7, 6)
+    kept, (_settings, *rejected) = records(output), records(tmp_path / "t.jsonl.rejected")
+    assert [r["correct"] for r in kept].count(True) == 7 and [r["correct"] for r in kept].count(None) == 6
+    assert len(rejected) == 7 and all(r["correct"] is False for r in rejected)
+    assert all(r["why"] == f"why {r['prompt']}" for r in kept + rejected)
+
+
+@pytest.mark.parametrize(
+    "verdicts, said",
+    [([], "none checked"), ([True, False, None], "50.0% of 2 right, 1 unverified"), ([True], "100.0% of 1 right")],
+)
+def test_the_running_hit_rate(verdicts, said):
+    assert hit_rate(verdicts) == said
+
+
+@pytest.mark.parametrize(
+    "policy, method", [("entropy", "entropy"), ("dream_entropy", "entropy"), ("llada_low_confidence", "default")]
+)
+def test_records_carry_the_method_that_the_recipes_keep(tmp_path, policy, method):
+    model, output = random_model(0), tmp_path / "t.jsonl"
+    sampler = SamplerConfig(max_new_tokens=3, steps=3, policy=policy)
+    collect(model, keep_some(), sampler, CollectConfig(str(output)))
+    assert {record["method"] for record in records(output)} == {method}
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path):
@@ -130,7 +163,7 @@ def test_prompt_files(tmp_path):
     prompts, invalid = read_prompts(path, skip_invalid=True)
     assert (prompts.prompts, invalid) == (["1+1=", "x"], 1)
     assert prompts.is_correct(0, "2") and not prompts.is_correct(0, "3")
-    assert prompts.is_correct(1, "anything"), "without an answer, nothing can be wrong"
+    assert not prompts.is_correct(1, "anything") and prompts.verdicts([1], ["x"])[0].correct is None, "unverified"
 
 
 def test_task_prompts_are_checked_by_the_task():

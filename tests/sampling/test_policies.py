@@ -6,8 +6,8 @@ import torch
 from tabom.sampling.engine import sample
 from tabom.sampling.policies import Candidates, Step, choose
 from tabom.sampling.sampler import SamplerConfig, denoise, is_decided
-from tabom_kernels import mix_keys
-from tabom_kernels.noise import gumbel_noise, uniform_noise
+from tabom_kernels import mix_keys, reference
+from tabom_kernels.noise import uniform_noise
 from tests.conftest import random_model
 
 LENGTH = 8
@@ -68,8 +68,9 @@ def dream_generate(model, prompts, config):
         logits = dream_filter(shifted_logits(model, x)[:, start:], config.temperature, config.top_p, config.top_k)
         p = logits.softmax(-1)
         keys = random_numbers(config.seed, i, batch)
-        noise = gumbel_noise(keys.flatten(), p.shape[-1]).view(batch, LENGTH, -1) if config.temperature > 0 else 0
-        token = (logits + noise).argmax(-1)
+        token = logits.argmax(-1)
+        if config.temperature > 0:
+            token = reference.draw(p.flatten(0, 1), keys.flatten()).view(batch, LENGTH)
         transferred = 1 - times[i + 1] / times[i] if i < config.steps - 1 else 1
         if config.policy == "dream_origin":
             chosen = masked & (uniform_noise(mix_keys(keys, 1)) < transferred)
@@ -128,9 +129,9 @@ def llada_generate(model, prompts, config):
             for i in range(per_block):
                 logits = shifted_logits(model, x)[0, len(prompt) :]
                 keys = random_numbers(config.seed, step, 1)[0]
-                noise = gumbel_noise(keys, logits.shape[-1]) if config.temperature > 0 else 0
-                scaled = logits / config.temperature if config.temperature > 0 else logits
-                token = (scaled + noise).argmax(-1)
+                token = logits.argmax(-1)
+                if config.temperature > 0:
+                    token = reference.draw((logits / config.temperature).softmax(-1), keys)
                 if config.policy == "llada_low_confidence":
                     confidence = logits.softmax(-1).gather(-1, token[:, None])[:, 0]
                 else:

@@ -1,6 +1,11 @@
+import copy
+import dataclasses
+
 import peft
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -157,3 +162,36 @@ def test_a_head_whose_forward_was_replaced_keeps_it(rng):
     plain = model.lm_head.forward
     model.lm_head.forward = lambda hidden: plain(hidden) * 2
     assert_same_training(model, batch)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("build", [llama, MODELS["tied"], MODELS["bias"], *CHANGED_LOGITS.values()])
+def test_sharded_in_bf16_the_loss_stays_in_fp32_and_changed_logits_are_still_noticed(rng, one_process, build):
+    """FSDP2 casts what the head and the model return."""
+    model, batch = build().eval(), draw_batch()
+    expected = copy.deepcopy(model)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.bfloat16()
+    add_loss_to_forward(expected, **LOSS)
+    add_loss_to_forward(model, **LOSS)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    for modules in (*model.model.layers, [model.get_input_embeddings(), model.get_output_embeddings()]):
+        fully_shard(modules, mp_policy=policy)
+    fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=None))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    if build in CHANGED_LOGITS.values():
+        with pytest.raises(ValueError, match=r"set fused_linear=False"):
+            model(**batch)
+        return
+    loss, expected_loss = model(**batch).loss, expected(**batch).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    grads, expected_grads = gradients(model, loss), gradients(expected, expected_loss)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name].full_tensor().bfloat16(), grad, msg=lambda m, n=name: f"{n}: {m}")

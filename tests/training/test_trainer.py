@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from tabom.data.trajectories import Trajectory
@@ -18,7 +19,7 @@ from tabom.training.trainer import TabomConfig, TabomTrainer
 from tabom_kernels import count_ordered_pairs, softmax_entropy, tabom_loss
 from tests.conftest import random_model
 
-OBJECTIVES = ["tabom", "window", "nelbo", "fixed_ratio"]
+OBJECTIVES = ["tabom", "window", "nelbo", "nelbo_exact", "fixed_ratio"]
 
 
 def make_trajectories(rng, count=24):
@@ -236,6 +237,36 @@ def test_window_is_tabom_without_its_ranking(tmp_path, rng):
     assert any((a != b).any() for a, b in zip(weights(window).values(), weights(ranked).values(), strict=True))
 
 
+@pytest.mark.parametrize("objective", ["nelbo", "nelbo_exact"])
+def test_nelbo_with_ranking_is_its_cross_entropy_and_the_hinge_over_all_masked_pairs(tmp_path, rng, objective):
+    """The first step's loss by the formula, in loops over the examples that the dataset draws."""
+    family, trajectories = random_model(3), make_trajectories(rng, 8)
+    args = config(tmp_path, objective=objective, rank_weight=0.7, form="hinge", max_steps=1, seed=5)
+    batch, examples = collate(family, trajectories, objective=objective)
+    with torch.no_grad():
+        logits = family.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    total, tokens, ranks = 0.0, 0, []
+    for (prompt, response, target), trajectory, rows in zip(examples, trajectories, logits, strict=True):
+        log_p = rows[len(prompt) : len(prompt) + len(response)].log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        masked, order = target.masked.nonzero()[0], trajectory.decoding_order
+        weight = len(response) / len(masked) if objective == "nelbo_exact" else target.token_weights[0]
+        total -= weight * sum(log_p[i, response[i]].item() for i in masked)
+        tokens += len(response)
+        pairs = [(i, j) for i in masked for j in masked if 0 <= order[i] < order[j]]
+        if pairs:
+            ranks.append(sum(max(entropy[i] - entropy[j] + 0.1, 0) for i, j in pairs) / len(pairs))
+    trainer = train(family, trajectories, args)
+    expected = total / tokens + 0.7 * float(sum(ranks)) / len(ranks)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_tabom_is_ranked_unless_a_weight_is_given(tmp_path):
+    for objective in OBJECTIVES:
+        assert config(tmp_path, objective=objective).loss_settings["rank_weight"] == (objective == "tabom")
+        assert config(tmp_path, objective=objective, rank_weight=0.3).loss_settings["rank_weight"] == 0.3
+
+
 def test_reference_and_torch_backends_train_to_the_same_weights(tmp_path, rng):
     trajectories = make_trajectories(rng)
     runs = [
@@ -281,12 +312,20 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
 @pytest.mark.parametrize("average", ["global_batch", "micro_batch"])
 @pytest.mark.parametrize("fused_linear", [False, True])
 def test_batches_in_which_every_trajectory_is_too_short_change_nothing(tmp_path, rng, average, fused_linear):
+    """A long one stands at the end, where two steps do not come."""
     family = random_model(3)
+    trajectories = [*make_trajectories(rng), Trajectory("1", "", [5] * 110, list(range(110)))]
     before = {name: p.detach().clone() for name, p in family.model.named_parameters()}
     args = config(
-        tmp_path, max_steps=2, drop_short=True, supervised_window=99, loss_average=average, fused_linear=fused_linear
+        tmp_path,
+        max_steps=2,
+        drop_short=True,
+        supervised_window=99,
+        loss_average=average,
+        fused_linear=fused_linear,
+        train_sampling_strategy="sequential",
     )
-    trainer = train(family, make_trajectories(rng), args)
+    trainer = train(family, trajectories, args)
     assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0.0, 0.0]
     assert_same(weights(trainer), before, rtol=0, atol=0)
 
@@ -307,6 +346,21 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, rng, with_l
         recomputed.append(len(calls))
     assert recomputed == [3, 6]
     assert_same(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_training_gives_the_same_weights_with_one_break_in_the_first_step(tmp_path, rng):
+    trajectories = make_trajectories(rng)
+    eager = train(random_model(3), trajectories, config(tmp_path, max_steps=3, optim="sgd"))
+    torch._dynamo.reset()
+    counters.clear()
+    args = config(tmp_path, max_steps=3, optim="sgd", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = train(random_model(3), trajectories, args)
+    assert_same(weights(eager), weights(compiled), rtol=1e-5, atol=1e-6)
+    assert counters["frames"]["ok"] > 0, "something was compiled"
+    [broken_by] = counters["graph_break"]
+    assert "check_probe" in broken_by
+    compiled.save_model()
+    assert_same(weights(eager), dict(load(tmp_path).model.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_trained_model_loads_back(tmp_path, rng):
@@ -351,7 +405,10 @@ def test_models_that_do_not_fit_are_refused(model):
         describe(model.model, model.tokenizer)
 
 
-@pytest.mark.parametrize("setting", [{"supervised_window": 0}, {"rank_window": 0}, {"mask_ratio": 0.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"supervised_window": 0}, {"rank_window": -1}, {"rank_window": "some"}, {"rank_window": 1.5}, {"mask_ratio": 0.0}],
+)
 def test_wrong_settings_are_named(tmp_path, setting):
     [(name, value)] = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

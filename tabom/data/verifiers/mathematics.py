@@ -1,0 +1,94 @@
+"""Mathematical answers, compared by math-verify (extra `math`) in worker processes with a limit."""
+
+import json
+import queue
+import select
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from tabom.data.encoding import Prompt
+from tabom.data.verifiers.verdict import Answer, Verdict, Verifier
+
+START_LIMIT = 120.0
+"""Seconds that a worker may take to import sympy on a busy machine, before its first comparison counts."""
+
+
+class Math(Verifier):
+    """The response's final answer equals the answer as mathematics: `1/2`, `0.5`, `\\frac{1}{2}` are the same.
+
+    Both may be a bare expression or a full solution with `\\boxed{}` or `#### 42` at its end; math-verify reads
+    numbers, fractions, percentages, units, intervals, sets, matrices, equations and text in LaTeX or plain.
+
+    Args:
+        timeout: seconds that one comparison may take. One that takes longer, or brings its process down, is wrong; the
+            others are judged all the same.
+        workers: processes that compare at the same time.
+
+    Raises:
+        ModuleNotFoundError: math-verify is not installed.
+    """
+
+    def __init__(self, timeout: float = 10.0, workers: int = 2) -> None:
+        if find_spec("math_verify") is None:
+            raise ModuleNotFoundError("No module named 'math_verify'", name="math_verify")
+        self.timeout = timeout
+        self.workers = workers
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            self.idle.put(Worker())
+
+    def judge(self, prompt: Prompt, answer: Answer, response: str) -> Verdict:
+        """Asks the next idle worker."""
+        worker = self.idle.get()
+        try:
+            return worker.compare(str(answer), response, self.timeout)
+        finally:
+            self.idle.put(worker)
+
+
+class Worker:
+    """One process of `math_worker.py`; started when it is first needed, and anew after it was killed."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def compare(self, answer: str, response: str, timeout: float) -> Verdict:
+        """The verdict, or a wrong one when the worker takes too long or dies."""
+        if self.process is None:
+            self.start()
+        line = self.ask(answer, response, timeout)
+        if line:
+            return Verdict(*json.loads(line))
+        self.stop()
+        return Verdict(False, "the comparison crashed" if line == b"" else f"the comparison took over {timeout:g} s")
+
+    def start(self) -> None:
+        """Starts the process and waits until it has answered once."""
+        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, **pipes)
+        if not self.ask("1", "1", START_LIMIT):
+            self.stop()
+            raise OSError(f"{' '.join(command)}: does not start; run it to see why")
+
+    def ask(self, answer: str, response: str, timeout: float) -> bytes | None:
+        """The worker's line: empty when it died, None when it took too long."""
+        try:
+            self.process.stdin.write(json.dumps({"answer": answer, "response": response}).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        return self.process.stdout.readline() if ready else None
+
+    def stop(self) -> None:
+        """Kills the process."""
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
+
+    def __del__(self) -> None:
+        if self.process is not None:
+            self.stop()

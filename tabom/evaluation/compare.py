@@ -1,0 +1,112 @@
+"""Results as tables, and two models compared problem by problem."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tabom.evaluation.evaluate import Cell, by_problem, read_answers
+from tabom.evaluation.metrics import estimate, estimate_ratio
+
+
+def compare(base: Cell, tuned: Cell, output_dir: str | Path) -> dict[str, Any]:
+    """The change of accuracy from `base` to `tuned` on the problems that both answered, and its paired error.
+
+    A problem is won where more of its answers are right, lost where fewer are. Retention is the ratio of accuracies.
+    """
+    before, after = (by_problem(list(read_answers(cell.folder(output_dir)))) for cell in (base, tuned))
+    shared = [index for index in before if index in after]
+    a, b = (np.array([np.mean(cell[index]) for index in shared]) for cell in (before, after))
+    return {
+        "prompts": base.prompts,
+        "sampler": base.sampler,
+        "problems": len(shared),
+        "base": estimate(a)._asdict(),
+        "tuned": estimate(b)._asdict(),
+        "change": estimate(b - a)._asdict(),
+        "won": int((b > a).sum()),
+        "lost": int((b < a).sum()),
+        "retention": estimate_ratio(b, a)._asdict(),
+    }
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of cells."""
+    most = max((len(result["pass_at"]) for result in results), default=0)
+    header = ["model", "prompts", "sampler", "problems", "unverified", "accuracy, %"]
+    header += [f"pass@{most}, %"] if most > 1 else []
+    header += ["pair order, %", "TDS, nats²", "tokens", "steps", "positions", "seconds"]
+    rows = []
+    for result in results:
+        row = [result["model"], result["prompts"], result["sampler"], str(result["problems"])]
+        row += [str(result["unverified"]), percent(result["accuracy"])]
+        row += [percent(result["pass_at"].get(str(most)))] if most > 1 else []
+        row += [f"{result['pair_order']:.1%}"[:-1] if result["pair_order"] is not None else "-"]
+        row += [f"{result['tds']['mean']:.3g}"]
+        row += [f"{result[name]['mean']:.1f}" for name in ("tokens", "steps", "positions")]
+        row += [f"{result['seconds']['mean']:.3g}"]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of `compare`'s results; the first set's gain is the aim, the others' retention the price."""
+    header = ["prompts", "sampler", "problems", "base, %", "tuned, %", "change, points", "won", "lost", "retention, %"]
+    rows = [
+        [
+            each["prompts"],
+            each["sampler"],
+            str(each["problems"]),
+            percent(each["base"]),
+            percent(each["tuned"]),
+            percent(each["change"], signed=True),
+            str(each["won"]),
+            str(each["lost"]),
+            "-" if each["prompts"] == comparisons[0]["prompts"] else percent(each["retention"]),
+        ]
+        for each in comparisons
+    ]
+    return markdown(header, rows)
+
+
+def percent(estimated: dict[str, float | None] | None, signed: bool = False) -> str:
+    """`61.2 ± 1.3`, or a dash for what was not measured."""
+    if estimated is None or estimated["mean"] is None:
+        return "-"
+    error = "" if estimated["error"] is None else f" ± {100 * estimated['error']:.1f}"
+    return f"{100 * estimated['mean']:{'+' if signed else ''}.1f}{error}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a bar inside a cell would end it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def draw(results: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Accuracy with its error, a panel a prompt set; and pass@k where there are several samples."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(result["prompts"] for result in results))
+    names = list(dict.fromkeys((result["model"], result["sampler"]) for result in results))
+    has_passes = any(len(result["pass_at"]) > 1 for result in results)
+    figure = Figure(figsize=(1.5 + 2.5 * len(sets), (5.5 if has_passes else 3) + 0.25 * len(names)))
+    axes = figure.subplots(2 if has_passes else 1, len(sets), squeeze=False)
+    for column, name in enumerate(sets):
+        bars = axes[0, column]
+        bars.set(title=name, ylim=(0, 105), ylabel="accuracy, %" if column == 0 else "", xticks=[])
+        for result in (result for result in results if result["prompts"] == name):
+            place = names.index((result["model"], result["sampler"]))
+            label = f"{Path(result['model']).name}, {result['sampler']}" if column == 0 else None
+            accuracy = {key: 100 * (value or 0) for key, value in result["accuracy"].items()}
+            bars.bar(place, accuracy["mean"], yerr=accuracy["error"], color=f"C{place}", capsize=4, label=label)
+            if has_passes:
+                passes = {int(k): 100 * value["mean"] for k, value in result["pass_at"].items()}
+                axes[1, column].plot(*zip(*sorted(passes.items()), strict=True), color=f"C{place}", marker="o")
+        if has_passes:
+            axes[1, column].set(xlabel="k", ylabel="pass@k, %" if column == 0 else "", ylim=(0, 105))
+            axes[1, column].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,68 @@
+"""Answers with what their decoding showed: the order of certainty, TDS, steps and positions computed."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tabom.evaluation.metrics import count_pairs_in_order, tds
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.engine import Decision, Engine, EngineConfig, Request
+from tabom.sampling.sampler import Completion, SamplerConfig
+
+
+class Measured(NamedTuple):
+    """A completion and its decoding.
+
+    Positions behind the first end token are left out of all but `positions`. With blocks, a step sees the masked
+    positions of its block only.
+    """
+
+    completion: Completion
+    tokens: int
+    steps: int  # denoising steps that unmasked something
+    positions: int  # that went through the model's body for this response
+    in_order: int  # pairs seen by a step whose earlier position had the lower entropy
+    pairs: int
+    tds: float  # nats^2
+
+
+def decode_measured(
+    model: DiffusionModel, requests: Iterable[Request], config: SamplerConfig, engine: EngineConfig | None = None
+) -> Iterator[tuple[int, Measured]]:
+    """Decodes requests and measures each decoding; yields the number of a request with it, as they finish."""
+    seen: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def keep(decision: Decision) -> None:
+        masked, entropy = decision.candidates.masked, decision.candidates.entropy
+        for number, row in zip(decision.requests, entropy.masked_fill(~masked, torch.nan).cpu(), strict=True):
+            seen[number].append(row)
+
+    for number, completion in Engine(model, config, engine, keep).run(requests):
+        steps = [row[: len(completion.token_ids)] for row in seen.pop(number)]
+        yield number, measure(model, completion, torch.stack(steps).double())
+
+
+def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor) -> Measured:
+    """One decoding of T tokens from the entropies (S, T) that its steps saw, NaN where they had no choice."""
+    is_end = np.array(completion.token_ids) == model.eos_token_id
+    counts = is_end.cumsum() - is_end == 0  # the first end token counts, what follows it does not
+    order = torch.tensor(completion.decoding_order)
+    masked = entropy.isfinite() & torch.from_numpy(counts)
+    in_order = pairs = 0
+    for step in range(int(order.max()) + 1):
+        of_step = masked[step]
+        rows = torch.tensor([0, int(of_step.sum())])
+        found = count_pairs_in_order(entropy[step][of_step], order[of_step], rows)
+        in_order, pairs = in_order + int(found.in_order), pairs + int(found.pairs)
+    return Measured(
+        completion,
+        tokens=int((is_end.cumsum() == 0).sum()),
+        steps=len(set(completion.decoding_order) - {-1}),
+        positions=completion.positions,
+        in_order=in_order,
+        pairs=pairs,
+        tds=tds(entropy.nan_to_num().numpy(), masked.numpy()),
+    )

@@ -1,0 +1,284 @@
+"""`tabom lab study`: objectives x learning rates x attempts x seeds x tasks x bases, one line of JSON a run.
+
+Every finished run is a line of `results.jsonl`, so a killed study loses the runs in flight and a restart repeats
+nothing; another grid with the same output adds to it. The runs are computed with one thread each.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from tabom.data.prompts import PromptSet
+from tabom.data.trajectories import Trajectory, read_trajectories
+from tabom.evaluation.answers import accuracy, answer, grade
+from tabom.evaluation.metrics import entropy_by_step
+from tabom.evaluation.replay import order_accuracy, replayed_tds
+from tabom.lab.experiment import (
+    METHODS,
+    SHIPPED,
+    WEAK_TASKS,
+    base_path,
+    forward_passes,
+    ground_truth,
+    other_tasks,
+    post_train,
+    right_answers,
+)
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.loading import load
+from tabom.sampling.collect import drop_torn_line, read_lines, to_trajectory, write_line, write_to_disk
+from tabom.sampling.sampler import SamplerConfig
+
+BASE = "base"
+"""The method of a run that trains nothing."""
+PASS_SAMPLES = 16
+TOKENS_PER_STEP = (1, 2, 4)
+ADAPTIVE = (
+    *(("threshold", probability) for probability in (0.5, 0.7, 0.9, 0.98)),
+    *(("entropy_bound", nats) for nats in (0.5, 0.1, 0.02)),
+)
+
+
+@dataclass
+class StudyConfig:
+    """The grid, and the sizes of a run."""
+
+    output_dir: str = field(default="runs/study", metadata={"help": "Where results.jsonl grows."})
+    bases: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "Models: shipped, or folders."})
+    tasks: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": f"Of {', '.join(WEAK_TASKS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": "Objectives; the base is measured in any case."}
+    )
+    learning_rates: list[float] = field(default_factory=lambda: [2e-4, 3e-4], metadata={"help": "Peaks."})
+    attempts: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "Attempts a prompt. 1: greedy; more: samples, the first right one is kept."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of prompts, cuts and batches."})
+    processes: int = field(default=1, metadata={"help": "Runs at a time."})
+    save_models: bool = field(default=False, metadata={"help": "Keep the trained models, under models."})
+    max_steps: int = field(default=300, metadata={"help": "Training steps."})
+    path_steps: list[int] = field(default_factory=lambda: [75, 150], metadata={"help": "Steps also measured on."})
+    batch_size: int = field(default=64, metadata={"help": "Trajectories a training step."})
+    num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
+    num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
+    num_path_problems: int = field(default=40, metadata={"help": "Of each other task, at path_steps."})
+    num_other_problems: int = field(default=100, metadata={"help": "Of each other task, at the end."})
+    num_pass_problems: int = field(default=100, metadata={"help": f"Problems sampled {PASS_SAMPLES} times."})
+    num_adaptive_problems: int = field(
+        default=200, metadata={"help": "Problems of the weak task for each adaptive policy; 0: none is tried."}
+    )
+    num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", WEAK_TASKS), ("methods", METHODS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name}={value!r}: expected some of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid with all that its result depends on; the fields are those of `StudyConfig`."""
+
+    base: str
+    task: str
+    method: str
+    learning_rate: float
+    attempts: int
+    seed: int
+    max_steps: int
+    path_steps: tuple[int, ...]
+    batch_size: int
+    num_prompts: int
+    num_problems: int
+    num_path_problems: int
+    num_other_problems: int
+    num_pass_problems: int
+    num_adaptive_problems: int
+    num_replayed: int
+
+
+SIZES = tuple(each.name for each in fields(Run))[6:]
+"""What is the same in every run of a grid: all after the seed."""
+
+
+def grid(config: StudyConfig) -> Iterator[Run]:
+    """The bases, then all methods of one seed before the next, so that an unfinished study compares them all."""
+    sizes = {name: getattr(config, name) for name in SIZES} | {"path_steps": tuple(config.path_steps)}
+    for base, task in product(config.bases, config.tasks):
+        yield Run(**sizes, base=base, task=task, method=BASE, learning_rate=0.0, attempts=0, seed=0)
+    for base, task, attempts, seed, learning_rate, method in product(
+        config.bases, config.tasks, config.attempts, config.seeds, config.learning_rates, config.methods
+    ):
+        point = {"method": method, "learning_rate": learning_rate, "attempts": attempts, "seed": seed}
+        yield Run(**sizes, base=base, task=task, **point)
+
+
+def study(config: StudyConfig) -> Path:
+    """Makes the runs of the grid that `results.jsonl` does not hold yet, and returns its path."""
+    logging.disable_progress_bar()
+    console = Console()
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "results.jsonl"
+    path.touch()
+    drop_torn_line(path)
+    finished = {json.dumps(record["run"]) for record in read_lines(path)}
+    runs = [run for run in grid(config) if json.dumps(asdict(run)) not in finished]
+    with path.open("a") as lines:
+        for count, result in enumerate(results_of(runs, output, config.processes, config.save_models), start=1):
+            write_line(lines, result)
+            write_to_disk(lines)
+            console.print(f"{count} of {len(runs)}: {describe_result(result)}", highlight=False, soft_wrap=True)
+    return path
+
+
+def results_of(runs: list[Run], output: Path, processes: int, save_models: bool = False) -> Iterator[dict[str, Any]]:
+    """The results as they come."""
+    if processes == 1:
+        torch.set_num_threads(1)
+        yield from (result_of(run, output, save_models) for run in runs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(result_of, run, output, save_models) for run in runs]):
+            yield future.result()
+
+
+def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, Any]:
+    """Trains and measures: `run`, `kept` (trajectories), `path` (steps -> accuracies) and the measures at the end."""
+    logging.disable_progress_bar()
+    base = load(base_path(run.base))
+    held_out = trajectories_of(run, "test", output, base)[: run.num_replayed]
+    if run.method == BASE:
+        return {"run": asdict(run), **measure(run, base, held_out)}
+    path: dict[int, dict[str, str]] = {}
+
+    def after_step(step: int, model: DiffusionModel) -> None:
+        if step in run.path_steps:
+            path[step] = {"1 a step": weak_task(run, model)} | other_tasks_of(run, model, run.num_path_problems)
+
+    method = METHODS[run.method]
+    data = truth_of(run, base) if method.on_truth else trajectories_of(run, "train", output, base)
+    model = post_train(
+        run.base,
+        method,
+        data,
+        output / "work",
+        max_steps=run.max_steps,
+        batch_size=run.batch_size,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        after_step=after_step,
+    )
+    if save_models:
+        folder = output / "models" / f"{run.method}, seed {run.seed}".replace(", ", "-").replace(" ", "-")
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+    return {"run": asdict(run), "kept": len(data), "path": path, **measure(run, model, held_out)}
+
+
+def truth_of(run: Run, base: DiffusionModel) -> list[Trajectory]:
+    """The right answers to all prompts of the run."""
+    return ground_truth(base, WEAK_TASKS[run.task].prompt_set(run.num_prompts, "train", run.seed))
+
+
+def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) -> list[Trajectory]:
+    """What the base got right, collected once and kept on the disk; the held-out ones are greedy, and of seed 0."""
+    if split == "test":
+        run = replace(run, seed=0, attempts=1, num_prompts=run.num_problems)
+    name = f"{Path(run.base).name}-{run.task}-{split}-{run.num_prompts}-{run.attempts}-{run.seed}.jsonl"
+    path = output / "trajectories" / name
+    if not path.exists():
+        task = WEAK_TASKS[run.task]
+        prompts = task.prompt_set(run.num_prompts, split, run.seed)
+        found = right_answers(base, prompts, task.response_length, run.attempts, seed=1000 * run.seed)
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f"{name}.{os.getpid()}")
+        with unfinished.open("w") as lines:
+            for trajectory in found:
+                write_line(lines, trajectory.to_record())
+        unfinished.replace(path)
+    return read_trajectories(path, base.tokenizer, base.model.config.vocab_size)[0]
+
+
+def weak_task(run: Run, model: DiffusionModel) -> str:
+    """One token a step: a digit a problem, 1 = right."""
+    task = WEAK_TASKS[run.task]
+    prompts = task.prompt_set(run.num_problems, "test", 0)
+    return digits(accuracy(model, prompts, SamplerConfig(max_new_tokens=task.response_length)))
+
+
+def other_tasks_of(run: Run, model: DiffusionModel, num_problems: int) -> dict[str, str]:
+    """The same of each other task."""
+    right = {}
+    for task in other_tasks(WEAK_TASKS[run.task]):
+        prompts = task.prompt_set(num_problems, "test", 0)
+        right[task.name] = digits(accuracy(model, prompts, SamplerConfig(max_new_tokens=task.response_length)))
+    return right
+
+
+def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict[str, Any]:
+    """All measures of one model: a digit a problem where that is enough, otherwise a number each."""
+    task = WEAK_TASKS[run.task]
+    prompts = task.prompt_set(run.num_problems, "test", 0)
+    sampler = SamplerConfig(max_new_tokens=task.response_length)
+    answers = {k: answer(model, prompts, replace(sampler, tokens_per_step=k)) for k in TOKENS_PER_STEP}
+    own = [to_trajectory(model, prompts, i, each, "") for i, each in enumerate(answers[1][: run.num_replayed])]
+    return {
+        "right": {f"{k} a step": digits(grade(model, prompts, each)) for k, each in answers.items()}
+        | other_tasks_of(run, model, run.num_other_problems),
+        "right_samples": right_samples(model, prompts.first(run.num_pass_problems), replace(sampler, temperature=1.0)),
+        "pair_order": np.round(order_accuracy(model, held_out), 4).tolist(),
+        "entropy_by_step": entropy_by_step(
+            [each.decoding_order for each in answers[1]], [each.entropy for each in answers[1]]
+        ).tolist(),
+        "tds": np.round(replayed_tds(model, own), 5).tolist(),
+        "adaptive": [
+            adaptive(model, prompts.first(run.num_adaptive_problems), sampler, *each)
+            for each in ADAPTIVE
+            if run.num_adaptive_problems
+        ],
+    }
+
+
+def right_samples(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig) -> list[int]:
+    """How many of 16 samples are right, one number a problem."""
+    samples = [accuracy(model, prompts, replace(sampler, seed=sampler.seed + i)) for i in range(PASS_SAMPLES)]
+    return np.sum(samples, axis=0).astype(int).tolist()
+
+
+def adaptive(
+    model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, policy: str, bound: float
+) -> dict[str, Any]:
+    """Accuracy and mean forward passes an answer of a policy that finds its own pace."""
+    completions = answer(model, prompts, replace(sampler, policy=policy, **{policy: bound}))
+    right = float(grade(model, prompts, completions).mean())
+    passes = round(float(forward_passes(completions).mean()), 4)
+    return {"policy": policy, "bound": bound, "accuracy": right, "forward_passes": passes}
+
+
+def digits(right: np.ndarray) -> str:
+    """`0110`: one digit a problem."""
+    return "".join(str(int(each)) for each in right)
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    run = result["run"]
+    right = 100 * np.mean([int(digit) for digit in result["right"]["1 a step"]])
+    return (
+        f"{run['base']}, {run['task']}, {run['method']}, LR {run['learning_rate']:g}, {run['attempts']} attempts, "
+        f"seed {run['seed']}: {right:.1f} % at one token a step"
+    )

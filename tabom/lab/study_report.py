@@ -1,0 +1,230 @@
+"""What a study found: tables and pictures from its JSON lines."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from tabom.evaluation.metrics import pass_at_k
+from tabom.lab.experiment import METHODS
+from tabom.lab.study import BASE, PASS_SAMPLES, TOKENS_PER_STEP
+from tabom.sampling.collect import read_lines
+
+Result = dict[str, Any]
+"""A line of results.jsonl."""
+
+MEASURES = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order", "TDS")
+COMPARED = ("1 a step", "pass@16", "other tasks", "pair order")
+COMPARISONS = (
+    ("TABOM, whole path", "NELBO"),
+    ("TABOM, whole path", "NELBO, exact weights"),
+    ("TABOM, whole path", "whole path"),
+    ("TABOM, whole path", "whole path, pairs shuffled"),
+    ("TABOM, whole path", "TABOM"),
+    ("TABOM", "NELBO"),
+    ("TABOM", "window"),
+    ("TABOM", "TABOM as released"),
+    ("NELBO with ranking", "NELBO"),
+    ("NELBO, exact weights", "NELBO"),
+    ("whole path", "NELBO, exact weights"),
+)
+"""Paired by base, task, attempts, seed and learning rate: the first less the second."""
+
+
+class Group(NamedTuple):
+    """The runs that one table compares."""
+
+    base: str
+    task: str
+    attempts: int
+
+
+def group_of(result: Result) -> Group:
+    """The group of a run; a base's own run belongs to every group of its base and task."""
+    run = result["run"]
+    return Group(run["base"], run["task"], run["attempts"])
+
+
+def groups_of(results: Iterable[Result]) -> list[Group]:
+    """The groups in which something was trained, in the order of their first run."""
+    return list(dict.fromkeys(group_of(result) for result in results if result["run"]["method"] != BASE))
+
+
+def scores(result: Result, measure: str) -> np.ndarray:
+    """One score a problem: percent, TDS in thousandths of nats^2."""
+    if measure in result["right"]:
+        return digits_of(result["right"][measure])
+    if measure == "other tasks":
+        weak = {f"{k} a step" for k in TOKENS_PER_STEP}
+        return digits_of("".join(right for name, right in result["right"].items() if name not in weak))
+    if measure.startswith("pass@"):
+        k = int(measure.removeprefix("pass@"))
+        return 100 * pass_at_k(np.array(result["right_samples"]), PASS_SAMPLES, k)
+    return 100 * np.array(result["pair_order"]) if measure == "pair order" else 1000 * np.array(result["tds"])
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of a mean; NaN for a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def tables(results: list[Result]) -> str:
+    """Markdown: for each group a table of each learning rate, and one of paired differences over all of them."""
+    return "\n".join(text for group in groups_of(results) for text in group_tables(results, group))
+
+
+def group_tables(results: list[Result], group: Group) -> list[str]:
+    """The tables of one group."""
+    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
+    runs = [r for r in results if r["run"]["method"] != BASE and group_of(r) == group]
+    attempts = "one greedy answer" if group.attempts == 1 else f"{group.attempts} attempts"
+    title = f"### {group.task}, base {Path(group.base).name}, {attempts} a prompt"
+    texts = [title, "", kept_sentence(runs), ""]
+    for rate in sorted({r["run"]["learning_rate"] for r in runs}):
+        rows = by_method(r for r in runs if r["run"]["learning_rate"] == rate)
+        texts += [*table(f"LR {rate:g}", {"base": base, **rows}), ""]
+    return [*texts, *paired_table(runs), ""]
+
+
+def kept_sentence(runs: list[Result]) -> str:
+    """How many trajectories the runs learnt from."""
+    kept = sorted({r["kept"] for r in runs})
+    spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+    return f"{spread} of {runs[0]['run']['num_prompts']} answers were right and kept."
+
+
+def by_method(runs: Iterable[Result]) -> dict[str, list[Result]]:
+    """The runs of each method, in the order of METHODS."""
+    found = defaultdict(list)
+    for run in runs:
+        found[run["run"]["method"]].append(run)
+    return {method: found[method] for method in METHODS if method in found}
+
+
+def table(corner: str, rows: dict[str, list[Result]]) -> list[str]:
+    """Means over seeds and problems, ± standard error over seeds, and over problems in brackets."""
+    lines = [f"| {corner} | seeds | {' | '.join(MEASURES)} |", f"| --- |{' --- |' * (len(MEASURES) + 1)}"]
+    for name, runs in rows.items():
+        cells = [cell(np.array([scores(run, measure) for run in runs])) for measure in MEASURES]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return lines
+
+
+def cell(by_seed: np.ndarray) -> str:
+    """`70.8 ±0.8 (2.1)` of (seeds, problems) scores; one seed has no error over seeds."""
+    over_seeds = f" ±{error(by_seed.mean(1)):.1f}" if len(by_seed) > 1 else ""
+    return f"{by_seed.mean():.1f}{over_seeds} ({error(by_seed.mean(0)):.1f})"
+
+
+def paired_table(runs: list[Result]) -> list[str]:
+    """Differences of two methods at the same seed and learning rate, ± standard error over these pairs."""
+    found = {(r["run"]["method"], r["run"]["seed"], r["run"]["learning_rate"]): r for r in runs}
+    lines = [f"| paired difference | pairs | {' | '.join(COMPARED)} |", f"| --- |{' --- |' * (len(COMPARED) + 1)}"]
+    for first, second in COMPARISONS:
+        pairs = [
+            (r, found[second, *key])
+            for (method, *key), r in found.items()
+            if method == first and (second, *key) in found
+        ]
+        if pairs:
+            cells = [difference(pairs, measure) for measure in COMPARED]
+            lines.append(f"| {first}, less {second} | {len(pairs)} | {' | '.join(cells)} |")
+    return lines
+
+
+def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
+    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher."""
+    values = np.array([scores(first, measure).mean() - scores(second, measure).mean() for first, second in pairs])
+    return f"{values.mean():+.1f} ±{error(values):.1f}, {(values > 0).sum()} up"
+
+
+def draw_paths(results: list[Result], group: Group, path: Path) -> None:
+    """A panel a method: accuracy on the weak task against the others along the training, every run a path."""
+    [base] = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
+    methods = by_method(r for r in results if group_of(r) == group)
+    rows = -(-len(methods) // 3)
+    figure, panels = plt.subplots(
+        rows, 3, figsize=(10, 3 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(methods) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels.flat, methods, strict=False):
+        for other, runs in methods.items():
+            for run in runs:
+                points = np.array(path_of(base, run)).T
+                style = {"color": "lightgray", "zorder": 1}
+                if other == name:
+                    rates = sorted({r["run"]["learning_rate"] for r in runs})
+                    style = {"color": f"C{rates.index(run['run']['learning_rate'])}", "zorder": 2}
+                axes.plot(*points, linewidth=1, marker="o", markersize=2 if other != name else 3, **style)
+                axes.plot(*points[:, -1], marker="*", markersize=5 if other != name else 10, **style)
+        axes.plot(*points_of(base), "ks", zorder=3)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+    for rate, color in zip(rates, ("C0", "C1", "C2"), strict=False):
+        panels[0, 0].plot([], [], color=color, marker="*", label=f"LR {rate:g}")
+    panels[0, 0].plot([], [], "ks", label="base")
+    panels[0, 0].legend(fontsize=8)
+    figure.supxlabel("accuracy on the other tasks, %")
+    figure.supylabel(f"accuracy on {group.task}, %, one token a step")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def path_of(base: Result, run: Result) -> list[tuple[float, float]]:
+    """Points of the picture from the base to the end of the training."""
+    between = [
+        tuple(
+            digits_of("".join(r for name, r in right.items() if (name == "1 a step") == is_weak)).mean()
+            for is_weak in (False, True)
+        )
+        for right in run["path"].values()
+    ]
+    return [points_of(base), *between, points_of(run)]
+
+
+def points_of(result: Result) -> tuple[float, float]:
+    """The other tasks and the weak one, percent."""
+    return scores(result, "other tasks").mean(), scores(result, "1 a step").mean()
+
+
+def digits_of(right: str) -> np.ndarray:
+    """0 or 100, one a problem."""
+    return 100 * np.array([int(digit) for digit in right])
+
+
+def draw_passes(results: list[Result], group: Group, path: Path) -> None:
+    """Accuracy against forward passes of the adaptive policies; means over seeds and learning rates."""
+    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
+    methods = {"base": base, **by_method(r for r in results if group_of(r) == group)}
+    policies = dict.fromkeys(each["policy"] for each in base[0]["adaptive"])
+    figure, panels = plt.subplots(
+        1, len(policies), figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, policy in zip(panels.flat, policies, strict=True):
+        for color, (name, runs) in enumerate(methods.items()):
+            points = [
+                [(a["forward_passes"], 100 * a["accuracy"]) for a in run["adaptive"] if a["policy"] == policy]
+                for run in runs
+            ]
+            style = {"color": "black", "linestyle": "--"} if name == "base" else {"color": f"C{color}"}
+            axes.plot(*np.mean(points, axis=0).T, marker="o", markersize=4, label=name, **style)
+        axes.set_title(f"policy {policy}", fontsize=10)
+        axes.set_xlabel("forward passes an answer")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel(f"accuracy on {group.task}, %")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(path: Path) -> None:
+    """Writes tables.md and the two pictures of the first group beside results.jsonl."""
+    results = read_lines(path)
+    (path.parent / "tables.md").write_text(tables(results))
+    [first, *_] = groups_of(results)
+    draw_paths(results, first, path.parent / "paths.png")
+    draw_passes(results, first, path.parent / "passes.png")

@@ -1,0 +1,152 @@
+"""Prompts from anywhere: every known shape, every format, and who is chosen to judge."""
+
+import json
+
+import datasets
+import pytest
+
+from tabom.data.prompts import PromptReader, read_prompts
+
+GSM8K = {"question": "Ann has 3 apples and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
+MATH500 = {"problem": "What is $1/2$?", "solution": r"It is $\boxed{\frac12}$.", "answer": r"\frac{1}{2}", "level": 1}
+HUMANEVAL = {
+    "task_id": "T/0",
+    "prompt": 'def one() -> int:\n    """Returns 1."""\n',
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+    "entry_point": "one",
+}
+MBPP = {"text": "Write f, which doubles.", "code": "", "test_list": ["assert f(1) == 2"], "test_setup_code": ""}
+MBPP_SANITIZED = {
+    "prompt": "Write f, which doubles.",
+    "test_imports": ["import math"],
+    "test_list": ["assert f(1) == 2"],
+}
+APPS = {"question": "Double it.", "input_output": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})}
+PRM12K = {"question": {"problem": "1+1?", "ground_truth_answer": "2"}}
+CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": r"It is \boxed{2}."}]}
+
+SHAPES = {  # record, verifier, prompt, a right response, a wrong one
+    "gsm8k": (GSM8K, "math", GSM8K["question"], "So 7.", "So 8."),
+    "math500": (MATH500, "math", MATH500["problem"], r"\boxed{0.5}", r"\boxed{2}"),
+    "humaneval": (HUMANEVAL, "code", HUMANEVAL["prompt"], "    return 1\n", "    return 2\n"),
+    "mbpp": (MBPP, "code", None, "def f(x): return 2 * x", "def f(x): return x"),
+    "mbpp sanitized": (MBPP_SANITIZED, "code", None, "def f(x): return 2 * x", "def f(x): return x"),
+    "apps": (APPS, "code", "Double it.", "print(2 * int(input()))", "print(1)"),
+    "prm12k": (PRM12K, "math", "1+1?", "2", "3"),
+    "chat": (CHAT, "math", CHAT["messages"][:1], r"\boxed{2}", "3"),
+    "plain": ({"prompt": "1+1=", "answer": "2"}, "exact", "1+1=", "2", "2."),
+}
+
+
+def write(path, records):
+    """The records in the format of the path's suffix."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    else:
+        table = datasets.Dataset.from_list(records)
+        table.to_parquet(path) if path.suffix == ".parquet" else table.to_csv(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_known_shapes_in_every_format(tmp_path, capsys, code_runs, shape, suffix):
+    record, verifier, prompt, right, wrong = SHAPES[shape]
+    if verifier == "code":
+        code_runs()
+    prompts, invalid = read_prompts(write(tmp_path / f"data{suffix}", [record, record]))
+    assert (len(prompts.prompts), invalid, prompts.verifier) == (2, 0, verifier)
+    assert f"verifier {verifier!r}" in capsys.readouterr().out
+    if prompt is not None:
+        assert prompts.prompts[0] == prompt
+    else:
+        assert record["test_list"][0] in prompts.prompts[0] and "which doubles" in prompts.prompts[0]
+    assert [verdict.correct for verdict in prompts.verdicts([0, 1], [right, wrong])] == [True, False]
+
+
+@pytest.fixture
+def code_runs():
+    """Skips where programs cannot be run."""
+    from tabom.data.verifiers.sandbox import find_bubblewrap
+
+    return lambda: find_bubblewrap() or pytest.skip("no working bubblewrap on this machine")
+
+
+def test_csv_and_numbers_for_answers(tmp_path):
+    path = write(tmp_path / "p.csv", [{"ask": "6*7", "number": 42.0}, {"ask": "1/2", "number": 0.5}])
+    reader = PromptReader(prompt_column="ask", answer_column="number")
+    prompts, _ = read_prompts(path, reader=reader)
+    assert (prompts.prompts, prompts.answers) == (["6*7", "1/2"], ["42", "0.5"])
+
+
+def test_a_folder_of_datasets_and_its_splits(tmp_path):
+    tables = {name: datasets.Dataset.from_list([{**GSM8K, "question": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    assert read_prompts(tmp_path / "saved")[0].prompts == ["test"]
+    assert read_prompts(tmp_path / "saved", split="train")[0].prompts == ["train"]
+    with pytest.raises(ValueError, match=r"split='dev': expected one of train, test"):
+        read_prompts(tmp_path / "saved", split="dev")
+
+
+def test_a_field_that_other_records_have_is_not_there(tmp_path):
+    """Arrow fills what a record lacks with None; that is neither an answer nor a test."""
+    path = write(tmp_path / "p.parquet", [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}])
+    prompts, _ = read_prompts(path)
+    assert prompts.answers == ["1", None] and prompts.verdicts([1], ["x"])[0].correct is None
+
+
+def test_templates_and_system_prompts(tmp_path):
+    path = write(tmp_path / "p.jsonl", [GSM8K, CHAT])
+    prompts, _ = read_prompts(path, reader=PromptReader(template="Q: {prompt} {x}", system_prompt="Be brief."))
+    system = {"role": "system", "content": "Be brief."}
+    assert prompts.prompts == [
+        [system, {"role": "user", "content": f"Q: {GSM8K['question']} {{x}}"}],
+        [system, {"role": "user", "content": "Q: 1+1? {x}"}],
+    ]
+    with pytest.raises(ValueError, match=r"expected \{prompt\} in it"):
+        PromptReader(template="no place")
+
+
+def test_ignored_tests_are_said(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "1", "test": "assert f()"}])
+    prompts, _ = read_prompts(path, reader=PromptReader(verifier="exact"))
+    assert prompts.answers == ["1"]
+    assert "warning" in (said := capsys.readouterr().out) and "tests of 1 records are not used" in said
+
+
+def test_ones_own_verifier_gets_the_tests(tmp_path):
+    path = write(tmp_path / "p.jsonl", [HUMANEVAL])
+    prompts, _ = read_prompts(path, reader=PromptReader(verifier="python:tests.data.test_prompts.entry_point_is_named"))
+    assert [verdict.correct for verdict in prompts.verdicts([0, 0], ["def one", "def two"])] == [True, False]
+
+
+def entry_point_is_named(prompt, answer, response):
+    return answer["entry_point"] in response
+
+
+def test_a_setting_of_another_verifier_than_the_shape_chose_is_left_out(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "1"}])
+    prompts, _ = read_prompts(path, verifier_settings={"timeout": 3.0})
+    assert prompts.verifier == "exact"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"x": 1}\n', r"line 1: field 'prompt': missing"),
+        ('{"prompt": 1}\n', r"line 1: field 'prompt': expected text"),
+        ("", "no valid prompt"),
+    ],
+)
+def test_errors_name_the_place(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+    with pytest.raises(ValueError, match="field 'ask': missing; the record has prompt"):
+        read_prompts(write(path, [{"prompt": "p"}]), reader=PromptReader(prompt_column="ask"))
+    with pytest.raises(FileNotFoundError):
+        read_prompts(tmp_path / "absent.parquet")

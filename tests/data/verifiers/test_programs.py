@@ -1,0 +1,176 @@
+"""Programs against their tests, and programs against the machine."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from tabom.data.verifiers import make_verifier, sandbox
+from tabom.data.verifiers.programs import Code, last_block
+
+SQUARE = "def f(x):\n    return x * x\n"
+TESTS = ["assert f(2) == 4", "assert f(3) == 9"]
+HUMANEVAL = {
+    "prompt": 'from typing import List\n\ndef total(numbers: List[int]) -> int:\n    """The sum."""\n',
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
+    "entry_point": "total",
+}
+PAIRS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
+
+
+@pytest.fixture(params=["bubblewrap", "limits alone"])
+def code(request, monkeypatch):
+    """The verifier with a sandbox, and with limits alone."""
+    isolated = request.param == "bubblewrap"
+    if isolated and sandbox.find_bubblewrap() is None:
+        pytest.skip("no working bubblewrap on this machine")
+    if not isolated:
+        monkeypatch.setattr("tabom.data.verifiers.programs.find_bubblewrap", lambda: None)
+        if os.getuid() == 0 and os.path.exists("/usr/bin/python3"):  # one that others than root can read
+            monkeypatch.setattr("sys.executable", "/usr/bin/python3")
+    try:
+        return Code(timeout=3, allow_code_execution=True)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "answer, response",
+    [
+        (TESTS, SQUARE),
+        ("\n".join(TESTS), f"Here:\n```python\n{SQUARE}```\nIt squares."),
+        (TESTS, f"```\ndef f(x): return x\n```\nBetter:\n```py\n{SQUARE}"),
+        ({"test_list": ["assert r(4) == 2"], "test_setup_code": "import math"}, "def r(x): return math.sqrt(x)"),
+        ({"test_list": ["assert math.pi"], "test_imports": ["import math"]}, "pass"),
+        (HUMANEVAL, "    return sum(numbers)\n"),
+        (HUMANEVAL, "```python\ndef total(numbers: List[int]) -> int:\n    return sum(numbers)\n```"),
+        (PAIRS, "```python\nif __name__ == '__main__':\n    print(sum(map(int, input().split())), '')\n```"),
+        (json.dumps(PAIRS), "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))"),
+        ([{"input": "a", "output": "A"}], "print(input().upper())"),
+    ],
+)
+def test_right_programs(code, answer, response):
+    verdict = code("prompt", answer, response)
+    assert verdict.correct is True, verdict.why
+
+
+@pytest.mark.parametrize(
+    "answer, response, why",
+    [
+        (TESTS, "def f(x): return x", "AssertionError"),
+        (TESTS, "def f(x) return x", "SyntaxError"),
+        (TESTS, SQUARE + "import sys; sys.exit(0)", "ended before"),
+        (TESTS, SQUARE + "import os; os._exit(0)", "ended before"),
+        (TESTS, "def f(x): raise SystemExit", "ended before"),
+        (TESTS, SQUARE + "print(open(__file__).read())", "__file__"),
+        (HUMANEVAL, "    return 0\n", "AssertionError"),
+        (PAIRS, "print(3)", "test 2 of 2"),
+        (PAIRS, "print(1 / 0)", "test 1 of 2: ZeroDivisionError"),
+    ],
+)
+def test_wrong_programs(code, answer, response, why):
+    verdict = code("prompt", answer, response)
+    assert verdict.correct is False and why in verdict.why
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, {"test": ""}])
+def test_without_tests_a_program_is_unverified(code, answer):
+    assert code("prompt", answer, SQUARE).correct is None
+
+
+HOSTILE = {
+    "infinite loop": "while True: pass",
+    "sleep": "import time; time.sleep(1000)",
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "10 GB": "x = bytearray(10 * 2**30)",
+    "10 GB in pieces": "x = []\nwhile True: x.append(bytearray(2**20))",
+    "kills its parent": "import os; os.kill(os.getppid(), 9)",
+    "kills its group": "import os; os.killpg(0, 9)",
+    "fills the disk": "f = open('a', 'wb')\nwhile True: f.write(bytes(2**20))",
+    "floods the output": "while True: print('x' * 2**20)",
+    "endless recursion": "import sys; sys.setrecursionlimit(10**9)\ndef g(): g()\ng()",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_fail_in_time_and_leave_nothing(code, name):
+    before = processes()
+    begun = time.monotonic()
+    assert code("prompt", TESTS, SQUARE + HOSTILE[name]).correct is False
+    assert time.monotonic() - begun < 30
+    deadline = time.monotonic() + 5
+    while any("RLIMIT_NPROC" in command for command in processes() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any("RLIMIT_NPROC" in command for command in processes() - before), "nothing of it runs any more"
+    assert code("prompt", TESTS, SQUARE).correct is True
+
+
+def processes():
+    """Every process and its command line."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", errors="replace") as command:
+                found.add(f"{pid} {command.read()}")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(sandbox.find_bubblewrap() is None, reason="no working bubblewrap on this machine")
+def test_the_sandbox_shows_nothing_of_the_machine_and_no_network(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("precious")
+    code = Code(timeout=5)
+    for attempt in (
+        f"open({str(secret)!r}).read()",
+        f"open({str(secret)!r}, 'w')",
+        "open('/etc/passwd').read()",
+        "open('/usr/x', 'w')",
+        "import socket; socket.create_connection(('127.0.0.1', 1), 1)",
+        "import os; assert len([p for p in os.listdir('/proc') if p.isdigit()]) > 3",
+        "import os; os.setuid(0)",
+    ):
+        verdict = code("prompt", TESTS, f"{SQUARE}{attempt}\n")
+        assert verdict.correct is False, attempt
+    assert secret.read_text() == "precious"
+    interfaces = f"{SQUARE}import socket; assert [name for _, name in socket.if_nameindex()] in ([], ['lo'])"
+    assert code("prompt", TESTS, interfaces).correct is True
+
+
+def test_without_a_sandbox_consent_is_needed(monkeypatch):
+    monkeypatch.setattr("tabom.data.verifiers.programs.find_bubblewrap", lambda: None)
+    with pytest.raises(ValueError, match="--allow_code_execution"):
+        make_verifier("code")
+
+
+def test_a_bubblewrap_that_does_not_work_is_none(monkeypatch, tmp_path):
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    sandbox.find_bubblewrap.cache_clear()
+    assert sandbox.find_bubblewrap() is None
+    sandbox.find_bubblewrap.cache_clear()
+
+
+def test_several_programs_run_at_once():
+    if sandbox.find_bubblewrap() is None:
+        pytest.skip("no working bubblewrap on this machine")
+    cases = [("q", TESTS, SQUARE if i % 2 else "def f(x): return 0") for i in range(8)]
+    verdicts = Code(workers=4).verify_all(cases)
+    assert [verdict.correct for verdict in verdicts] == [False, True] * 4
+
+
+def test_the_last_block_counts_also_when_it_is_cut_off():
+    assert last_block("a\n```python\nx = 1\n```\nb\n~~~\ny = 2\n~~~\n") == "y = 2\n"
+    assert last_block("```\nx = 1\n```\n```python\ny = 2") == "y = 2"
+    assert last_block("x = 1") == "x = 1"
+
+
+def test_the_group_is_killed_with_its_children():
+    process = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"], start_new_session=True)
+    sandbox.kill_group(process)
+    assert process.returncode == -9

@@ -1,0 +1,219 @@
+"""Evaluation: the figures against other ways to them, restarts, ranks, and pairs of models."""
+
+import json
+import os
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tabom import PromptSet, SamplerConfig, read_trajectories, sample
+from tabom.data.encoding import encode_prompt
+from tabom.data.verifiers import Verdict
+from tabom.evaluation.compare import compare, comparison_table, results_table
+from tabom.evaluation.evaluate import Cell, EvaluateConfig, by_problem, evaluate, read_answers, summarise
+from tabom.evaluation.measured import decode_measured, measure
+from tabom.evaluation.metrics import estimate, estimate_ratio
+from tabom.evaluation.replay import order_accuracy, replayed_tds
+from tabom.models.diffusion_model import logits_at
+from tabom.sampling.collect import to_trajectory
+from tabom.sampling.engine import EngineConfig, Request
+from tabom.sampling.sampler import Completion
+from tests.conftest import random_model
+
+PROMPTS = [f"{i}+12=" for i in range(10)]
+SAMPLER = SamplerConfig(max_new_tokens=6, temperature=1.0, seed=3)
+CELL = Cell("a/model", "set", "default")
+
+
+def prompt_set(verdict=lambda prompt, response: sum(map(ord, response)) % 2 == 0):
+    return PromptSet(
+        "set", PROMPTS, ["?"] * len(PROMPTS), lambda prompt, answer, response: verdict(prompt, response), "own"
+    )
+
+
+def config(folder, **changes):
+    return EvaluateConfig(str(folder), **{"samples_per_prompt": 3, **changes})
+
+
+def test_every_figure_against_its_definition(tmp_path, model):
+    result = evaluate(model, prompt_set(), SAMPLER, config(tmp_path), CELL)
+    answers = {record["id"]: record for record in read_answers(CELL.folder(tmp_path))}
+    assert len(answers) == 30 and (result["problems"], result["answers"], result["unverified"]) == (10, 30, 0)
+    for repeat in range(3):
+        encoded = [encode_prompt(model.tokenizer, prompt) for prompt in PROMPTS]
+        expected = sample(model, encoded, replace(SAMPLER, seed=SAMPLER.seed + repeat))
+        for index, completion in enumerate(expected):
+            assert answers[f"{index}-{repeat}"]["response_token_ids"] == completion.token_ids
+            assert answers[f"{index}-{repeat}"]["decoding_order"] == completion.decoding_order
+    right = np.array([[answers[f"{i}-{k}"]["correct"] for k in range(3)] for i in range(10)], dtype=float)
+    assert right.tolist() == [
+        [sum(map(ord, answers[f"{i}-{k}"]["response"])) % 2 == 0 for k in range(3)] for i in range(10)
+    ]
+    assert result["accuracy"]["mean"] == pytest.approx(right.mean())
+    assert result["accuracy"]["error"] == pytest.approx(right.mean(1).std(ddof=1) / 10**0.5)
+    assert result["pass_at"]["1"]["mean"] == pytest.approx(right.mean())
+    assert result["pass_at"]["3"]["mean"] == pytest.approx(right.max(1).mean())
+    pairs = [right[:, [a, b]].max(1).mean() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert result["pass_at"]["2"]["mean"] == pytest.approx(np.mean(pairs)), "pass@2 is the mean over pairs of samples"
+    json.dumps(result, allow_nan=False)
+
+
+def logits_without(penalty, *args, **inputs):
+    return logits_at(*args, **inputs) + penalty
+
+
+def decoded(model, requests, sampler):
+    return [measured for _, measured in sorted(decode_measured(model, requests, sampler, EngineConfig(40)))]
+
+
+def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, monkeypatch):
+    """Nothing is computed twice: the sampler's own entropies are what a replay of the answer finds."""
+    for shift in (0, 1):
+        model = random_model(seed, logits_shift=shift)
+        never_mask = torch.zeros(model.model.config.vocab_size)
+        never_mask[model.mask_token_id] = -torch.inf  # as the sampler has it
+        without_mask = partial(logits_without, never_mask)
+        monkeypatch.setattr("tabom.evaluation.replay.logits_at", without_mask)
+        prompts = [encode_prompt(model.tokenizer, p) for p in PROMPTS]
+        measured = decoded(model, [Request(p, SAMPLER.max_new_tokens, i) for i, p in enumerate(prompts)], SAMPLER)
+        trajectories = [to_trajectory(model, prompt_set(), i, m.completion, SAMPLER) for i, m in enumerate(measured)]
+        assert [m.tds for m in measured] == pytest.approx(replayed_tds(model, trajectories).tolist(), rel=1e-3)
+        for each, trajectory in zip(measured, trajectories, strict=True):
+            if model.eos_token_id not in trajectory.response_token_ids:
+                [expected] = order_accuracy(model, [trajectory])
+                assert each.in_order / each.pairs == pytest.approx(expected, abs=1.5 / each.pairs), "but for a near tie"
+
+
+def test_positions_are_those_that_the_model_sees(model):
+    seen = []
+    hook = model.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
+    prompts = [encode_prompt(model.tokenizer, prompt) for prompt in ("1+2=", "sort 123=")]
+    for sampler in (SAMPLER, replace(SAMPLER, tokens_per_step=4), replace(SAMPLER, stop_early=True)):
+        seen.clear()
+        measured = decoded(model, [Request(p, sampler.max_new_tokens, i) for i, p in enumerate(prompts)], sampler)
+        assert sum(each.positions for each in measured) == sum(seen)
+        assert [each.steps for each in measured] == [
+            len({s for s in each.completion.decoding_order if s >= 0}) for each in measured
+        ]
+    hook.remove()
+
+
+def test_what_follows_the_end_token_does_not_count(model):
+    """Two responses that differ behind the first end token have the same figures."""
+    end = model.eos_token_id
+    entropy = torch.tensor([[0.5, 0.1, 0.2, 9.0], [0.4, float("nan"), 0.3, 8.0], [0.2, float("nan"), float("nan"), 7.0],
+                            [float("nan")] * 3 + [6.0]]).double()  # fmt: skip
+    other = entropy.clone()
+    other[:, 3] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    first, second = (
+        measure(model, Completion([9, 8, end, tail], [2, 0, 1, 3], [0.0] * 4, 1), table)
+        for tail, table in ((7, entropy), (6, other))
+    )
+    assert first[1:] == second[1:]
+    assert first.tokens == 2
+    assert (first.in_order, first.pairs) == (4, 4)  # step 0: 1<2<0 is three pairs, step 1: one; all in order
+    assert first.tds == pytest.approx(np.mean([np.var([0.5, 0.1, 0.2]), np.var([0.4, 0.3]), 0]))
+
+
+@pytest.mark.parametrize("cut", [0, 13, 500, 10**9])
+def test_a_restart_after_any_torn_write_gives_the_same_result(tmp_path, cut):
+    model = random_model(0)
+    whole = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "whole"), CELL)
+    evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn"), CELL)
+    path = CELL.folder(tmp_path / "torn") / "answers-0.jsonl"
+    os.truncate(path, max(path.stat().st_size - cut, 0))
+    again = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn"), CELL, EngineConfig(40))
+    for result in (whole, again):
+        for name in ("seconds", "positions"):  # the padding depends on the batch
+            del result[name]
+    assert again.pop("tds") == pytest.approx(whole.pop("tds"), rel=1e-3)
+    assert again == whole
+
+
+def test_ranks_share_the_work_and_the_last_one_has_the_result(tmp_path, monkeypatch):
+    model = random_model(0)
+    alone = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "alone"), CELL)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    results = []
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        results.append(evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared"), CELL))
+    assert results[:2] == [None, None] and results[2]["accuracy"] == alone["accuracy"]
+    files = sorted(CELL.folder(tmp_path / "shared").glob("answers-*.jsonl"))
+    assert [len(path.read_text().splitlines()) for path in files] == [10, 10, 10]
+
+
+def test_other_settings_are_refused_and_more_samples_are_not(tmp_path, model):
+    evaluate(model, prompt_set(), SAMPLER, config(tmp_path, samples_per_prompt=1), CELL)
+    assert evaluate(model, prompt_set(), SAMPLER, config(tmp_path), CELL)["answers"] == 30
+    with pytest.raises(ValueError, match=r"was begun with temperature=1\.0, now temperature=0\.5"):
+        evaluate(model, prompt_set(), replace(SAMPLER, temperature=0.5), config(tmp_path), CELL)
+    with pytest.raises(ValueError, match="samples_per_prompt=3 with temperature=0"):
+        evaluate(model, prompt_set(), replace(SAMPLER, temperature=0.0), config(tmp_path / "x"), CELL)
+
+
+def test_unverified_answers_are_no_part_of_the_accuracy(tmp_path, model):
+    prompts = prompt_set(lambda prompt, response: Verdict([True, None][PROMPTS.index(prompt) % 2], ""))
+    result = evaluate(model, prompts, SAMPLER, config(tmp_path), CELL)
+    assert (result["accuracy"]["mean"], result["unverified"]) == (1.0, 15)
+
+
+def test_answers_are_trajectories(tmp_path, model):
+    evaluate(model, prompt_set(), SAMPLER, config(tmp_path), CELL)
+    path = CELL.folder(tmp_path) / "answers-0.jsonl"
+    trajectories, invalid = read_trajectories(path, model.tokenizer, len(model.tokenizer))
+    assert (len(trajectories), invalid) == (30, 0)
+
+
+def test_two_models_in_pairs(tmp_path):
+    base, tuned = Cell("base", "set", "default"), Cell("tuned", "set", "default")
+    verdicts = {base: [[1, 1], [0, 0], [1, 0], [0, 1]], tuned: [[1, 1], [1, 1], [0, 0], [0, 1]]}
+    for cell, rows in verdicts.items():
+        folder = cell.folder(tmp_path)
+        folder.mkdir(parents=True)
+        lines = (
+            json.dumps({"id": f"{i}-{k}", "index": i, "correct": bool(right)}) + "\n"
+            for i, row in enumerate(rows)
+            for k, right in enumerate(row)
+        )
+        (folder / "answers-0.jsonl").write_text("".join(lines))
+    result = compare(base, tuned, tmp_path)
+    changes = [0, 1, -0.5, 0]
+    assert (result["won"], result["lost"], result["problems"]) == (1, 1, 4)
+    assert result["change"]["mean"] == pytest.approx(np.mean(changes))
+    assert result["change"]["error"] == pytest.approx(np.std(changes, ddof=1) / 2)
+    assert result["retention"]["mean"] == pytest.approx(2.5 / 2)
+    table = comparison_table([result, {**result, "prompts": "other"}])
+    assert "+12.5 ± 31.5" in table and table.splitlines()[2].endswith("| - |") and "125.0 ±" in table.splitlines()[3]
+
+
+def test_the_error_of_a_ratio_covers_what_resampling_shows(seed):
+    rng = np.random.default_rng(seed)
+    a = rng.random((2000, 400)) < 0.6
+    b = np.where(rng.random(a.shape) < 0.8, a, rng.random(a.shape) < 0.5)
+    ratios = [estimate_ratio(y.astype(float), x.astype(float)) for x, y in zip(a, b, strict=True)]
+    spread = np.std([ratio.mean for ratio in ratios])
+    assert np.mean([ratio.error for ratio in ratios]) == pytest.approx(spread, rel=0.1)
+
+
+def test_too_few_problems_have_no_error():
+    assert estimate([]) == (None, None) and estimate([1.0]) == (1.0, None)
+    assert estimate_ratio(np.array([1.0]), np.array([0.0])) == (None, None)
+
+
+def test_a_table_survives_bars_and_missing_figures():
+    nothing = {"mean": None, "error": None}
+    figures = {name: {"mean": 1.0, "error": None} for name in ("tds", "tokens", "steps", "positions", "seconds")}
+    result = {"model": "a|b", "prompts": "p", "sampler": "s", "problems": 1, "unverified": 1, "accuracy": nothing}
+    table = results_table([{**result, "pass_at": {}, "pair_order": None, **figures}])
+    assert r"a\|b" in table and len(table.splitlines()) == 3
+
+
+def test_right_answers_by_problem_leave_out_the_unverified():
+    records = [{"index": 1, "correct": True}, {"index": 0, "correct": None}, {"index": 1, "correct": False}]
+    assert by_problem(records) == {1: [True, False]}
+    figures = {name: 1 for name in ("pairs", "in_order", "tds", "tokens", "steps", "positions", "seconds")}
+    assert summarise([{**record, **figures} for record in records])["accuracy"]["mean"] == 0.5

@@ -1,0 +1,192 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tabom import load
+from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
+from tabom.lab.model import BASE_PATH
+from tabom.lab.quickstart import QuickstartConfig, quickstart
+from tabom.lab.report import markdown_table, verdict
+from tabom.lab.study import BASE, StudyConfig, study
+from tabom.lab.study_report import cell, paired_table, report, scores, tables
+from tabom.lab.tasks import Subtraction
+from tabom.sampling.collect import read_lines
+from tabom.training.collator import TrajectoryDataset
+from tabom.training.objectives import ObjectiveSettings
+
+TINY = {
+    "methods": ["NELBO", "TABOM, whole path"],
+    "learning_rates": [3e-4],
+    "seeds": [0, 1],
+    "max_steps": 2,
+    "path_steps": [1],
+    "batch_size": 8,
+    "num_prompts": 24,
+    "num_problems": 12,
+    "num_path_problems": 2,
+    "num_other_problems": 3,
+    "num_pass_problems": 2,
+    "num_adaptive_problems": 4,
+    "num_replayed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The results of a tiny study."""
+    return study(StudyConfig(output_dir=str(tmp_path_factory.mktemp("study")), **TINY))
+
+
+def by_run(path):
+    return {json.dumps(record["run"]): record for record in read_lines(path)}
+
+
+def test_a_study_makes_every_run_of_its_grid_once(finished):
+    results = read_lines(finished)
+    assert [(r["run"]["method"], r["run"]["seed"]) for r in results] == [
+        (BASE, 0),
+        ("NELBO", 0),
+        ("TABOM, whole path", 0),
+        ("NELBO", 1),
+        ("TABOM, whole path", 1),
+    ]
+    for result in results[1:]:
+        assert list(result["path"]) == ["1"] and 0 < result["kept"] < 24
+        assert len(result["right"]["1 a step"]) == 12 and len(result["right"]["sudoku"]) == 3
+        assert len(result["right_samples"]) == 2 and len(result["pair_order"]) == len(result["tds"]) == 3
+        for policy in result["adaptive"]:
+            assert 1 <= policy["forward_passes"] <= 4
+    before = finished.read_text()
+    study(StudyConfig(output_dir=str(finished.parent), **TINY))
+    assert finished.read_text() == before, "a second start repeats nothing"
+
+
+def test_a_killed_study_goes_on_to_the_same_results(finished, tmp_path, pytestconfig):
+    """Killed while a run is in flight, with half a line at the end of the file, then started again by two processes."""
+    options = [
+        str(word)
+        for name, value in TINY.items()
+        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    command = [sys.executable, "-m", "tabom", "lab", "study", "--output_dir", str(tmp_path), *options]
+    process = subprocess.Popen(command, cwd=pytestconfig.rootpath, stdout=subprocess.DEVNULL)
+    path = tmp_path / "results.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = path.read_text()
+    assert done.count("\n") < 5, "it was killed too late to show anything"
+    path.write_text(done[: done.rindex("\n") + 1] + '{"run": {"base": "ship')
+    study(StudyConfig(output_dir=str(tmp_path), processes=2, **TINY))
+    assert path.read_text().startswith(done[: done.rindex("\n") + 1])
+    assert by_run(path) == by_run(finished) and len(read_lines(path)) == 5
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="methods='GRPO': expected some of"):
+        StudyConfig(methods=["GRPO"])
+
+
+def test_the_report_of_a_study(finished, tmp_path):
+    report(finished)
+    for name in ("tables.md", "paths.png", "passes.png"):
+        assert (finished.parent / name).stat().st_size > 0
+    text = tables(read_lines(finished))
+    assert "| TABOM, whole path | 2 |" in text and "| TABOM, whole path, less NELBO | 2 |" in text
+
+
+def made_up(method, seed, right, **changes):
+    run = {"base": "b", "task": "t", "method": method, "learning_rate": 1e-4, "attempts": 1, "seed": seed}
+    return {
+        "run": run | changes,
+        "right": {"1 a step": right, "addition": "10", "sorting": "11"},
+        "right_samples": [0, 16],
+        "pair_order": [0.5, 1.0],
+        "tds": [0.001, 0.003],
+    }
+
+
+def test_scores_and_errors_worked_out_by_hand():
+    run = made_up("NELBO", 0, "0110")
+    assert scores(run, "1 a step").tolist() == [0, 100, 100, 0]
+    assert scores(run, "other tasks").tolist() == [100, 0, 100, 100]
+    assert scores(run, "pass@16").tolist() == [0, 100]
+    assert scores(run, "TDS") == pytest.approx([1, 3])
+    # Seeds: 50 and 100, so 75 +- 25. Problems: 50, 100, 100, 50, a standard deviation of 28.9 over the root of 4.
+    assert cell(np.array([[0, 100, 100, 0], [100, 100, 100, 100]])) == "75.0 ±25.0 (14.4)"
+
+
+def test_differences_are_paired_by_seed_and_learning_rate():
+    runs = [
+        made_up("TABOM", 0, "1110"),
+        made_up("NELBO", 0, "0110"),  # +25
+        made_up("NELBO", 1, "0000"),
+        made_up("TABOM", 1, "1111"),  # +100
+        made_up("TABOM", 2, "0000"),
+        made_up("TABOM", 0, "0000", learning_rate=2e-4),  # without a partner
+    ]
+    [row] = [line for line in paired_table(runs) if line.startswith("| TABOM, less NELBO")]
+    assert row.startswith("| TABOM, less NELBO | 2 | +62.5 ±37.5, 2 up | +0.0 ±0.0, 0 up")
+
+
+def test_shuffled_pairs_keep_all_but_the_order(seed):
+    base = load(BASE_PATH)
+    truth = ground_truth(base, Subtraction().prompt_set(40, "train", 0))
+    dataset = TrajectoryDataset(truth, base.tokenizer, ObjectiveSettings("tabom", "all", "all"), seed)
+    shuffled = ShuffledPairs(dataset)
+    changed = 0
+    for index in range(40):
+        (*_, before), (*_, after) = dataset[0, index], shuffled[0, index]
+        assert sorted(before.steps) == sorted(after.steps) and ((before.steps >= 0) == (after.steps >= 0)).all()
+        assert all((a == b).all() for a, b in zip(before[:2], after[:2], strict=True))
+        changed += (before.steps != after.steps).any()
+    assert changed > 10
+
+
+def test_more_attempts_keep_more_and_one_answer_a_prompt():
+    base = load(BASE_PATH)
+    prompts = Subtraction().prompt_set(60, "train", 1)
+    once, eight = (right_answers(base, prompts, 4, attempts) for attempts in (1, 8))
+    assert len(once) < len(eight)
+    for found in (once, eight):
+        asked = [trajectory.prompt for trajectory in found]
+        assert len(set(asked)) == len(asked) and asked == [p for p in prompts.prompts if p in asked]
+        truth = dict(zip(prompts.prompts, prompts.answers, strict=True))
+        assert all(trajectory.response == truth[trajectory.prompt] for trajectory in found)
+
+
+def test_verdicts():
+    assert verdict(2.1, 1.0) == "higher" and verdict(-2.1, 1.0) == "lower"
+    assert verdict(1.9, 1.0) == verdict(-2.0, 1.0) == verdict(0.0, 0.0) == "no clear difference"
+
+
+def test_the_quickstart_end_to_end(tmp_path, capsys):
+    config = QuickstartConfig(
+        output_dir=str(tmp_path),
+        num_prompts=40,
+        num_problems=20,
+        num_other_problems=3,
+        num_pass_problems=3,
+        max_steps=4,
+        batch_size=8,
+        attempts=2,
+        processes=1,
+    )
+    results = quickstart(config)
+    columns = ["base", "NELBO, truth of all prompts", "NELBO", "window", "TABOM", "TABOM, whole path"]
+    assert list(results) == columns and [len(runs) for runs in results.values()] == [1, 2, 2, 2, 2, 2]
+    assert [run["run"]["seed"] for run in results["TABOM"]] == [0, 1]
+    assert results["NELBO, truth of all prompts"][0]["kept"] == 40 > results["NELBO"][0]["kept"]
+    for name in ("accuracy_retention.png", "entropy_by_step.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert load(tmp_path / "models" / "TABOM-whole-path-seed-1").model.num_parameters() > 1e6
+    measures = json.loads((tmp_path / "results.json").read_text())["measures"]
+    assert list(measures) == columns and len(markdown_table(measures).splitlines()) == 8
+    out = capsys.readouterr().out
+    assert "TABOM, whole path, against NELBO" in out and "two standard errors" in out
