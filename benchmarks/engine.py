@@ -1,11 +1,11 @@
 """What decoding costs in the engine, exact and with caches, beside the plain loop of fixed batches.
 
-    python -m benchmarks.engine
+    python -m benchmarks.engine [--rounds 3] [--large]
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns. Positions a decided token depend on lengths alone, so they are counted
-on a tiny model, which is timed along the way; then a model under Dream's vocabulary is, on fewer prompts. What a cache
-changes is measured on the lab's model and its tasks. On a CPU seconds are of processor time, which other processes of a
+on a tiny model, which is timed along the way; `--large` also times a model under Dream's vocabulary, on fewer prompts.
+What a cache changes is measured on the lab's model and its tasks. On a CPU seconds are of processor time, which other processes of a
 shared machine change least. Writes benchmarks/results/engine-<device>.json.
 """
 
@@ -219,10 +219,11 @@ def print_tables(records: list[dict[str, Any]], fidelities: list[dict[str, Any]]
 
 
 def main() -> None:
-    """Positions on a tiny model, seconds on a larger one as well, fidelity on the lab's."""
+    """Positions and seconds on a tiny model, fidelity on the lab's."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=32, help="of a tiny model; a quarter of them of the other")
-    parser.add_argument("--rounds", type=int, default=3, help="of every contender")
+    parser.add_argument("--prompts", type=int, default=32, help="of a tiny model; a quarter of them of the large one")
+    parser.add_argument("--rounds", type=int, default=1, help="of every contender")
+    parser.add_argument("--large", action="store_true", help="also a model under Dream's vocabulary")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = this_device()
@@ -230,9 +231,10 @@ def main() -> None:
     records = []
     for spread in SPREADS:
         records += measure("tiny", tiny, arguments.prompts, spread, arguments.prompts // 2, arguments.rounds)
-    name, model = random_dream(device)
-    count = arguments.prompts // 4
-    records += measure(name, model, count, "mostly short", count // 2, arguments.rounds)
+    if arguments.large:
+        name, model = random_dream(device)
+        count = arguments.prompts // 4
+        records += measure(name, model, count, "mostly short", count // 2, arguments.rounds)
     fidelities = fidelity(500)
     path = write_json(result_name("engine", device), environment(device) | {"figures": records, "caches": fidelities})
     print_tables(records, fidelities)
