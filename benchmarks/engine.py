@@ -5,8 +5,8 @@
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns. Positions a decided token depend on lengths alone, so they are counted
 on a tiny model, which is timed along the way; `--large` also times a model under Dream's vocabulary, on fewer prompts.
-What a cache changes is measured on the lab's model and its tasks. On a CPU seconds are of processor time, which other processes of a
-shared machine change least. Writes benchmarks/results/engine-<device>.json.
+What a cache changes is measured on the lab's model and its tasks. On a CPU seconds are of processor time, which other
+processes of a shared machine change least. Writes benchmarks/results/engine-<device>.json.
 """
 
 import argparse

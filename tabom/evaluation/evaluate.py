@@ -169,7 +169,7 @@ def answer_record(
     """The trajectory of an answer and what its decoding showed."""
     shown = measured._asdict()
     completion = shown.pop("completion")
-    trajectory = to_trajectory(model, prompts, index, completion, sampler)
+    trajectory = to_trajectory(model, prompts, index, completion, sampler.policy, sampler.cache_name)
     entropy = [float(f"{nats:.4g}") for nats in completion.entropy]
     return {"index": index, "answer": prompts.answers[index], **trajectory.to_record(), "entropy": entropy, **shown}
 

@@ -110,7 +110,7 @@ def collect(
         for finished in in_groups(Engine(model, sampler, engine).run(requests), JUDGED_AT_ONCE):
             batch = [attempts[number] for number, _ in finished]
             trajectories = [
-                to_trajectory(model, prompts, index, completion, sampler)
+                to_trajectory(model, prompts, index, completion, sampler.policy, sampler.cache_name)
                 for (index, _), (_, completion) in zip(batch, finished, strict=True)
             ]
             judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
@@ -154,7 +154,7 @@ def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
 
 
 def to_trajectory(
-    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, sampler: SamplerConfig
+    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str, cache: str | None = None
 ) -> Trajectory:
     """The record of one completion."""
     return Trajectory(
@@ -163,10 +163,10 @@ def to_trajectory(
         response_token_ids=completion.token_ids,
         decoding_order=completion.decoding_order,
         non_ltr_positions=non_ltr_positions(completion.decoding_order),
-        method=PUBLISHED_METHODS.get(sampler.policy, sampler.policy),
+        method=PUBLISHED_METHODS.get(policy, policy),
         data_source=prompts.name,
         entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
-        cache=sampler.cache_name,
+        cache=cache,
     )
 
 

@@ -79,7 +79,7 @@ def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, monkeypatch
         monkeypatch.setattr("tabom.evaluation.replay.logits_at", without_mask)
         prompts = [encode_prompt(model.tokenizer, p) for p in PROMPTS]
         measured = decoded(model, [Request(p, SAMPLER.max_new_tokens, i) for i, p in enumerate(prompts)], SAMPLER)
-        trajectories = [to_trajectory(model, prompt_set(), i, m.completion, SAMPLER) for i, m in enumerate(measured)]
+        trajectories = [to_trajectory(model, prompt_set(), i, m.completion, "x") for i, m in enumerate(measured)]
         assert [m.tds for m in measured] == pytest.approx(replayed_tds(model, trajectories).tolist(), rel=1e-3)
         for each, trajectory in zip(measured, trajectories, strict=True):
             if model.eos_token_id not in trajectory.response_token_ids:
