@@ -7,6 +7,7 @@ equal length. Any other model takes one forward a run.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -58,8 +59,7 @@ def packed_logits(
         input_ids: (N,) of the positions that are computed, sequence after sequence.
         position_ids: (N,) of the same, from 0 in every sequence.
         spans: one a sequence. Without a cache a sequence attends to what is computed of it: queries == keys.
-        rows: (R,) int64 indices into N; none may be read if the model does not take packed rows and they are not in
-            order.
+        rows: (R,) int64 indices into N, ascending if the model does not take packed rows.
         cache: holds the keys and values of the positions that are not computed.
     """
     runs = [Run(len(list(group)), span) for span, group in groupby(spans)]
@@ -70,7 +70,7 @@ def packed_logits(
         inputs["past_key_values"] = cache
     with ExitStack() as changes:
         if model.config._attn_implementation.startswith("flash_attention"):
-            inputs |= flash_arguments(spans, input_ids.device)
+            inputs |= flash_arguments(tuple(spans), input_ids.device)
         else:
             changes.enter_context(attention_implementation(model, PACKED))
             inputs["runs"] = runs
@@ -114,8 +114,9 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def flash_arguments(spans: Sequence[Span], device: torch.device) -> dict[str, Any]:
-    """What transformers passes on to flash-attention's variable-length kernel."""
+@lru_cache(maxsize=2)
+def flash_arguments(spans: tuple[Span, ...], device: torch.device) -> dict[str, Any]:
+    """What transformers passes on to flash-attention's variable-length kernel; kept, as most steps repeat the last."""
     arguments: dict[str, Any] = {}
     for side, lengths in zip("qk", zip(*spans, strict=True), strict=True):
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
 from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
@@ -362,3 +362,51 @@ def test_budgets():
         EngineConfig(compute_budget=0)
     with pytest.raises(ValueError, match="look_every=0"):
         EngineConfig(look_every=0)
+
+
+def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
+    """What flash-attention's variable-length kernel computes, sequence by sequence."""
+    assert not causal and all(offsets.dtype == torch.int32 for offsets in (cu_seqlens_q, cu_seqlens_k))
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert (max(lengths_q), max(lengths_k)) == (max_seqlen_q, max_seqlen_k)
+    outputs = []
+    for parts in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        heads_first = [part.transpose(0, 1) for part in parts]
+        output = torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=softmax_scale, enable_gqa=True)
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "block"])
+def test_flash_attention_gets_the_offsets_of_the_sequences(rng, monkeypatch, cache):
+    """With its kernel re-derived here, as it runs on GPUs only: the same answers."""
+    config = SamplerConfig(block_length=4, cache=cache)
+    requests = [Request([rng.randrange(4, 40) for _ in range(n)], 8, 0) for n in (3, 3, 9, 1)]
+    expected = run(MODELS[1], requests, config, EngineConfig(30))
+
+    def settings_of(**given):
+        passed = {name: given[name] for name in ("max_seqlen_q", "max_seqlen_k", "softmax_scale")}
+        return passed | {"causal": given["is_causal"]}
+
+    kernels = (None, varlen_attention, None, None, None), (settings_of, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _name: kernels)
+    monkeypatch.setattr(MODELS[1].model.config, "_attn_implementation_internal", "flash_attention_2")
+    assert_same(run(MODELS[1], requests, config, EngineConfig(30)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_nothing_on_a_gpu():
+    model = fp64_model(1)
+    model.model.cuda()
+    engine = Engine(model, SamplerConfig(block_length=4, stop_early=True), EngineConfig(look_every=4))
+    step = engine.step
+
+    def watched_step():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.step = watched_step
+    assert len(list(engine.run(Request([5, 6, 7][: 1 + i % 3], 8, i) for i in range(6)))) == 6
