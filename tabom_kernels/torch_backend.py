@@ -110,27 +110,46 @@ class RankLoss(NamedTuple):
 def trajectory_rank_loss(
     entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> RankLoss:
-    """Loss and gradients over the (B, T, T) pairs of the padded sequences, some rows i at a time."""
-    padded_steps, index = pad_steps(steps, cu_seqlens)
-    if padded_steps.numel() == 0:
-        loss, grad_temperature = (entropy.new_zeros(len(cu_seqlens) - 1) for _ in range(2))
-        return RankLoss(loss, loss.long(), torch.zeros_like(entropy), grad_temperature)
-    ranked = padded_steps >= 0
-    e = entropy[index].masked_fill(~ranked, 0.0)
-    sums = plackett_luce_sums if form == "plackett_luce" else pairwise_sums
-    total, grad, grad_temperature, terms = sums(e, padded_steps, form, margin, temperature)
+    """Loss and gradients over the pairs of ranked rows, sequences of similar length together."""
     pairs = count_ordered_pairs(steps, cu_seqlens)
-    scale = (pairs > 0).to(entropy.dtype) / terms.clamp(min=1)
-    rows = torch.arange(index.shape[1], device=index.device) < cu_seqlens.diff()[:, None]
-    return RankLoss(total * scale, pairs, (grad * scale[:, None])[rows], grad_temperature * scale)
+    loss, grad_temperature = (torch.zeros_like(pairs, dtype=entropy.dtype) for _ in range(2))
+    grad_entropy = torch.zeros_like(entropy, memory_format=torch.contiguous_format)
+    sums = plackett_luce_sums if form == "plackett_luce" else pairwise_sums
+    for sequences, rows in sequences_alike(steps, cu_seqlens, pairs):
+        is_row = rows >= 0
+        padded = entropy[rows].masked_fill(~is_row, 0.0), steps[rows].masked_fill(~is_row, -1)
+        total, by_entropy, by_temperature, terms = sums(*padded, form, margin, temperature)
+        loss[sequences] = total / terms
+        grad_entropy[rows[is_row]] = (by_entropy / terms[:, None])[is_row]
+        grad_temperature[sequences] = by_temperature / terms
+    return RankLoss(loss, pairs, grad_entropy, grad_temperature)
+
+
+def sequences_alike(steps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences (b,) that have a pair, and their ranked rows (b, T), -1 in the padding.
+
+    The numbers of ranked rows of those that come together have the same power of 2 below them: padding makes at most
+    four times the pairs that exist, however uneven the batch is.
+    """
+    ranked = steps >= 0
+    rows = ranked.nonzero().squeeze(1)
+    offsets = F.pad(ranked.cumsum(0), (1, 0))[cu_seqlens.long()]
+    power = offsets.diff().double().frexp().exponent.masked_fill(pairs == 0, 0)
+    for exponent in power.unique().tolist():
+        if exponent > 0:
+            sequences = (power == exponent).nonzero().squeeze(1)
+            index = offsets[sequences, None] + torch.arange(2**exponent, device=steps.device)
+            padding = index >= offsets[sequences + 1, None]
+            padded = rows[index.masked_fill(padding, 0)].masked_fill(padding, -1)
+            yield sequences, padded[:, : int((~padding).sum(1).max())]
 
 
 def pairwise_sums(
     e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
-    total, grad_temperature = e.new_zeros(len(e)), e.new_zeros(len(e))
-    count = torch.zeros(len(e), dtype=torch.int64, device=e.device)
+    total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
+    count = torch.zeros(e.shape[0], dtype=torch.int64, device=e.device)
     grad = torch.zeros_like(e)
     for first in pair_chunks(e):
         is_pair = ordered_pairs(steps, first)
@@ -151,30 +170,42 @@ def pairwise_sums(
 def plackett_luce_sums(
     e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,)."""
-    score = -e / temperature
+    """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,).
+
+    Entropies enter as their distance to the lowest one at risk: over a small tau they are too large for fp32, and only
+    their differences matter.
+    """
     ranked = steps >= 0
-    total = e.new_zeros(len(e))
+    total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
     chosen = ranked.to(e.dtype)  # 1 for each row's own turn, less its probability at every turn it could have had
     for turn in pair_chunks(e):
-        at_risk = ranked[:, turn, None] & (steps[:, turn, None] <= steps[:, None, :])
-        log_sum = score[:, None, :].masked_fill(~at_risk, -torch.inf).logsumexp(2)
-        log_sum = log_sum.masked_fill(~ranked[:, turn], 0.0)
-        probability = (score[:, None, :] - log_sum[:, :, None]).exp().masked_fill(~at_risk, 0.0)
+        is_turn = ranked[:, turn]
+        at_risk = is_turn[:, :, None] & (steps[:, turn, None] <= steps[:, None, :])
+        lowest = e[:, None, :].masked_fill(~at_risk, torch.inf).amin(2)
+        distance = (e[:, None, :] - lowest[:, :, None]).masked_fill(~at_risk, torch.inf)
+        probability = (-distance / temperature).exp()
+        sums = probability.sum(2).masked_fill(~is_turn, 1.0)
+        probability /= sums[:, :, None]
         chosen = chosen - probability.sum(1)
-        total += (log_sum - score[:, turn]).masked_fill(~ranked[:, turn], 0.0).sum(1)
-    grad = chosen / temperature
-    # The loss depends on E / tau alone, so tau * dL/dtau = -sum E * dL/dE.
-    return total, grad, -(grad * e).sum(1) / temperature, ranked.sum(1)
+        own = (e[:, turn] - lowest).masked_fill(~is_turn, 0.0)
+        total += (own / temperature + sums.log()).sum(1)
+        expected = (probability * distance.masked_fill(~at_risk, 0.0)).sum(2)
+        grad_temperature += (expected - own).sum(1) / temperature**2
+    return total, chosen / temperature, grad_temperature, ranked.sum(1)
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(B,) int64."""
-    padded_steps, _ = pad_steps(steps, cu_seqlens)
-    count = torch.zeros(len(padded_steps), dtype=torch.int64, device=steps.device)
-    for first in pair_chunks(padded_steps):
-        count += ordered_pairs(padded_steps, first).sum((1, 2))
-    return count
+    """(B,) int64: sorted by sequence and step, a row comes before all that follow its ties."""
+    rows = torch.arange(steps.shape[0], device=steps.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows.to(cu_seqlens.dtype), right=True)
+    order = steps.argsort()
+    order = order[sequence[order].argsort(stable=True)]
+    s = steps[order]
+    begins = F.pad((s.diff() != 0) | (sequence.diff() != 0), (1, 0), value=True)
+    ties_begin = begins.nonzero().squeeze(1)
+    ties_end = F.pad(ties_begin[1:], (0, 1), value=steps.shape[0])[begins.cumsum(0) - 1]
+    later = (cu_seqlens[1:].long()[sequence] - ties_end).masked_fill(s < 0, 0)
+    return F.pad(later.cumsum(0), (1, 0))[cu_seqlens.long()].diff()
 
 
 def unmask_statistics(
@@ -241,16 +272,6 @@ def pair_chunks(padded: Tensor) -> Iterator[slice]:
 def chunk_elements(device: torch.device) -> int:
     """Of a chunk: what suits the threads' caches on a CPU, and 64 MiB of fp32 elsewhere."""
     return CHUNK_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 2**24
-
-
-def pad_steps(steps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) steps, -1 in the padding, and the (B, T) row that each comes from."""
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max()) if len(lengths) else 0
-    position = torch.arange(longest, device=steps.device)
-    padding = position >= lengths[:, None]
-    index = (cu_seqlens[:-1, None] + position).masked_fill(padding, 0).long()
-    return steps[index].masked_fill(padding, -1), index
 
 
 def ordered_pairs(steps: Tensor, first: slice) -> Tensor:

@@ -1,5 +1,6 @@
 """Command lines from dataclasses, with YAML files of defaults: `--config FILE.yaml [--any-field value]`."""
 
+import argparse
 import dataclasses
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -66,9 +67,13 @@ class Parser(HfArgumentParser):
 
 def read_config(path: str, dataclass_types: Sequence[type]) -> dict[str, Any]:
     """The fields of a YAML file, all of them known."""
-    fields = yaml.safe_load(Path(path).read_text())
+    try:
+        fields = yaml.safe_load(Path(path).read_bytes())
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"config={path}: not valid YAML: {problem:.200}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"config={path}: expected `field: value` lines, got {fields!r:.60}")
+        raise ValueError(f"config={path}: expected `field: value` lines, got a {type(fields).__name__}")
     known = {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
     for name in fields:
         if name not in known:
@@ -83,9 +88,18 @@ def apply_config(parser: HfArgumentParser, fields: dict[str, Any]) -> None:
     for action in parser._actions:
         if action.dest in fields:
             value = fields[action.dest]
+            check_shape(action, value)
             # argparse runs `type` on text defaults only: YAML reads 2e-5 as text, and 3 where a float is meant
             action.default = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
             action.required = False
             if action.choices is not None and value not in action.choices:
                 choices = ", ".join(map(str, action.choices))
                 raise ValueError(f"config: {action.dest}={value!r}; expected one of {choices}")
+
+
+def check_shape(action: argparse.Action, value: Any) -> None:
+    """Refuses a list where one value belongs, and anything nested where plain values do."""
+    takes_mapping = action.dest.endswith(("_config", "_kwargs"))
+    values = value if isinstance(value, list) and action.nargs in ("*", "+") else [value]
+    if not takes_mapping and any(isinstance(each, dict | list) for each in values):
+        raise ValueError(f"config: {action.dest}: expected a plain value, got a {type(value).__name__}")

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
@@ -16,7 +15,7 @@ from tabom.evaluation.compare import compare, comparison_table, draw, results_ta
 from tabom.evaluation.evaluate import Cell, EvaluateConfig, evaluate, write_json
 from tabom.lab.tasks import make_task
 from tabom.sampling.engine import EngineConfig
-from tabom.sampling.sampler import SamplerConfig
+from tabom.sampling.sampler import SamplerConfig, parse_sampler
 
 
 @dataclass
@@ -54,22 +53,6 @@ class EvaluateArguments(ReadingArguments):
         if len(set(names)) < len(names):
             raise ValueError(f"prompts={self.prompts}: two sets have the same name; rename a file")
         return sets
-
-
-def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
-    """`steps=64,policy=confidence` on top of other settings.
-
-    Raises:
-        ValueError: a field that the sampler does not know.
-    """
-    known = {each.name for each in fields(SamplerConfig)}
-    changes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in known:
-            raise ValueError(f"samplers={text!r}: {name!r} is none of {', '.join(sorted(known))}")
-        changes[name] = yaml.safe_load(value)
-    return replace(base, **changes)
 
 
 def run(argv: Sequence[str]) -> None:

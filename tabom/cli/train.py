@@ -10,9 +10,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_model
+from tabom.data.prompts import PromptReader, PromptSet, read_prompts
 from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.sampler import SamplerConfig, parse_sampler
 from tabom.training.trainer import TabomConfig, TabomTrainer
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def run(argv: Sequence[str]) -> None:
         args=config,
         train_dataset=read_data(arguments.data, arguments, family),
         eval_dataset=read_data(arguments.eval_data, arguments, family) if arguments.eval_data else None,
+        eval_prompts=read_eval_prompts(config),
+        eval_sampler=parse_sampler(config.eval_sampler, SamplerConfig()) if config.eval_sampler else None,
         callbacks=callbacks,
         processing_class=family.tokenizer,
         peft_config=lora_config(arguments) if arguments.use_peft else None,
@@ -92,10 +96,12 @@ def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[Trai
     Raises:
         ValueError: there is something to evaluate but no moment to do it, or a moment but nothing.
     """
-    if (arguments.eval_data is not None) != (config.eval_strategy != "no"):
+    is_anything = arguments.eval_data is not None or config.eval_prompts is not None
+    if is_anything != (config.eval_strategy != "no"):
         raise ValueError(
-            f"eval_data={arguments.eval_data!r} with eval_strategy={config.eval_strategy.value!r}: give "
-            "--eval_strategy steps or epoch together with what is evaluated"
+            f"eval_data={arguments.eval_data!r}, eval_prompts={config.eval_prompts!r} with "
+            f"eval_strategy={config.eval_strategy.value!r}: give --eval_strategy steps or epoch together with what is "
+            "evaluated"
         )
     if arguments.early_stopping_patience is None:
         return []
@@ -104,6 +110,14 @@ def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[Trai
             f"early_stopping_patience={arguments.early_stopping_patience}: needs --load_best_model_at_end true"
         )
     return [EarlyStoppingCallback(arguments.early_stopping_patience)]
+
+
+def read_eval_prompts(config: TabomConfig) -> PromptSet | None:
+    """The prompts that are answered during training."""
+    if config.eval_prompts is None:
+        return None
+    prompts, _ = read_prompts(config.eval_prompts, reader=PromptReader(verifier=config.eval_verifier))
+    return prompts.first(config.eval_num_prompts) if config.eval_num_prompts else prompts
 
 
 def read_data(path: str, arguments: DataArguments, family: DiffusionModel) -> list[Trajectory]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tabom.data.encoding import Prompt, as_messages
 from tabom.data.sources import read_records
-from tabom.data.trajectories import PROMPT_FIELDS, RecordError, parse_prompt
+from tabom.data.trajectories import PROMPT_FIELDS, RecordError, conversation, parse_prompt
 from tabom.data.verifiers import Answer, Check, Verdict, as_verifier, make_verifier, settings_of, verifier_for
 
 TEST_FIELDS = ("tests", "test_list", "test", "input_output")
@@ -38,6 +38,10 @@ class PromptSet:
     def first(self, count: int) -> "PromptSet":
         """The first `count` of them."""
         return replace(self, prompts=self.prompts[:count], answers=self.answers[:count])
+
+    def share(self, rank: int, size: int) -> "PromptSet":
+        """Every `size`-th of them, from the `rank`-th on."""
+        return replace(self, prompts=self.prompts[rank::size], answers=self.answers[rank::size])
 
     def verdicts(self, indices: Sequence[int], responses: Sequence[str]) -> list[Verdict]:
         """A verdict on each response to the prompt of the same place in `indices`; several are judged at once."""
@@ -159,10 +163,10 @@ def as_text(answer: Answer) -> str | None:
 
 def closing_solution(record: dict[str, Any]) -> str | None:
     """The closing message of the assistant, if it is a solution with a marked final answer."""
-    messages = record.get("messages")
-    if not messages or messages[-1]["role"] != "assistant":
+    closing = conversation(record)[-1] if "messages" in record else None
+    if closing is None or closing["role"] != "assistant":
         return None
-    return messages[-1]["content"] if verifier_for([messages[-1]["content"]]) == "math" else None
+    return closing["content"] if verifier_for([closing["content"]]) == "math" else None
 
 
 def read_prompts(

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MAX_LINE = 2**24
+"""Bytes of a line of JSON."""
+
 READERS = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """How `datasets` calls the format of a file."""
 
@@ -59,15 +62,32 @@ def present(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out."""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-                continue
-            is_object = isinstance(record, dict)
-            yield number, record if is_object else ValueError(f"expected a JSON object, got {record!r:.60}")
+    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out.
+
+    Whatever the bytes are, nothing else is raised, and no more than one line of at most `MAX_LINE` bytes is held.
+    """
+    with open(path, "rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_LINE)
+                yield number, ValueError(f"longer than {MAX_LINE} bytes")
+            elif line.strip():
+                yield number, parse_json_object(line)
+
+
+def parse_json_object(line: bytes) -> dict[str, Any] | ValueError:
+    """The object in a line, or what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return ValueError("not valid JSON: nested too deeply")
+    except ValueError:
+        return ValueError("not valid JSON: an integer of too many digits")
+    return record if isinstance(record, dict) else ValueError(f"expected a JSON object, got {record!r:.60}")

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from tabom.data.encoding import Prompt, encode_response
 from tabom.data.sources import read_records
 
+STEPS_BELOW = 2**31
+"""Steps are int32 in the kernels."""
+
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
 RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
 
@@ -71,7 +74,9 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         token_ids = encode_response(tokenizer, prompt, response)
     if not token_ids:
         raise RecordError("response_token_ids", "is empty; a trajectory needs at least one token")
-    order = integers(record, "decoding_order", -1, None) if "decoding_order" in record else range(len(token_ids))
+    order = range(len(token_ids))
+    if "decoding_order" in record:
+        order = integers(record, "decoding_order", -1, STEPS_BELOW)
     if len(order) != len(token_ids):
         raise RecordError(
             "decoding_order",
@@ -87,8 +92,8 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         response_token_ids=token_ids,
         decoding_order=list(order),
         non_ltr_positions=non_ltr,
-        method=record.get("method"),
-        data_source=record.get("data_source"),
+        method=optional_text(record, "method"),
+        data_source=optional_text(record, "data_source"),
         entropy=entropy,
         cache=record.get("cache"),
     )
@@ -97,24 +102,37 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
 def parse_prompt(record: dict[str, Any]) -> Prompt:
     """The prompt under any of its names; a closing assistant message is the response, not the prompt."""
     field = first_present(record, PROMPT_FIELDS)
-    prompt = record[field]
     if field != "messages":
         return text(record, field)
-    is_conversation = isinstance(prompt, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-        for message in prompt
-    )
-    if not is_conversation or not prompt:
-        raise RecordError(field, 'expected a list of {"role": ..., "content": ...} messages')
-    return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+    messages = conversation(record)
+    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not prompt:
+        raise RecordError(field, "has an answer, but nothing before it")
+    return prompt
 
 
 def parse_response(record: dict[str, Any]) -> str:
     """The response under any of its names, or the closing assistant message."""
-    messages = record.get("messages")
-    if messages and messages[-1]["role"] == "assistant" and not any(f in record for f in RESPONSE_FIELDS):
-        return messages[-1]["content"]
+    if "messages" in record and not any(field in record for field in RESPONSE_FIELDS):
+        messages = conversation(record)
+        if messages[-1]["role"] == "assistant":
+            return messages[-1]["content"]
     return text(record, first_present(record, RESPONSE_FIELDS))
+
+
+def conversation(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The `messages` field."""
+    messages = record["messages"]
+    is_conversation = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+        for message in messages
+    )
+    if not is_conversation or not messages:
+        raise RecordError("messages", 'expected a list of {"role": ..., "content": ...} messages')
+    for message in messages:
+        check_unicode("messages", message["content"])
+        check_unicode("messages", message["role"])
+    return messages
 
 
 def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
@@ -127,9 +145,24 @@ def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
 
 def text(record: dict[str, Any], field: str) -> str:
     """A field that must be a string."""
-    if not isinstance(record[field], str):
-        raise RecordError(field, f"expected text, got {record[field]!r:.60}")
-    return record[field]
+    value = record[field]
+    if not isinstance(value, str):
+        raise RecordError(field, f"expected text, got {value!r:.60}")
+    check_unicode(field, value)
+    return value
+
+
+def optional_text(record: dict[str, Any], field: str) -> str | None:
+    """A field that is a string, null or missing."""
+    return None if record.get(field) is None else text(record, field)
+
+
+def check_unicode(field: str, value: str) -> None:
+    """JSON can spell half of a surrogate pair, which no encoding and no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(field, f"half a surrogate pair at character {error.start}") from error
 
 
 def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> list[int]:
@@ -147,11 +180,18 @@ def integers(record: dict[str, Any], field: str, low: int, high: int | None) -> 
 def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
     """A field that must be a list of `count` finite numbers."""
     values = record[field]
-    if not isinstance(values, list) or not all(type(value) in (int, float) and isfinite(value) for value in values):
+    if not isinstance(values, list) or not all(is_finite_number(value) for value in values):
         raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
     if len(values) != count:
         raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
     return values
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds."""
+    if type(value) is int:
+        return abs(value) < 2**1023
+    return type(value) is float and isfinite(value)
 
 
 def read_trajectories(

@@ -18,6 +18,13 @@ def answer(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> 
     return sample(model, [encode_prompt(model.tokenizer, prompt) for prompt in prompts.prompts], config)
 
 
+def count_right(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> tuple[int, int]:
+    """How many answers are right, and how many could be checked."""
+    responses = [decode_response(model, completion.token_ids) for completion in answer(model, prompts, config)]
+    verdicts = [verdict.correct for verdict in prompts.verdicts(range(len(responses)), responses)]
+    return verdicts.count(True), len(verdicts) - verdicts.count(None)
+
+
 def grade(model: DiffusionModel, prompts: PromptSet, completions: Sequence[Completion]) -> np.ndarray:
     """1 where the completion is right, 0 elsewhere."""
     responses = [decode_response(model, completion.token_ids) for completion in completions]

@@ -4,20 +4,18 @@ A small study (`tabom.lab.study`): one learning rate, eight attempts a prompt, t
 """
 
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
-from transformers.utils import logging
 
 from tabom.lab.experiment import SHIPPED, base_path
 from tabom.lab.report import draw_entropy_by_step, means_and_errors, print_table, print_verdicts
-from tabom.lab.study import BASE, Run, StudyConfig, grid, results_of, trajectories_of
+from tabom.lab.study import BASE, StudyConfig, grid, study, trajectories_of
 from tabom.lab.study_report import Result, draw_paths, groups_of
 from tabom.models.loading import load
+from tabom.sampling.collect import read_lines
 
 METHODS = ("NELBO, truth of all prompts", "NELBO", "window", "TABOM", "TABOM, whole path")
 
@@ -46,34 +44,31 @@ def quickstart(config: QuickstartConfig) -> dict[str, list[Result]]:
     Returns:
         method -> the results of its seeds.
     """
-    logging.disable_progress_bar()
     console = Console()
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    runs = list(grid(as_study(config)))
-
+    for old in (output / "results.jsonl", *output.glob("trajectories/*.jsonl")):
+        old.unlink(missing_ok=True)
     console.rule("1. Collect: right answers are kept with their decoding order")
-    collect(config, runs, output, console)
-
+    show_collecting(config, console)
     console.rule(f"2. Post-train and measure: {len(METHODS)} methods, each from the base, same number of steps")
-    results: dict[str, list[Result]] = defaultdict(list)
-    with Progress(console=console) as progress:
-        bar = progress.add_task("training", total=len(runs))
-        for result in results_of(runs, output, config.processes, save_models=True):
-            results[result["run"]["method"]].append(result)
-            progress.advance(bar)
-    results = {method: sorted(results[method], key=lambda r: r["run"]["seed"]) for method in (BASE, *METHODS)}
-
+    path = study(as_study(config))
     console.rule("3. What it did")
-    print_table(console, results)
-    print_verdicts(console, results)
-    every = [result for found in results.values() for result in found]
-    draw_paths(every, groups_of(every)[0], output / "accuracy_retention.png")
-    draw_entropy_by_step(results, output / "entropy_by_step.png")
-    document = {"config": asdict(config), "measures": means_and_errors(results)}
+    return report(config, read_lines(path), console)
+
+
+def report(config: QuickstartConfig, results: list[Result], console: Console) -> dict[str, list[Result]]:
+    """The table, the sentences, the pictures and results.json."""
+    output = Path(config.output_dir)
+    found = {method: [r for r in results if r["run"]["method"] == method] for method in (BASE, *METHODS)}
+    found = {method: sorted(runs, key=lambda run: run["run"]["seed"]) for method, runs in found.items()}
+    print_table(console, found)
+    print_verdicts(console, found)
+    draw_paths(results, groups_of(results)[0], output / "accuracy_retention.png")
+    draw_entropy_by_step(found, output / "entropy_by_step.png")
+    document = {"config": asdict(config), "measures": means_and_errors(found)}
     (output / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     console.print(f"Everything is in {output}: results.json, two pictures, the trajectories, the models")
-    return results
+    return found
 
 
 def as_study(config: QuickstartConfig) -> StudyConfig:
@@ -91,18 +86,18 @@ def as_study(config: QuickstartConfig) -> StudyConfig:
         batch_size=config.batch_size,
         num_path_problems=min(25, config.num_other_problems),
         num_adaptive_problems=0,
+        processes=config.processes,
+        save_models=True,
     )
 
 
-def collect(config: QuickstartConfig, runs: list[Run], output: Path, console: Console) -> None:
-    """Collects for every seed, afresh, and shows one trajectory."""
+def show_collecting(config: QuickstartConfig, console: Console) -> None:
+    """Collects for every seed and shows one trajectory."""
     base = load(base_path(config.model))
-    for old in (output / "trajectories").glob("*.jsonl"):
-        old.unlink()
-    for seed in config.seeds:
-        run = next(run for run in runs if run.seed == seed and run.method != BASE)
-        kept = trajectories_of(run, "train", output, base)
-        console.print(
-            f"{len(kept)} of {config.num_prompts} {run.task} prompts were answered rightly in {config.attempts} "
-            f"attempts; e.g. {kept[0].prompt}{kept[0].response} in the order {kept[0].decoding_order}"
-        )
+    for run in grid(as_study(config)):
+        if run.method == METHODS[-1]:
+            kept = trajectories_of(run, "train", Path(config.output_dir), base)
+            console.print(
+                f"{len(kept)} of {run.num_prompts} {run.task} prompts were answered rightly in {run.attempts} "
+                f"attempts; e.g. {kept[0].prompt}{kept[0].response} in the order {kept[0].decoding_order}"
+            )

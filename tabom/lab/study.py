@@ -204,7 +204,7 @@ def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) ->
         task = WEAK_TASKS[run.task]
         prompts = task.prompt_set(run.num_prompts, split, run.seed)
         found = right_answers(base, prompts, task.response_length, run.attempts, seed=1000 * run.seed)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{name}.{os.getpid()}")
         with unfinished.open("w") as lines:
             for trajectory in found:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tabom.evaluation.metrics import pass_at_k
 from tabom.lab.experiment import METHODS
-from tabom.lab.study import BASE, PASS_SAMPLES, TOKENS_PER_STEP
+from tabom.lab.study import BASE, PASS_SAMPLES, SIZES, TOKENS_PER_STEP
 from tabom.sampling.collect import read_lines
 
 Result = dict[str, Any]
@@ -43,9 +43,15 @@ class Group(NamedTuple):
 
 
 def group_of(result: Result) -> Group:
-    """The group of a run; a base's own run belongs to every group of its base and task."""
+    """The group of a run."""
     run = result["run"]
     return Group(run["base"], run["task"], run["attempts"])
+
+
+def base_of(results: Iterable[Result], trained: Result) -> Result:
+    """The run that trained nothing, of the same base, task and problems."""
+    sizes = {name: trained["run"][name] for name in ("base", "task", *SIZES)}
+    return next(r for r in results if r["run"]["method"] == BASE and sizes.items() <= r["run"].items())
 
 
 def groups_of(results: Iterable[Result]) -> list[Group]:
@@ -78,14 +84,13 @@ def tables(results: list[Result]) -> str:
 
 def group_tables(results: list[Result], group: Group) -> list[str]:
     """The tables of one group."""
-    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
     runs = [r for r in results if r["run"]["method"] != BASE and group_of(r) == group]
     attempts = "one greedy answer" if group.attempts == 1 else f"{group.attempts} attempts"
     title = f"### {group.task}, base {Path(group.base).name}, {attempts} a prompt"
     texts = [title, "", kept_sentence(runs), ""]
     for rate in sorted({r["run"]["learning_rate"] for r in runs}):
         rows = by_method(r for r in runs if r["run"]["learning_rate"] == rate)
-        texts += [*table(f"LR {rate:g}", {"base": base, **rows}), ""]
+        texts += [*table(f"LR {rate:g}", {BASE: [base_of(results, runs[0])], **rows}), ""]
     return [*texts, *paired_table(runs), ""]
 
 
@@ -136,15 +141,16 @@ def paired_table(runs: list[Result]) -> list[str]:
 
 
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
-    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher."""
+    """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher; one pair has no error."""
     values = np.array([scores(first, measure).mean() - scores(second, measure).mean() for first, second in pairs])
-    return f"{values.mean():+.1f} ±{error(values):.1f}, {(values > 0).sum()} up"
+    over_pairs = f" ±{error(values):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():+.1f}{over_pairs}, {(values > 0).sum()} up"
 
 
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     """A panel a method: accuracy on the weak task against the others along the training, every run a path."""
-    [base] = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
     methods = by_method(r for r in results if group_of(r) == group)
+    base = base_of(results, next(iter(methods.values()))[0])
     rows = -(-len(methods) // 3)
     figure, panels = plt.subplots(
         rows, 3, figsize=(10, 3 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
@@ -198,9 +204,10 @@ def digits_of(right: str) -> np.ndarray:
 
 def draw_passes(results: list[Result], group: Group, path: Path) -> None:
     """Accuracy against forward passes of the adaptive policies; means over seeds and learning rates."""
-    base = [r for r in results if r["run"]["method"] == BASE and group_of(r)[:2] == group[:2]]
-    methods = {"base": base, **by_method(r for r in results if group_of(r) == group)}
-    policies = dict.fromkeys(each["policy"] for each in base[0]["adaptive"])
+    methods = by_method(r for r in results if group_of(r) == group)
+    base = base_of(results, next(iter(methods.values()))[0])
+    methods = {BASE: [base], **methods}
+    policies = dict.fromkeys(each["policy"] for each in base["adaptive"])
     figure, panels = plt.subplots(
         1, len(policies), figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
@@ -210,7 +217,7 @@ def draw_passes(results: list[Result], group: Group, path: Path) -> None:
                 [(a["forward_passes"], 100 * a["accuracy"]) for a in run["adaptive"] if a["policy"] == policy]
                 for run in runs
             ]
-            style = {"color": "black", "linestyle": "--"} if name == "base" else {"color": f"C{color}"}
+            style = {"color": "black", "linestyle": "--"} if name == BASE else {"color": f"C{color}"}
             axes.plot(*np.mean(points, axis=0).T, marker="o", markersize=4, label=name, **style)
         axes.set_title(f"policy {policy}", fontsize=10)
         axes.set_xlabel("forward passes an answer")

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
@@ -96,6 +97,22 @@ class SamplerConfig(PolicySettings):
         if steps > tokens and not self.policy.startswith("dream_"):
             raise ValueError(f"steps={self.steps}: expected at most {length}, so that every step unmasks a token")
         return [Step(0, steps, tokens)] * blocks
+
+
+def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
+    """`steps=64,policy=confidence` on top of other settings.
+
+    Raises:
+        ValueError: a field that the sampler does not know.
+    """
+    known = {each.name for each in fields(SamplerConfig)}
+    changes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ValueError(f"sampler {text!r}: {name!r} is none of {', '.join(sorted(known))}")
+        changes[name] = yaml.safe_load(value)
+    return replace(base, **changes)
 
 
 class Completion(NamedTuple):

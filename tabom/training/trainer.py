@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
+from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
+from tabom.evaluation.answers import count_right
 from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
+from tabom.sampling.sampler import SamplerConfig
 from tabom.training.card import model_card
 from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
 from tabom.training.collator import DENOMINATORS, FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
@@ -104,12 +107,28 @@ class TabomConfig(TrainingArguments):
             "or soft-caps its logits."
         },
     )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that are answered at every evaluation: the figure eval_accuracy, by which the best "
+            "checkpoint is then chosen."
+        },
+    )
+    eval_verifier: str | None = field(
+        default=None, metadata={"help": "Judges these answers. Default: by the shape of the data."}
+    )
+    eval_num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many of eval_prompts."})
+    eval_sampler: str | None = field(
+        default=None, metadata={"help": "How they are decoded, as field=value,field=value of the sampler."}
+    )
     # Only the loss is evaluated, never (B, L, V) logits; and the collator reads whole trajectories.
     prediction_loss_only: bool = True
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False  # what is not finite ends the training
 
     def __post_init__(self) -> None:
+        if self.eval_prompts is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         super().__post_init__()
         self.supervised_window = window_size("supervised_window", self.supervised_window)
@@ -203,6 +222,9 @@ class TabomTrainer(Trainer):
         args: a `TabomConfig`.
         train_dataset: trajectories.
         eval_dataset: trajectories.
+        eval_prompts: answered and judged at every evaluation, for the figure `eval_accuracy`; every process answers its
+            share.
+        eval_sampler: how they are decoded; default: greedily, one token a step.
         processing_class: the tokenizer; saved beside the model.
         peft_config: trains an adapter of the model instead of its weights (needs peft). A model that was loaded with
             an adapter trains that one.
@@ -219,6 +241,8 @@ class TabomTrainer(Trainer):
         args: TabomConfig,
         train_dataset: Sequence[Trajectory] | None = None,
         eval_dataset: Sequence[Trajectory] | None = None,
+        eval_prompts: PromptSet | None = None,
+        eval_sampler: SamplerConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         **kwargs: Any,
@@ -260,10 +284,12 @@ class TabomTrainer(Trainer):
             args=args,
             data_collator=TrajectoryCollator(family.mask_token_id, family.pad_token_id, family.logits_shift),
             train_dataset=dataset(train_dataset),
-            eval_dataset=dataset(eval_dataset),
+            eval_dataset=dataset([] if eval_dataset is None and eval_prompts is not None else eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
+        self.eval_prompts = eval_prompts
+        self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
         self._losses: list[Tensor] = []  # of the step that is being made
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the global batch
@@ -439,6 +465,19 @@ class TabomTrainer(Trainer):
         # Data parallelism averages gradients over the ranks.
         loss = loss * processes if model.training else self.accelerator.reduce(loss, reduction="sum")
         return (loss, output) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The loss on trajectories, and the accuracy of the answers to `eval_prompts`."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.eval_prompts is not None:
+            model = describe(self.accelerator.unwrap_model(self.model), self.processing_class)
+            prompts = self.eval_prompts.share(self.args.process_index, self.args.world_size)
+            counts = torch.tensor(count_right(model, prompts, self.eval_sampler), device=self.args.device)
+            right, checked = self.accelerator.reduce(counts, reduction="sum").tolist()
+            if checked:
+                output.metrics[f"{metric_key_prefix}_accuracy"] = right / checked
+            output.metrics[f"{metric_key_prefix}_checked_answers"] = checked
+        return output
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md with method, data, settings and results; `push_to_hub` calls it too."""

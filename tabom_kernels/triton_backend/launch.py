@@ -32,6 +32,10 @@ PAIR_BLOCK = 256
 PAIR_WARPS = 1
 """Rows that one row is paired with at a time."""
 
+PAIR_TILES = 4
+LONG = 4096
+"""From so many rows on, a sequence may be long, and that many programs share the partners of each row."""
+
 
 def options(warps: int) -> dict[str, int | bool]:
     """What every launch says beside its arguments.
@@ -44,6 +48,11 @@ def options(warps: int) -> dict[str, int | bool]:
 def chunk_columns(columns: int, itemsize: int) -> int:
     """Columns of a chunk of a vocabulary of `columns` logits of `itemsize` bytes: a power of 2, at least 8."""
     return min(CHUNK_BYTES // itemsize, max(8, triton.next_power_of_2(columns)))
+
+
+def pair_tiles(rows: int) -> int:
+    """Programs that share a row's partners in a batch of so many rows."""
+    return PAIR_TILES if rows >= LONG else 1
 
 
 def alignment(start: int, row_stride: int, itemsize: int) -> int:

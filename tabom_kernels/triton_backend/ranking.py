@@ -1,9 +1,10 @@
-"""The rank loss and its gradient: a program owns one row and looks at every other row of its sequence.
+"""The rank loss and its gradient: each row looks at every other row of its sequence.
 
 A pair enters the gradient of both of its rows, and each of them adds it up for itself, so nothing is added atomically
 and the result is bitwise reproducible. Memory is linear in the rows. One launch gives sums over the pairs of each row
-(loss, dE, dtau, their number), a second one divides by the number of pairs of the sequence. Plackett-Luce has a launch
-more: the turns of all rows must be known before the first gradient.
+(loss, dE, dtau, their number); in a large batch several programs share a row, so that none waits for all rows of a long
+sequence. A second launch adds up and divides by the number of pairs of the sequence. Plackett-Luce has a launch more:
+the turns of all rows must be known before the first gradient.
 """
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import RankLoss
-from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options, pair_tiles
 
 
 @triton.jit
@@ -43,45 +44,49 @@ def pairs_kernel(
     cu_seqlens,  # (B + 1,)
     temperature,  # ()
     margin,  # ()
-    loss_sum,  # (N,) over the pairs in which a row comes first
-    pairs,  # (N,) number of them
-    grad_entropy,  # (N,) over all pairs of a row
-    grad_temperature,  # (N,)
+    loss_sum,  # (TILES, N) over the pairs in which a row comes first
+    pairs,  # (TILES, N) number of them
+    grad_entropy,  # (TILES, N) over all pairs of a row
+    grad_temperature,  # (TILES, N)
+    rows,
     sequences,
     HINGE: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    tile = tl.program_id(1)
     e = tl.load(entropy + row)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    tau = tl.load(temperature)
-    at_least = tl.load(margin)
+    inverse_tau = 1.0 / tl.load(temperature)
+    least_lead = tl.load(margin)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     by_entropy = tl.zeros([BLOCK], tl.float32)
     by_temperature = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
+    for first in range(begin + tile * BLOCK, end, TILES * BLOCK):
         other = first + tl.arange(0, BLOCK)
         other_step = tl.load(steps + other, other < end, other=-1)
         other_e = tl.load(entropy + other, other_step >= 0, other=0.0)  # an unranked row may hold NaN
         comes_first = step < other_step
         comes_second = (other_step >= 0) & (other_step < step)
-        x = tl.where(comes_first, e - other_e, other_e - e) + at_least
+        x = tl.where(comes_first, e - other_e, other_e - e) + least_lead
         if HINGE:
             loss = tl.maximum(x, 0.0)
             slope = (x > 0.0).to(tl.float32)
         else:
-            loss, slope = softplus_and_sigmoid(x / tau)
-            slope = slope / tau
-            by_temperature -= tl.where(comes_first, slope * x, 0.0) / tau
+            loss, slope = softplus_and_sigmoid(x * inverse_tau)
+            by_temperature += tl.where(comes_first, slope * x, 0.0)
         total += tl.where(comes_first, loss, 0.0)
         count += comes_first.to(tl.int32)
         by_entropy += tl.where(comes_first, slope, 0.0) - tl.where(comes_second, slope, 0.0)
-    tl.store(loss_sum + row, tl.sum(total))
-    tl.store(pairs + row, tl.sum(count))
-    tl.store(grad_entropy + row, tl.sum(by_entropy))
-    tl.store(grad_temperature + row, tl.sum(by_temperature))
+    scale = 1.0 if HINGE else inverse_tau
+    place = tile.to(tl.int64) * rows + row
+    tl.store(loss_sum + place, tl.sum(total))
+    tl.store(pairs + place, tl.sum(count))
+    tl.store(grad_entropy + place, tl.sum(by_entropy) * scale)
+    tl.store(grad_temperature + place, -tl.sum(by_temperature) * scale * scale)
 
 
 @triton.jit
@@ -90,36 +95,45 @@ def turns_kernel(
     steps,
     cu_seqlens,
     temperature,
-    log_sum,  # (N,) of exp(-E_j / tau) over the rows j that could have had row i's turn
+    lowest,  # (N,) min E_j over the rows j that could have had row i's turn
+    log_sum,  # (N,) log sum exp((min E - E_j) / tau) over them
     loss,  # (N,)
     pairs,
+    grad_temperature,
     sequences,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    tau = tl.load(temperature)
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
+    inverse_tau = 1.0 / tl.load(temperature)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
     for first in range(begin, end, BLOCK):
         other = first + tl.arange(0, BLOCK)
         other_step = tl.load(steps + other, other < end, other=-1)
-        at_risk = step <= other_step
-        best = tl.maximum(best, tl.where(at_risk, -tl.load(entropy + other, at_risk, other=0.0) / tau, -float("inf")))
-    m = tl.max(best)
+        low = tl.minimum(low, tl.load(entropy + other, step <= other_step, other=float("inf")))
+    m = tl.min(low)
     total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
+    # Entropies enter as their distance to the lowest: over a small tau they are too large for fp32.
     for first in range(begin, end, BLOCK):
         other = first + tl.arange(0, BLOCK)
         other_step = tl.load(steps + other, other < end, other=-1)
         at_risk = step <= other_step
-        score = -tl.load(entropy + other, at_risk, other=0.0) / tau
-        total += tl.where(at_risk, tl.exp(score - m), 0.0)
+        distance = tl.load(entropy + other, at_risk, other=0.0) - m
+        p = tl.where(at_risk, tl.exp(-distance * inverse_tau), 0.0)
+        total += p
+        weighted += tl.where(at_risk, p * distance, 0.0)
         count += (step < other_step).to(tl.int32)
-    turn = m + tl.log(tl.sum(total))
-    tl.store(log_sum + row, turn)
-    tl.store(loss + row, tl.where(step >= 0, turn + tl.load(entropy + row) / tau, 0.0))
+    S = tl.sum(total)
+    own = tl.load(entropy + row) - m
+    tl.store(lowest + row, m)
+    tl.store(log_sum + row, tl.log(S))
+    tl.store(loss + row, tl.where(step >= 0, own * inverse_tau + tl.log(S), 0.0))
     tl.store(pairs + row, tl.sum(count))
+    by_temperature = (tl.sum(weighted) / S - own) * inverse_tau * inverse_tau
+    tl.store(grad_temperature + row, tl.where(step >= 0, by_temperature, 0.0))
 
 
 @triton.jit
@@ -128,9 +142,9 @@ def turns_gradient_kernel(
     steps,
     cu_seqlens,
     temperature,
+    lowest,
     log_sum,
     grad_entropy,
-    grad_temperature,
     sequences,
     BLOCK: tl.constexpr,
 ):
@@ -138,32 +152,34 @@ def turns_gradient_kernel(
     e = tl.load(entropy + row)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    tau = tl.load(temperature)
+    inverse_tau = 1.0 / tl.load(temperature)
     probability = tl.zeros([BLOCK], tl.float32)
     for first in range(begin, end, BLOCK):
         other = first + tl.arange(0, BLOCK)
         other_step = tl.load(steps + other, other < end, other=-1)
         had_a_turn = (other_step >= 0) & (other_step <= step)
+        m = tl.load(lowest + other, had_a_turn, other=0.0)
         turn = tl.load(log_sum + other, had_a_turn, other=0.0)
-        probability += tl.where(had_a_turn, tl.exp(-e / tau - turn), 0.0)
+        probability += tl.where(had_a_turn, tl.exp((m - e) * inverse_tau - turn), 0.0)
     # 1 for the row's own turn, less its probability at every turn that it could have had.
-    by_entropy = tl.where(step >= 0, (1.0 - tl.sum(probability)) / tau, 0.0)
-    tl.store(grad_entropy + row, by_entropy)
-    tl.store(grad_temperature + row, tl.where(step >= 0, -by_entropy * e / tau, 0.0))
+    tl.store(grad_entropy + row, tl.where(step >= 0, (1.0 - tl.sum(probability)) * inverse_tau, 0.0))
 
 
 @triton.jit
 def means_kernel(
     steps,
     cu_seqlens,
-    row_loss,  # (N,) sums to be divided
-    row_pairs,  # (N,)
-    row_grad_temperature,  # (N,)
+    row_loss,  # (TILES, N) sums to be added and divided
+    row_pairs,  # (TILES, N)
+    row_grad_entropy,  # (TILES, N)
+    row_grad_temperature,  # (TILES, N)
     loss,  # (B,)
     pairs,  # (B,)
-    grad_entropy,  # (N,) scaled in place
+    grad_entropy,  # (N,)
     grad_temperature,  # (B,)
+    rows,
     PER_ROW: tl.constexpr,  # a mean over ranked rows, not over pairs
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0)
@@ -175,19 +191,25 @@ def means_kernel(
     row_count = tl.zeros([BLOCK], tl.int64)
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        total += tl.load(row_loss + row, row < end, other=0.0)
-        by_temperature += tl.load(row_grad_temperature + row, row < end, other=0.0)
-        pair_count += tl.load(row_pairs + row, row < end, other=0)
         row_count += (tl.load(steps + row, row < end, other=-1) >= 0).to(tl.int64)
+        for tile in tl.static_range(TILES):
+            place = row + tile * rows.to(tl.int64)
+            total += tl.load(row_loss + place, row < end, other=0.0)
+            by_temperature += tl.load(row_grad_temperature + place, row < end, other=0.0)
+            pair_count += tl.load(row_pairs + place, row < end, other=0)
     number = tl.sum(pair_count)
     terms = tl.sum(row_count) if PER_ROW else number
-    scale = tl.where(number > 0, 1.0 / tl.maximum(terms, 1).to(tl.float32), 0.0)
-    tl.store(loss + sequence, tl.sum(total) * scale)
+    scale = 1.0 / tl.maximum(terms, 1).to(tl.float32)
+    # Without a pair all is 0, even if an entropy is NaN.
+    tl.store(loss + sequence, tl.where(number > 0, tl.sum(total) * scale, 0.0))
     tl.store(pairs + sequence, number)
-    tl.store(grad_temperature + sequence, tl.sum(by_temperature) * scale)
+    tl.store(grad_temperature + sequence, tl.where(number > 0, tl.sum(by_temperature) * scale, 0.0))
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        tl.store(grad_entropy + row, tl.load(grad_entropy + row, row < end) * scale, row < end)
+        by_entropy = tl.zeros([BLOCK], tl.float32)
+        for tile in tl.static_range(TILES):
+            by_entropy += tl.load(row_grad_entropy + row + tile * rows.to(tl.int64), row < end, other=0.0)
+        tl.store(grad_entropy + row, tl.where(number > 0, by_entropy * scale, 0.0), row < end)
 
 
 @on_its_device
@@ -197,24 +219,28 @@ def trajectory_rank_loss(
     """Loss and gradients over all pairs; see `torch_backend.trajectory_rank_loss`."""
     rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
     entropy, steps, cu_seqlens = entropy.contiguous(), steps.contiguous(), cu_seqlens.contiguous()
+    per_row = form == "plackett_luce"
+    tiles = 1 if per_row else pair_tiles(rows)
     loss, grad_temperature = (entropy.new_empty(sequences) for _ in range(2))
     pairs = torch.empty(sequences, dtype=torch.int64, device=entropy.device)
-    grad_entropy, row_loss, row_grad_temperature = (entropy.new_empty(rows) for _ in range(3))
-    row_pairs = torch.empty(rows, dtype=torch.int32, device=entropy.device)
+    grad_entropy = entropy.new_empty(rows)
+    row_loss, row_grad_entropy, row_grad_temperature = (entropy.new_empty(tiles, rows) for _ in range(3))
+    row_pairs = torch.empty(tiles, rows, dtype=torch.int32, device=entropy.device)
     inputs = (entropy, steps, cu_seqlens, temperature)
     launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
-    if rows and form == "plackett_luce":
-        log_sum = entropy.new_empty(rows)
-        turns_kernel[(rows,)](*inputs, log_sum, row_loss, row_pairs, sequences, **launch)
-        turns_gradient_kernel[(rows,)](*inputs, log_sum, grad_entropy, row_grad_temperature, sequences, **launch)
+    if rows and per_row:
+        lowest, log_sum = (entropy.new_empty(rows) for _ in range(2))
+        turns_kernel[(rows,)](*inputs, lowest, log_sum, row_loss, row_pairs, row_grad_temperature, sequences, **launch)
+        turns_gradient_kernel[(rows,)](*inputs, lowest, log_sum, row_grad_entropy, sequences, **launch)
     elif rows:
-        sums = (row_loss, row_pairs, grad_entropy, row_grad_temperature)
-        pairs_kernel[(rows,)](*inputs, margin, *sums, sequences, HINGE=form == "hinge", **launch)
+        sums = (row_loss, row_pairs, row_grad_entropy, row_grad_temperature)
+        pairs_kernel[(rows, tiles)](
+            *inputs, margin, *sums, rows, sequences, HINGE=form == "hinge", TILES=tiles, **launch
+        )
     if sequences:
-        row_sums = (row_loss, row_pairs, row_grad_temperature)
+        row_sums = (row_loss, row_pairs, row_grad_entropy, row_grad_temperature)
         means = (loss, pairs, grad_entropy, grad_temperature)
-        per_row = form == "plackett_luce"
-        means_kernel[(sequences,)](steps, cu_seqlens, *row_sums, *means, PER_ROW=per_row, **launch)
+        means_kernel[(sequences,)](steps, cu_seqlens, *row_sums, *means, rows, PER_ROW=per_row, TILES=tiles, **launch)
     return RankLoss(loss, pairs, grad_entropy, grad_temperature)
 
 

@@ -11,8 +11,12 @@ from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
+from tabom.data.prompts import read_prompts
 from tabom.data.trajectories import read_trajectories
+from tabom.evaluation.answers import count_right
 from tabom.lab.model import BASE_PATH, character_tokenizer
+from tabom.models.loading import load
+from tabom.sampling.sampler import SamplerConfig
 from tabom.training.trainer import TabomConfig
 from tests.conftest import random_model
 
@@ -115,7 +119,8 @@ def test_the_best_checkpoint_and_early_stopping(tmp_path, data, model_folder):
     stopping = ["--load_best_model_at_end", "true", "--early_stopping_patience", "2"]
     ruin = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--supervised_window", "2"]
     assert run("train", *arguments, *rhythm, *stopping, *ruin) == 0
-    state = json.loads(sorted((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))[-1].read_text())
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    state = json.loads((last / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=losses.get)
     assert state["best_metric"] == losses[best] and state["best_global_step"] == best
@@ -205,6 +210,37 @@ def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_best_checkpoint_by_the_answers(tmp_path, data, peft):
+    """A model that knows the answers is ruined by training; the checkpoint with the most right answers comes back."""
+    prompts = tmp_path / "sums.jsonl"
+    problems = [(3, 4), (123, 456), (20, 30), (7, 700), (11, 22)]
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"{a:03d}+{b:03d}=", "answer": f"{a + b:04d}"}) + "\n" for a, b in problems)
+    )
+    arguments = ["--data", data, "--output_dir", str(tmp_path / "run"), "--use_peft", str(peft)]
+    evaluation = [
+        "--eval_prompts",
+        str(prompts),
+        "--eval_sampler",
+        "max_new_tokens=4",
+        "--load_best_model_at_end",
+        "true",
+    ]
+    rhythm = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--max_steps", "3"]
+    slow_ruin = ["--learning_rate", "0.02" if peft else "0.005", "--lr_scheduler_type", "constant"]
+    assert run("train", *arguments, *evaluation, *rhythm, *slow_ruin, "--supervised_window", "2") == 0
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    accuracy = {entry["step"]: entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry}
+    assert len(accuracy) == 3 and set(accuracy.values()) <= {0, 0.2, 0.4, 0.6, 0.8, 1}
+    assert state["best_metric"] == max(accuracy.values()) and state["best_global_step"] == max(
+        accuracy, key=accuracy.get
+    )
+    family = load(tmp_path / "run")
+    sums, _ = read_prompts(prompts)
+    assert count_right(family, sums, SamplerConfig(max_new_tokens=4)) == (round(5 * max(accuracy.values())), 5)
 
 
 @pytest.mark.parametrize("to, suffix", [("parquet", ".parquet"), ("jsonl", ".jsonl"), ("datasets", "")])
@@ -314,7 +350,10 @@ def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
         (["--random-weights", "--data", "t.jsonl"], "data='t.jsonl', random_weights=True: give exactly one"),
         ([], "data=None, random_weights=False: give exactly one"),
         (["--recipe", "dream"], "invalid choice: 'dream'"),
-        (["--data", "t.jsonl", "--eval_data", "e.jsonl"], "eval_data='e.jsonl' with eval_strategy='no'"),
+        (
+            ["--data", "t.jsonl", "--eval_data", "e.jsonl"],
+            "eval_prompts=None with eval_strategy='no'",
+        ),
         (["--data", "t.jsonl", "--early_stopping_patience", "2"], "needs --load_best_model_at_end true"),
         (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
     ],

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tabom_kernels import count_ordered_pairs, torch_backend, trajectory_rank_loss
+from tabom_kernels.triton_backend import launch, ranking
 from tests.kernels.inputs import draw_sequences
 
 FORMS = ["logistic", "hinge", "plackett_luce"]
@@ -146,6 +147,78 @@ def test_far_apart_entropies_keep_their_relative_accuracy(form):
     ours = run(entropy, steps, offsets, upstream, 1.0, form=form, backend="triton")
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-2])
+def test_plackett_luce_keeps_fp32_at_small_temperatures(rng, backend, temperature):
+    """E / tau is 1e5 there: only differences of entropies may be divided by tau."""
+    steps, cu_seqlens = draw_sequences([40, 30])
+    upstream = torch.ones(2)
+    equal = run(
+        torch.full((70,), 11.9), steps, cu_seqlens, upstream, temperature, form="plackett_luce", backend=backend
+    )
+    assert equal[2] == 0
+    entropy = 11 + torch.rand(70)
+    ours = run(entropy, steps, cu_seqlens, upstream, temperature, form="plackett_luce", backend=backend)
+    exact = run(
+        entropy.double(), steps, cu_seqlens, upstream.double(), temperature, form="plackett_luce", backend="reference"
+    )
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_ranked_rows_without_a_pair_give_0_even_if_their_entropy_is_nan(backend, form):
+    """Alone in its sequence, or all of one step."""
+    steps, cu_seqlens = torch.tensor([3, -1, 2, 2, 0, 1]), torch.tensor([0, 2, 4, 6])
+    entropy = torch.tensor([math.nan, 1.0, math.nan, 1.0, 2.0, 1.0])
+    losses, by_entropy, by_temperature = run(entropy, steps, cu_seqlens, torch.ones(3), form=form, backend=backend)
+    assert losses[:2].tolist() == [0, 0] and losses[2] > 0
+    assert (by_entropy[:4] == 0).all() and (by_entropy[4:] != 0).all() and by_temperature.isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_equality_the_hinge_has_no_slope(backend):
+    """As relu: E_i - E_j + margin is 0 for the first pair, above it for the second."""
+    entropy, steps = torch.tensor([1.0, 1.5, 1.0, 1.25]), torch.tensor([0, 1, 0, 1])
+    options = {"form": "hinge", "margin": 0.5, "backend": backend}
+    losses, by_entropy, _ = run(entropy, steps, torch.tensor([0, 2, 4]), torch.ones(2), **options)
+    assert losses.tolist() == [0, 0.25] and by_entropy.tolist() == [0, 0, 1, -1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", [[0] * 270 + [5, 1, 4] + [0] * 9 + [3], [3, 71]], ids=["sequences", "partners"])
+def test_more_sequences_and_partners_than_a_block(rng, monkeypatch, form, lengths):
+    """The search for a row's sequence takes several blocks, or the sum over its partners several of several tiles."""
+    if len(lengths) == 2:
+        monkeypatch.setattr(launch, "LONG", 1)
+        monkeypatch.setattr(ranking, "PAIR_BLOCK", 8)
+    steps, cu_seqlens = draw_sequences(lengths)
+    entropy, upstream = torch.rand(len(steps)) * 3, torch.rand(len(lengths))
+    ours, exact = (
+        run(entropy.to(dtype), steps, cu_seqlens, upstream.to(dtype), form=form, backend=backend)
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    counts = (count_ordered_pairs(steps, cu_seqlens, backend=b) for b in ("triton", "reference"))
+    assert torch.equal(*counts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_long_sequence_among_short_ones_makes_no_padding(rng, monkeypatch, form):
+    """The pairs looked at are at most four times those that exist, twice that for the order of each."""
+    lengths = [300] + [7] * 200
+    steps, cu_seqlens = draw_sequences(lengths, last_step=10**6, unranked=0)
+    seen = []
+    chunks = torch_backend.pair_chunks
+    monkeypatch.setattr(torch_backend, "pair_chunks", lambda e: seen.append(e.numel() * e.shape[1]) or chunks(e))
+    count_ordered_pairs(steps, cu_seqlens, backend="torch")
+    assert not seen
+    trajectory_rank_loss(torch.rand(len(steps)), steps, cu_seqlens, form=form, backend="torch")
+    assert sum(seen) <= 4 * sum(n * n for n in lengths)
 
 
 @given(st.sampled_from(FORMS), st.integers(0, 2**31), st.permutations(range(8)))

@@ -1,5 +1,6 @@
 """Inputs of every stride, and logits that lie over each other."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -44,6 +45,30 @@ def test_overlap_by_brute_force(rows, columns, row_stride, column_stride):
     else:
         with pytest.raises(ValueError, match="strides"):
             check_overlap(logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_beyond_int32(rng, backend):
+    """Columns so far apart that the last one times the stride passes 2^31. Nothing between them is touched."""
+    stride = 2**28 + 16 if torch.cuda.is_available() else 2**29 + 16
+    columns = 9 if torch.cuda.is_available() else 5
+    size = (columns - 1) * stride + 3
+    if torch.cuda.is_available():
+        storage = torch.empty(size, dtype=torch.bfloat16)
+    else:
+        storage = torch.from_numpy(np.empty(size, np.int16)).view(torch.bfloat16)
+    logits = storage.as_strided((3, columns), (1, stride))
+    assert (columns - 1) * stride > 2**31
+    values = gaussian(3, columns).bfloat16()
+    logits.copy_(values)
+    labels = torch.tensor([columns - 1, 0, 2])
+    outputs = cross_entropy_with_entropy(logits.requires_grad_(), labels, inplace_backward=True, backend=backend)
+    [grad] = torch.autograd.grad(outputs, logits, [torch.ones(3)] * 2)
+    leaf = values.double().requires_grad_()
+    exact = cross_entropy_with_entropy(leaf, labels, backend="reference")
+    [exact_grad] = torch.autograd.grad(exact, leaf, [torch.ones(3, dtype=torch.float64)] * 2)
+    for a, b in zip((*outputs, grad), (*exact, exact_grad), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=1e-6)
 
 
 def spread(x, step=3):

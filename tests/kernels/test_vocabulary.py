@@ -320,3 +320,37 @@ def test_no_grad_saves_nothing():
     entropy = softmax_entropy(torch.zeros(2, 3))
     assert entropy.grad_fn is None
     torch.testing.assert_close(entropy, torch.full((2,), 3.0).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset, padding", [(0, 0), (1, 0), (0, 1), (3, 5), (8, 8), (4, 12)])
+def test_the_alignment_of_rows_changes_nothing(rng, dtype, offset, padding):
+    """128-bit loads where every row starts at a multiple of 16 bytes, and only there."""
+    rows, columns = 3, 8216
+    contiguous = gaussian(rows, columns).to(dtype)
+    storage = torch.zeros(offset + rows * (columns + padding), dtype=dtype)
+    shifted = storage[offset:].view(rows, columns + padding)[:, :columns].copy_(contiguous)
+    assert shifted.storage_offset() == offset
+    labels, upstream = draw_labels(contiguous), torch.randn(2, rows)
+    results = []
+    for logits in (contiguous.clone(), shifted):
+        sampled = unmask_statistics(logits, temperature=0.7, top_p=0.9, generator=torch.arange(rows), backend="triton")
+        greedy = unmask_statistics(logits, backend="triton")
+        outputs = cross_entropy_with_entropy(logits.requires_grad_(), labels, inplace_backward=True, backend="triton")
+        [grad] = torch.autograd.grad(outputs, logits, list(upstream))
+        results.append([x.detach() for x in (*sampled, *greedy, *outputs, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("column", [0, 77, 8191, 8192, 8999])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}])
+def test_a_nan_shows_in_its_row_alone_and_gets_a_valid_token(rng, backend, column, settings):
+    logits, labels = gaussian(3, 9000).float(), torch.tensor([1, 2, 3])
+    logits[1, column] = torch.nan
+    ce, entropy = cross_entropy_with_entropy(logits, labels, backend=backend)
+    keys = {"generator": torch.arange(3)} if settings else {}
+    sampled = unmask_statistics(logits, backend=backend, **settings, **keys)
+    for result in (ce, entropy, *sampled[1:]):
+        assert result.isnan().tolist() == [False, True, False]
+    assert ((sampled.token >= 0) & (sampled.token < 9000)).all()

@@ -95,7 +95,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     model=st.sampled_from(MODELS),
     config=configs(),
@@ -319,10 +319,11 @@ def decode_with_dynamic_cache(model, request, config):
 @pytest.mark.parametrize("cache_refresh", [None, 2, 3])
 @pytest.mark.parametrize("model", MODELS, ids=["shift 0", "shift 1"])
 def test_a_cache_holds_what_was_computed_at_the_last_refresh(rng, model, cache, cache_refresh):
-    """Slots come and go, refresh at different steps, and move among the packed rows."""
-    config = SamplerConfig(cache=cache, cache_refresh=cache_refresh, block_length=4)
-    prompts = [[rng.randrange(4, 40) for _ in range(rng.randrange(1, 8))] for _ in range(7)]
-    requests = [Request(prompt, rng.choice([8, 16]), 0) for prompt in prompts] + [Request([5] * 50, 8, 0)]
+    """Slots come and go in the middle of each other's blocks, refresh at different steps, and move among the rows."""
+    config = SamplerConfig(cache=cache, cache_refresh=cache_refresh, block_length=8)
+    lengths = [16, 3, 5, 16, 3, 8, 5]
+    requests = [Request([rng.randrange(4, 40) for _ in range(rng.randrange(1, 8))], length, 0) for length in lengths]
+    requests.append(Request([5] * 50, 8, 0))
     with rows_through(model.model.get_input_embeddings()) as computed:
         completions = run(model, requests, config, EngineConfig(50))
     assert sum(computed) == sum(c.positions for c in completions)

@@ -1,0 +1,96 @@
+"""How likely a model finds a response: the Monte-Carlo bound of LLaDA, and the likelihood along a decoding."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tabom.models.diffusion_model import DiffusionModel, logits_at
+from tabom.sampling.policies import choose
+from tabom.sampling.sampler import SamplerConfig, left_pad, read_candidates
+from tabom_kernels import mix_keys
+
+
+def nelbo_log_likelihood(
+    model: DiffusionModel, prompt: Sequence[int], response: Sequence[int], samples: int, seed: int = 0, batch: int = 32
+) -> float:
+    """A lower bound on the log-likelihood (nats) of a response of L tokens, estimated without bias.
+
+    Mean over draws of L/k times the log-probabilities of k random masked tokens, k ~ U{1..L} (LLaDA, arXiv 2502.09992,
+    Algorithm 3). The k of the draws are spread evenly over 1..L, which lowers the variance.
+
+    Args:
+        samples: draws; each is a forward pass of one row.
+        batch: rows of a forward pass.
+    """
+    rng = np.random.default_rng(seed)
+    length = len(response)
+    strata = (np.arange(samples) + rng.random()) / samples
+    counts = 1 + np.floor(strata * length).astype(int)
+    ranks = rng.random((samples, length)).argsort(axis=1)
+    masked = torch.from_numpy(ranks < counts[:, None])
+    weights = torch.from_numpy(length / counts)
+    target = torch.tensor(response)
+    total = 0.0
+    for rows in torch.arange(samples).split(batch):
+        log_p = masked_log_probabilities(model, prompt, target, masked[rows])
+        total += (log_p.sum(1) * weights[rows]).sum().item()
+    return total / samples
+
+
+@torch.inference_mode()
+def masked_log_probabilities(model: DiffusionModel, prompt: Sequence[int], target: Tensor, masked: Tensor) -> Tensor:
+    """(B, L) log-probability (nats) of the true token where `masked` (B, L), 0 elsewhere."""
+    shown = target.where(~masked, model.mask_token_id)
+    input_ids = torch.cat([torch.tensor(prompt, dtype=torch.long).expand(len(masked), -1), shown], dim=1)
+    b, t = masked.nonzero(as_tuple=True)
+    rows = b * input_ids.shape[1] + len(prompt) + t - model.logits_shift
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": torch.ones_like(input_ids).to(model.device)}
+    logits = logits_at(model.model, rows.to(model.device), **inputs)
+    chosen = logits.float().log_softmax(-1).cpu().gather(1, target[t, None])[:, 0].double()
+    return torch.zeros(masked.shape, dtype=torch.float64).masked_scatter(masked, chosen)
+
+
+@torch.inference_mode()
+def trajectory_log_likelihood(
+    model: DiffusionModel, prompt: Sequence[int], response: Sequence[int], config: SamplerConfig
+) -> tuple[float, bool]:
+    """The log-likelihood (nats) of a response in the order in which the sampler unmasks it, and whether it is greedy.
+
+    At every step the policy chooses positions from what is visible, as when sampling, and the true tokens are put
+    there; their log-probabilities add up. With one token a step and a policy without chance that is exact: the
+    likelihoods of all responses add up to 1. Tokens of one step are taken as independent, as the sampler draws them.
+
+    Args:
+        config: of the policy and `tokens_per_step`; blocks, `steps` and temperature are left aside.
+
+    Returns:
+        The log-likelihood, and whether every token is the most probable one at its step.
+    """
+    config = replace(config, steps=None, block_length=None, stop_early=False, temperature=0.0)
+    length = len(response)
+    target = torch.tensor([response], device=model.device)
+    inputs = left_pad(model, [prompt], length)
+    positions = inputs["input_ids"].shape[1]
+    tokens = inputs["input_ids"][:, -length:]  # a view: what is put here is what the model sees next
+    hidden = torch.ones_like(tokens, dtype=torch.bool)
+    seeds = torch.tensor([config.seed], device=model.device)
+    total, is_greedy = 0.0, True
+    [block] = config.plan(length)
+    for step in range(block.steps):
+        b, t = hidden.nonzero(as_tuple=True)
+        if len(t) == 0:
+            break
+        rows = positions - length + t - model.logits_shift
+        logits = logits_at(model.model, rows, **inputs)
+        logits[:, model.mask_token_id] = -torch.inf
+        token, candidates = read_candidates(logits, hidden, mix_keys(seeds[b], step, t), config)
+        chosen = choose(candidates, block._replace(index=step), config)
+        log_p = logits.float().log_softmax(-1).gather(1, target[0, t, None])[:, 0]
+        total += log_p[chosen[0, t]].double().sum().item()
+        is_greedy &= bool((token == target)[chosen].all())
+        tokens.copy_(torch.where(chosen, target, tokens))
+        hidden &= ~chosen
+    return total, is_greedy

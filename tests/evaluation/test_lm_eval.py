@@ -1,0 +1,163 @@
+"""The adapter for lm-evaluation-harness, on task files of our own with the shipped model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+
+from tabom import SamplerConfig, load
+from tabom.cli.main import main
+from tabom.evaluation.lm_eval import TabomLM, cut
+from tabom.lab.model import BASE_PATH
+from tests.conftest import random_model
+
+TASK = """
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+target_delimiter: ""
+"""
+GENERATED = """
+task: local_sums
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOSEN = """
+task: local_choices
+output_type: multiple_choice
+doc_to_choice: "{{[answer, wrong]}}"
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Two tasks over thirty subtractions of the lab."""
+    from tabom.lab.tasks import make_task
+
+    folder = tmp_path_factory.mktemp("tasks")
+    problems = make_task("subtraction").problems(30, "test", 0)
+    wrong = [problem.answer[:-1] + str((int(problem.answer[-1]) + 3) % 10) for problem in problems]
+    lines = [
+        json.dumps({"question": problem.prompt, "answer": problem.answer, "wrong": other})
+        for problem, other in zip(problems, wrong, strict=True)
+    ]
+    (folder / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    for name, rest in (("sums", GENERATED), ("choices", CHOSEN)):
+        (folder / f"{name}.yaml").write_text(TASK.format(data=folder / "sums.jsonl") + rest)
+    return folder
+
+
+def run_harness(tasks, output, *names, launcher=(), arguments="policy=entropy"):
+    """The results of the real command."""
+    command = [*launcher] if launcher else [sys.executable]
+    command += ["-m", "tabom.evaluation.lm_eval", "--model", "tabom", "--batch_size", "7"]
+    command += ["--model_args", f"pretrained={BASE_PATH},{arguments}", "--tasks", ",".join(names)]
+    command += ["--include_path", str(tasks), "--output_path", str(output), "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    [path] = output.glob("**/results_*.json")
+    return json.loads(path.read_text())["results"], output
+
+
+def test_the_same_numbers_as_tabom_evaluate(tasks, tmp_path):
+    results, output = run_harness(tasks, tmp_path / "harness", "local_sums")
+    ours = ["--prompts", str(tasks / "sums.jsonl"), "--model", str(BASE_PATH), "--max_new_tokens", "4"]
+    assert main(["evaluate", *ours, "--output_dir", str(tmp_path / "ours")]) == 0
+    [expected] = json.loads((tmp_path / "ours" / "results.json").read_text())
+    assert 0.2 < expected["accuracy"]["mean"] < 0.9, "a task that the model half knows"
+    assert results["local_sums"]["exact_match,none"] == pytest.approx(expected["accuracy"]["mean"])
+    [samples] = output.glob("**/samples_*.jsonl")
+    theirs = {s["doc"]["question"]: s["resps"][0][0] for s in map(json.loads, samples.read_text().splitlines())}
+    [answers] = (tmp_path / "ours").glob("*/*/*/answers-0.jsonl")
+    assert theirs == {r["prompt"]: r["response"] for r in map(json.loads, answers.read_text().splitlines())}
+
+
+def test_two_processes_find_what_one_finds(tasks, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = "policy=entropy,likelihood=trajectory"
+    alone, _ = run_harness(tasks, tmp_path / "1", "local_sums", "local_choices", arguments=settings)
+    both, _ = run_harness(tasks, tmp_path / "2", "local_sums", "local_choices", launcher=torchrun, arguments=settings)
+    for name, metric in (("local_sums", "exact_match,none"), ("local_choices", "acc,none")):
+        assert both[name][metric] == pytest.approx(alone[name][metric]), name
+    assert alone["local_choices"]["acc,none"] > 0.9, "right answers are likelier than wrong ones"
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
+
+
+def test_every_request_has_its_length_its_ends_and_its_place(monkeypatch):
+    """Requests of several lengths come back in order, decoded with those of their own length, longest prompts last."""
+    lm = TabomLM(load(BASE_PATH), batch_size=2)
+    seen = []
+
+    def sample(model, prompts, config):
+        from tabom.sampling.engine import sample as real
+
+        seen.append((config.max_new_tokens, config.temperature, [len(prompt) for prompt in prompts]))
+        return real(model, prompts, config)
+
+    monkeypatch.setattr("tabom.evaluation.lm_eval.sample", sample)
+    asked = [("123+456=", 4), ("sort 72914836=", 8), ("007+700=", 4), ("reverse badcafed=", 8), ("999+001=", 4)]
+    answers = lm.generate_until(requests("generate_until", *((p, {"max_gen_toks": n}) for p, n in asked)), True)
+    assert [len(answer) for answer in answers] == [4, 8, 4, 8, 4] and answers[0] == "0579"
+    assert sorted(seen) == [(4, 0.0, [8]), (4, 0.0, [8, 8]), (8, 0.0, [14, 17])]
+    seen.clear()
+    settings = {"max_gen_toks": 4, "until": ["7"], "do_sample": True, "temperature": 0.1}
+    [answer] = lm.generate_until(requests("generate_until", ("123+456=", settings)), True)
+    assert answer == "05" and seen == [(4, 0.1, [8])]
+
+
+def test_text_is_cut_at_the_first_end():
+    assert cut("a\nb Q: c", ["Q:", "\n"]) == "a" and cut("abc", None) == "abc" and cut("abc", "b") == "a"
+    assert cut("abc", [""]) == "abc"
+
+
+def test_a_rendered_conversation_is_encoded_as_evaluate_encodes_it(seed):
+    from tabom.data.encoding import encode_prompt
+
+    model = random_model(seed)
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<eos>{{ m['role'][0] }} {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<eos>a {% endif %}"
+    )
+    lm = TabomLM(model)
+    rendered = lm.apply_chat_template([{"role": "user", "content": "1+2="}])
+    assert lm.tok_encode(rendered) == encode_prompt(model.tokenizer, "1+2=")
+
+
+def test_the_bound_and_the_likelihood_along_the_decoding(seed):
+    model = random_model(seed)
+    both = {
+        name: TabomLM(model, likelihood=name, nelbo_samples=64).loglikelihood(
+            requests("loglikelihood", ("1+2=", "0003"), ("", "12")), True
+        )
+        for name in ("nelbo", "trajectory")
+    }
+    assert both["nelbo"][0][1] == both["trajectory"][0][1], "greedy or not, the same"
+    assert all(value < 0 for results in both.values() for value, _ in results)
+    rolling = TabomLM(model).loglikelihood_rolling(requests("loglikelihood_rolling", ("12",)), True)
+    assert len(rolling) == 1 and rolling[0] < 0
+
+
+def test_wrong_arguments(seed):
+    model = random_model(seed)
+    with pytest.raises(ValueError, match="polcy='x': neither"):
+        TabomLM(model, polcy="x")
+    with pytest.raises(ValueError, match="expected nelbo or trajectory"):
+        TabomLM(model, likelihood="exact")
+    assert TabomLM(model, tokens_per_step=2).sampler == SamplerConfig(tokens_per_step=2)
