@@ -18,7 +18,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
   plan          what a whole run computes, part by part; --recipe NAME --prompts N --gpus N
-  quickstart    the whole path on the model that ships with the package, in about two minutes
+  quickstart    the whole path on the model that ships with the package, in some three minutes
   lab pretrain  make that model again, from nothing
   lab study     the objectives compared: a grid of runs, a table, two pictures
 

@@ -24,7 +24,7 @@ from tabom.training.windows import example_rng
 
 SHIPPED = "shipped"
 WEAK_TASKS: dict[str, Task] = {"subtraction": Subtraction(), "sudoku": Sudoku(givens=4)}
-"""What the base does badly, and post-training is to improve."""
+"""What the base does badly, the sudoku at several tokens a step, and post-training is to improve."""
 STRONG_TASKS: tuple[Task, ...] = (Addition(), Sorting(), Reversing(), Sudoku(givens=6))
 """What it does well, and post-training is not to harm."""
 

@@ -22,7 +22,7 @@ METHODS = ("NELBO, truth of all prompts", "NELBO", "window", "TABOM", "TABOM, wh
 
 @dataclass
 class QuickstartConfig:
-    """Sizes of the quickstart; the defaults take less than three minutes on two CPU cores."""
+    """Sizes of the quickstart; the defaults take about six minutes of CPU, on two cores some three."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where everything is written."})
     model: str = field(default=SHIPPED, metadata={"help": "The base: a folder, or the model of the package."})

@@ -97,7 +97,7 @@ def group_tables(results: list[Result], group: Group) -> list[str]:
 
 def kept_sentence(runs: list[Result]) -> str:
     """How many trajectories the runs learnt from."""
-    kept = sorted({r["kept"] for r in runs})
+    kept = sorted({r["kept"] for r in runs if not METHODS[r["run"]["method"]].on_truth})
     spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
     return f"{spread} of {runs[0]['run']['num_prompts']} answers were right and kept."
 

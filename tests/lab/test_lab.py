@@ -20,7 +20,8 @@ def test_the_shipped_model_is_what_it_is_said_to_be():
         assert accuracy(base, prompts, SamplerConfig(max_new_tokens=task.response_length)).mean() > 0.85, task
     for task in WEAK_TASKS.values():
         prompts = task.prompt_set(200, "test", 9)
-        assert 0.1 < accuracy(base, prompts, SamplerConfig(max_new_tokens=task.response_length)).mean() < 0.9
+        fast = SamplerConfig(max_new_tokens=task.response_length, tokens_per_step=4)
+        assert 0.1 < accuracy(base, prompts, fast).mean() < 0.9, task
 
 
 def test_attention_is_bidirectional():
