@@ -140,8 +140,10 @@ def save_for_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> No
     ctx.save_for_backward(logits, labels, *output[3:])
 
 
-def loss_backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+def loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 14
     logits, labels, *statistics, grad_ce, grad_entropy, grad_temperature = ctx.saved_tensors
     by_logits = by_temperature = None
     if ctx.needs_input_grad[0]:

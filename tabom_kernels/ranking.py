@@ -37,8 +37,10 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(grad_entropy, grad_temperature, inputs[4])
 
 
-def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 7
     grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
     by_entropy = by_temperature = None
     if ctx.needs_input_grad[0]:

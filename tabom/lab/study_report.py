@@ -79,7 +79,8 @@ def error(values: np.ndarray) -> float:
 
 def tables(results: list[Result]) -> str:
     """Markdown: for each group a table of each learning rate, and one of paired differences over all of them."""
-    return "\n".join(text for group in groups_of(results) for text in group_tables(results, group))
+    texts = [text for group in groups_of(results) for text in group_tables(results, group)]
+    return "\n".join([*texts, *attempts_table(results)])
 
 
 def group_tables(results: list[Result], group: Group) -> list[str]:
@@ -138,6 +139,27 @@ def paired_table(runs: list[Result]) -> list[str]:
             cells = [difference(pairs, measure) for measure in COMPARED]
             lines.append(f"| {first}, less {second} | {len(pairs)} | {' | '.join(cells)} |")
     return lines
+
+
+def attempts_table(results: list[Result]) -> list[str]:
+    """What more attempts a prompt change: paired differences of runs that are alike in all else but their sizes."""
+    accuracies = [f"{k} a step" for k in TOKENS_PER_STEP]
+    points = ("base", "task", "method", "learning_rate", "seed", "num_problems")
+    trained = [r for r in results if r["run"]["method"] != BASE]
+    once = {tuple(r["run"][name] for name in points): r for r in trained if r["run"]["attempts"] == 1}
+    rows = defaultdict(list)
+    for result in trained:
+        run = result["run"]
+        partner = once.get(tuple(run[name] for name in points))
+        if partner and run["attempts"] > 1:
+            rows[run["task"], Path(run["base"]).name, run["method"], run["attempts"]].append((result, partner))
+    if not rows:
+        return []
+    lines = [f"| attempts | pairs | {' | '.join(accuracies)} |", f"| --- |{' --- |' * (len(accuracies) + 1)}"]
+    for (task, base, method, attempts), pairs in rows.items():
+        cells = [difference(pairs, measure) for measure in accuracies]
+        lines.append(f"| {task}, {base}, {method}: {attempts} less 1 | {len(pairs)} | {' | '.join(cells)} |")
+    return ["### More attempts a prompt", "", *lines, ""]
 
 
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:

@@ -94,6 +94,7 @@ def test_the_batch_says_what_each_row_is(model, rng, objective):
         assert batch["input_ids"][b].tolist()[: len(prompt) + len(response)] == prompt + shown
         assert batch["attention_mask"][b].sum() == len(prompt) + len(response)
     assert batch["num_sequences"] == (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum()
+    assert batch["lengths"] == batch["cu_seqlens"].diff().tolist()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
