@@ -101,6 +101,8 @@ def loss_of_logits(problem: Problem, **options: Any) -> Tensor:
 def fused_loss(problem: Problem, rank_weight: float = SETTINGS["rank_weight"]) -> Tensor:
     """`fused_linear_tabom_loss`."""
     settings = SETTINGS | {"rank_weight": rank_weight}
+    sequences = problem.cu_seqlens.shape[0] - 1
+    settings["lengths"] = [problem.rows.shape[0] // sequences] * sequences
     return fused_linear_tabom_loss(selected(problem), problem.weight, *problem[3:], **settings).loss
 
 

@@ -69,6 +69,7 @@ class Figures(NamedTuple):
 def launches() -> list[tuple[str, str, Launch]]:
     """(name, dtype, launch) of every kernel in the ways that it is really used."""
     found = []
+    scalar = torch.empty((), device="meta")
     for dtype in (torch.bfloat16, torch.float32):
         logits = torch.empty(ROWS, COLUMNS, dtype=dtype, device="meta")
         rowwise = torch.empty(ROWS, device="meta")
@@ -78,21 +79,24 @@ def launches() -> list[tuple[str, str, Launch]]:
         calls: dict[str, Callable[[], Any]] = {
             "": lambda z=logits, y=labels: triton_backend.vocabulary_statistics(z, y, -100),
             " ": lambda z=logits, y=labels, s=statistics, g=rowwise: triton_backend.vocabulary_gradient(
-                z, y, -100, s, g, g, z
+                z, y, -100, s, g, g, z, scalar
             ),
             " greedy": lambda z=logits: triton_backend.unmask_statistics(z, 0.0, None, None, None),
-            " sampled": lambda z=logits, k=labels: triton_backend.unmask_statistics(z, 0.8, 50, 0.9, k),
+            " sampled": lambda z=logits, k=labels: triton_backend.unmask_statistics(z, 0.8, None, None, k),
+            " top-k": lambda z=logits: triton_backend.filter_thresholds(z, 0.8, 50, None),
+            " top-p": lambda z=logits: triton_backend.filter_thresholds(z, 0.8, None, 0.9),
         }
         found += [(launch, suffix, name) for suffix, call in calls.items() for launch in record(call)]
     entropy, steps = torch.empty(ROWS, device="meta"), torch.empty(ROWS, dtype=torch.int64, device="meta")
-    offsets, temperature = torch.empty(9, dtype=torch.int32, device="meta"), torch.empty((), device="meta")
+    offsets = torch.empty(9, dtype=torch.int32, device="meta")
     for form in ("logistic", "hinge", "plackett_luce"):
         recorded = record(
-            lambda form=form: triton_backend.trajectory_rank_loss(
-                entropy, steps, offsets, form, temperature, temperature
-            )
+            lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, scalar, scalar)
         )
         found += [(launch, f" {form}" if "pairs" in launch.kernel.__name__ else "", "float32") for launch in recorded]
+    rank = triton_backend.RankLoss(entropy, steps, entropy, entropy)
+    recorded = record(lambda: triton_backend.weighted_loss(entropy, steps, -100, entropy, scalar, rank, scalar, scalar))
+    found += [(launch, "", "float32") for launch in recorded]
     named = {}
     for launch, suffix, dtype in found:
         name = launch.kernel.__name__.removesuffix("_kernel") + suffix.rstrip()

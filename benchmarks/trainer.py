@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -88,7 +89,7 @@ def make_batch(family: DiffusionModel, sequences: int, prompt: int, response: in
     dataset = TrajectoryDataset(trajectories, family.tokenizer, settings, seed=0)
     collate = TrajectoryCollator(family.mask_token_id, family.pad_token_id, family.logits_shift)
     batch = collate([dataset[0, index] for index in range(sequences)])
-    return {name: tensor.to(family.device) for name, tensor in batch.items()}
+    return send_to_device(batch, family.device)
 
 
 def check_agreement(training: Training, batch: Batch) -> None:

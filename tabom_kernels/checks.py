@@ -6,7 +6,7 @@ the CPU they run under TABOM_KERNELS_DEBUG=1 only.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ def check_sequences(steps: Tensor, cu_seqlens: Tensor, rows: int, device: torch.
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != rows or offsets != sorted(offsets):
             raise ValueError(f"cu_seqlens: expected offsets rising from 0 to N={rows}, got {offsets}")
+
+
+def check_lengths(lengths: Sequence[int] | None, sequences: int, rows: int) -> None:
+    """Rows of each sequence, which add up to all rows."""
+    if lengths is not None and (len(lengths) != sequences or sum(lengths) != rows):
+        raise ValueError(
+            f"lengths: expected the rows of {sequences} sequences, {rows} in all, as cu_seqlens has them; "
+            f"got {len(lengths)} of them, {sum(lengths)} in all"
+        )
 
 
 def check_entropy(entropy: Tensor) -> None:

@@ -10,7 +10,8 @@ one, nothing computed twice. A sequence longer than a chunk takes two sweeps ove
 Backward only scales.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from tabom_kernels.checks import (
     check_form,
     check_head,
     check_labels,
+    check_lengths,
     check_sequences,
     check_token_weights,
 )
@@ -54,7 +56,7 @@ class Chunk(NamedTuple):
         ]
 
 
-def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]:
+def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int, lengths: Sequence[int] | None = None) -> Iterator[Chunk]:
     """Consecutive sequences, together at most `max_rows` rows unless one alone has more, each about as many.
 
     A batch that is one chunk is never asked for its lengths, which would make a GPU wait for the host.
@@ -62,7 +64,7 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int) -> Iterator[Chunk]
     if rows <= max_rows:
         yield Chunk(slice(0, cu_seqlens.shape[0] - 1), slice(0, rows))
         return
-    offsets = cu_seqlens.tolist()
+    offsets = cu_seqlens.tolist() if lengths is None else [0, *accumulate(lengths)]
     first = 0
     while first < len(offsets) - 1:
         start, left = offsets[first], rows - offsets[first]
@@ -145,6 +147,7 @@ def fused_linear_op(
     token_weights: Tensor | None,
     num_tokens: Tensor,
     num_sequences: Tensor,
+    lengths: Sequence[int] | None,
     form: str,
     ignore_index: int,
     max_chunk_rows: int,
@@ -172,7 +175,7 @@ def fused_linear_op(
     gradients = HeadGradients(hidden, weight, bias, wanted)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows):
+        for chunk in plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows, lengths):
             pieces = chunk.pieces(max_chunk_rows)
             logits, statistics = None, []
             for rows in pieces:
@@ -233,19 +236,22 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:])
     ctx.dtype = inputs[0].dtype
 
 
-def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 19
     *by_head, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
     by_head = [
         scaled(g, scale).to(ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)
     ]
-    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 14
+    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 15
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -265,6 +271,7 @@ def fused_linear_tabom_loss(
     cu_seqlens: Tensor,
     *,
     bias: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
     max_chunk_rows: int | None = None,
     fp32_logits: bool = False,
     rank_weight: float = 1.0,
@@ -282,13 +289,15 @@ def fused_linear_tabom_loss(
 
     Loss and gradients are computed together, in chunks of whole sequences; backward scales them by the upstream
     gradient. With `rank_weight=0` it is a fused linear cross-entropy, and with `token_weights` NELBO's. A batch of
-    more rows than `max_chunk_rows` reads `cu_seqlens` on the host once; any other never waits for it.
+    more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths`; any other never
+    waits for the device.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
         weight: (V, D) of the head, in the dtype of `hidden`.
         labels, steps, cu_seqlens: see `tabom_loss`.
         bias: (V,) of the head.
+        lengths: rows of each of the B sequences, as the host knows them: the differences of `cu_seqlens`.
         max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One sequence with more
             rows than that has its logits computed twice.
         fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
@@ -312,6 +321,7 @@ def fused_linear_tabom_loss(
     check_head(hidden, weight, bias)
     check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
     check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
+    check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
     check_form(form, margin, temperature)
     check_denominators(rank_weight, num_tokens, num_sequences)
     check_token_weights(token_weights, hidden.shape[0], hidden.device)
@@ -361,6 +371,7 @@ def fused_linear_tabom_loss(
         token_weights,
         num_tokens,
         num_sequences,
+        lengths,
         form,
         ignore_index,
         max_chunk_rows,

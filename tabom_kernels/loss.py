@@ -1,15 +1,24 @@
 """The TABOM loss: cross-entropy in the window plus the rank loss."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tabom_kernels.backends import Backend, resolve
-from tabom_kernels.checks import check_denominators, check_form, check_logits, check_sequences, check_token_weights
-from tabom_kernels.derivatives import refuse_forward_mode
-from tabom_kernels.ranking import Form, rank_loss_and_pairs
-from tabom_kernels.vocabulary import cross_entropy_with_entropy
+from tabom_kernels import reference
+from tabom_kernels.backends import Backend, closed_forms, resolve
+from tabom_kernels.checks import (
+    check_denominators,
+    check_form,
+    check_labels,
+    check_logits,
+    check_overlap,
+    check_sequences,
+    check_token_weights,
+)
+from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.ranking import Form, as_scalar
+from tabom_kernels.vocabulary import logits_gradient
 
 
 class TabomLoss(NamedTuple):
@@ -62,15 +71,108 @@ def tabom_loss(
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
     check_logits(logits)
+    check_labels(labels, *logits.shape, logits.device, ignore_index)
     check_sequences(steps, cu_seqlens, logits.shape[0], logits.device)
     check_form(form, margin, temperature)
     check_denominators(rank_weight, num_tokens, num_sequences)
     check_token_weights(token_weights, logits.shape[0], logits.device)
     backend = resolve(backend, logits)
     refuse_forward_mode(backend, logits, temperature)
-    ce, entropy = cross_entropy_with_entropy(
-        logits, labels, ignore_index=ignore_index, inplace_backward=inplace_backward, backend=backend
+    batch = (labels, steps, cu_seqlens)
+    counts = (token_weights, num_tokens, num_sequences)
+    if backend == "reference":
+        return reference_loss(logits, *batch, rank_weight, form, margin, temperature, *counts, ignore_index)
+    like = logits.new_empty(0, dtype=reference.working_dtype(logits.dtype))
+    temperature, margin = (as_scalar(x, like) for x in (temperature, margin))
+    rank_weight, num_tokens, num_sequences = (
+        None if x is None else as_scalar(x, like)
+        for x in (None if rank_weight == 0 else rank_weight, num_tokens, num_sequences)
     )
+    settings = (rank_weight, form, margin, token_weights, num_tokens, num_sequences, ignore_index)
+    return TabomLoss(*loss_op(logits, temperature, *batch, *settings, inplace_backward, backend)[:3])
+
+
+@torch.library.custom_op("tabom_kernels::tabom_loss", mutates_args=())
+def loss_op(
+    logits: Tensor,
+    temperature: Tensor,
+    labels: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    rank_weight: Tensor | None,
+    form: str,
+    margin: Tensor,
+    token_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, cross_entropy, rank; entropy, maximum, log_sum, dce, dE (N,) (empty without ranking) and dtemperature."""
+    if inplace_backward:
+        check_overlap(logits)
+    forms = closed_forms(backend)
+    statistics = forms.vocabulary_statistics(logits, labels, ignore_index)
+    rank = None
+    if rank_weight is not None:
+        rank = forms.trajectory_rank_loss(statistics.entropy, steps, cu_seqlens, form, margin, temperature)
+    counts = (token_weights, num_tokens, rank, rank_weight, num_sequences)
+    whole = forms.weighted_loss(statistics.cross_entropy, labels, ignore_index, *counts)
+    grad_entropy = logits.new_empty(0, dtype=whole.loss.dtype) if rank is None else whole.grad_entropy
+    return *whole[:3], *statistics[1:], whole.grad_ce, grad_entropy, whole.grad_temperature
+
+
+@loss_op.register_fake
+def _(logits: Tensor, temperature: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    dtype, has_ranking = reference.working_dtype(logits.dtype), arguments[3] is not None
+    loss, cross_entropy, rank, grad_temperature = (logits.new_empty((), dtype=dtype) for _ in range(4))
+    rows = [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4)]
+    grad_entropy = logits.new_empty(logits.shape[0] if has_ranking else 0, dtype=dtype)
+    return loss, cross_entropy, rank, *rows, grad_entropy, grad_temperature
+
+
+def save_for_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, _, labels, _, _, rank_weight, *_, ctx.ignore_index, ctx.inplace, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.has_ranking = rank_weight is not None
+    ctx.save_for_backward(logits, labels, *output[3:])
+
+
+def loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
+    refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 14
+    logits, labels, *statistics, grad_ce, grad_entropy, grad_temperature = ctx.saved_tensors
+    by_logits = by_temperature = None
+    if ctx.needs_input_grad[0]:
+        row_grads = (grad_ce, grad_entropy if ctx.has_ranking else None, grad_loss)
+        by_logits = logits_gradient(ctx.inplace, logits, labels, ctx.ignore_index, *statistics, *row_grads, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        by_temperature = grad_temperature * grad_loss
+    return by_logits, by_temperature, *[None] * 12
+
+
+loss_op.register_autograd(loss_backward, setup_context=save_for_gradient)
+
+
+def reference_loss(
+    logits: Tensor,
+    labels: Tensor,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    rank_weight: float,
+    form: str,
+    margin: float,
+    temperature: float | Tensor,
+    token_weights: Tensor | None,
+    num_tokens: float | Tensor | None,
+    num_sequences: float | Tensor | None,
+    ignore_index: int,
+) -> TabomLoss:
+    """The same under autograd."""
+    ce, entropy = reference.cross_entropy_with_entropy(logits, labels, ignore_index)
     if token_weights is not None:
         ce = ce * token_weights.to(ce.dtype)
     if num_tokens is None:
@@ -78,10 +180,9 @@ def tabom_loss(
     cross_entropy = ce.sum() / denominator(num_tokens)
     if rank_weight == 0:
         return TabomLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy).detach())
-
-    losses, pairs = rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)
+    losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
     if num_sequences is None:
-        num_sequences = (pairs > 0).sum()
+        num_sequences = (reference.count_ordered_pairs(steps, cu_seqlens) > 0).sum()
     rank = losses.sum() / denominator(num_sequences)
     return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
 

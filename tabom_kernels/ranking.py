@@ -33,11 +33,14 @@ def _(
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, pairs, grad_entropy, grad_temperature = output
     ctx.mark_non_differentiable(pairs, grad_entropy, grad_temperature)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_entropy, grad_temperature, inputs[4])
 
 
-def scale_gradients(ctx: Any, grad_loss: Tensor, *_: None) -> tuple:
+def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
+    if grad_loss is None:
+        return (None,) * 7
     grad_entropy, grad_temperature, cu_seqlens = ctx.saved_tensors
     by_entropy = by_temperature = None
     if ctx.needs_input_grad[0]:
@@ -101,25 +104,11 @@ def trajectory_rank_loss(
     check_form(form, margin, temperature)
     backend = resolve(backend, entropy)
     refuse_forward_mode(backend, entropy, temperature)
-    return rank_loss_and_pairs(entropy, steps, cu_seqlens, form, margin, temperature, backend)[0]
-
-
-def rank_loss_and_pairs(
-    entropy: Tensor,
-    steps: Tensor,
-    cu_seqlens: Tensor,
-    form: str,
-    margin: float,
-    temperature: float | Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(B,) rank losses, and (B,) ordered pairs, which come with them for nothing."""
     entropy = entropy.to(reference.working_dtype(entropy.dtype))
     if backend == "reference":
-        losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-        return losses, reference.count_ordered_pairs(steps, cu_seqlens)
+        return reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
     temperature, margin = (as_scalar(x, entropy) for x in (temperature, margin))
-    return rank_loss_op(entropy, temperature, margin, steps, cu_seqlens, form, backend)[:2]
+    return rank_loss_op(entropy, temperature, margin, steps, cu_seqlens, form, backend)[0]
 
 
 def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -71,14 +71,18 @@ def vocabulary_gradient(
     grad_ce: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Reads (N, V) logits once and writes dL/dlogits to `out` (N, V) once; `out` may be `logits` itself.
 
     Args:
         grad_ce, grad_entropy: (N,) dL/dce and dL/dE of any stride, None for zero.
+        upstream: () that multiplies both.
     """
     a = torch.zeros_like(statistics.entropy) if grad_ce is None else grad_ce.clone()
     g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
+    if upstream is not None:
+        a, g = a * upstream, g * upstream
     if labels is not None:
         a.masked_fill_(labels == ignore_index, 0.0)
         label = labels.masked_fill(labels == ignore_index, 0)
@@ -123,6 +127,47 @@ def trajectory_rank_loss(
         grad_entropy[rows[is_row]] = (by_entropy / terms[:, None])[is_row]
         grad_temperature[sequences] = by_temperature / terms
     return RankLoss(loss, pairs, grad_entropy, grad_temperature)
+
+
+class WeightedLoss(NamedTuple):
+    """Scalars, nats: the whole loss and its two terms; its gradients by ce (N,), E (N,) or None, and tau ()."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    rank: Tensor
+    grad_ce: Tensor
+    grad_entropy: Tensor | None
+    grad_temperature: Tensor
+
+
+def weighted_loss(
+    cross_entropy: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    token_weights: Tensor | None,
+    num_tokens: Tensor | None,
+    rank: RankLoss | None,
+    rank_weight: Tensor | None,
+    num_sequences: Tensor | None,
+) -> WeightedLoss:
+    """Both means and their sum. A denominator of None is counted; one of 0 counts as 1."""
+    is_used = labels != ignore_index
+    weights = cross_entropy.new_ones(()) if token_weights is None else token_weights.to(cross_entropy.dtype)
+    weights = weights.expand_as(cross_entropy).masked_fill(~is_used, 0.0)
+    tokens = not_zero(is_used.sum() if num_tokens is None else num_tokens).to(cross_entropy.dtype)
+    mean = (cross_entropy * weights).sum() / tokens
+    grad_ce = weights / tokens
+    if rank is None:
+        return WeightedLoss(mean.clone(), mean, torch.zeros_like(mean), grad_ce, None, torch.zeros_like(mean))
+    sequences = not_zero((rank.pairs > 0).sum() if num_sequences is None else num_sequences).to(mean.dtype)
+    rank_mean, factor = rank.loss.sum() / sequences, rank_weight / sequences
+    grads = (grad_ce, rank.grad_entropy * factor, rank.grad_temperature.sum() * factor)
+    return WeightedLoss(mean + rank_weight * rank_mean, mean, rank_mean, *grads)
+
+
+def not_zero(count: Tensor) -> Tensor:
+    """What to divide a sum by that is 0 when `count` is 0."""
+    return count.masked_fill(count == 0, 1)
 
 
 def sequences_alike(steps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

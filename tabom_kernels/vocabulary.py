@@ -42,12 +42,14 @@ def gradient_op(
     log_sum: Tensor,
     grad_ce: Tensor | None,
     grad_entropy: Tensor | None,
+    upstream: Tensor | None,
     backend: str,
 ) -> Tensor:
     """(N, V) dL/dlogits."""
     statistics = VocabularyStatistics(None, entropy, maximum, log_sum)
     out = torch.empty_like(logits)
-    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, grad_ce, grad_entropy, out)
+    row_grads = (grad_ce, grad_entropy)
+    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, *row_grads, out, upstream)
     return out
 
 
@@ -66,11 +68,13 @@ def inplace_gradient_op(
     log_sum: Tensor,
     grad_ce: Tensor | None,
     grad_entropy: Tensor | None,
+    upstream: Tensor | None,
     backend: str,
 ) -> None:
     """dL/dlogits written over the logits."""
     statistics = VocabularyStatistics(None, entropy, maximum, log_sum)
-    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, grad_ce, grad_entropy, logits)
+    row_grads = (grad_ce, grad_entropy)
+    closed_forms(backend).vocabulary_gradient(logits, labels, ignore_index, statistics, *row_grads, logits, upstream)
 
 
 def save_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -88,11 +92,17 @@ def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor |
     logits, labels, *statistics = ctx.saved_tensors
     if labels is None:
         grad_ce = None  # under torch.compile it comes as a gradient of the empty ce
-    arguments = (logits, labels, ctx.ignore_index, *statistics, grad_ce, grad_entropy, ctx.backend)
-    if ctx.inplace:
-        inplace_gradient_op(*arguments)
-        return logits, None, None, None, None
-    return gradient_op(*arguments), None, None, None, None
+    row_grads = (grad_ce, grad_entropy, None)
+    by_logits = logits_gradient(ctx.inplace, logits, labels, ctx.ignore_index, *statistics, *row_grads, ctx.backend)
+    return by_logits, None, None, None, None
+
+
+def logits_gradient(inplace: bool, logits: Tensor, *arguments: Any) -> Tensor:
+    """(N, V) dL/dlogits, over the logits or beside them."""
+    if inplace:
+        inplace_gradient_op(logits, *arguments)
+        return logits
+    return gradient_op(logits, *arguments)
 
 
 statistics_op.register_autograd(statistics_backward, setup_context=save_statistics)

@@ -101,5 +101,5 @@ def check_shape(action: argparse.Action, value: Any) -> None:
     """Refuses a list where one value belongs, and anything nested where plain values do."""
     takes_mapping = action.dest.endswith(("_config", "_kwargs"))
     values = value if isinstance(value, list) and action.nargs in ("*", "+") else [value]
-    if not takes_mapping and any(isinstance(each, dict | list) for each in values):
+    if not takes_mapping and not all(each is None or isinstance(each, str | int | float) for each in values):
         raise ValueError(f"config: {action.dest}: expected a plain value, got a {type(value).__name__}")

@@ -9,6 +9,7 @@ from rich.console import Console
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.data.encoding import encode_prompt
+from tabom.data.text import printable
 from tabom.sampling.animation import animate
 from tabom.sampling.engine import EngineConfig, sample
 from tabom.sampling.sampler import SamplerConfig, decode_response
@@ -37,4 +38,4 @@ def run(argv: Sequence[str]) -> None:
         return
     encoded = [encode_prompt(model.tokenizer, prompt) for prompt in arguments.prompt]
     for completion in sample(model, encoded, sampler, engine=engine):
-        console.print(decode_response(model, completion.token_ids), markup=False)
+        console.print(printable(decode_response(model, completion.token_ids)), markup=False)

@@ -1,10 +1,13 @@
 """Finds the command that is asked for and runs it; a command's module is imported only then."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 import tabom
+from tabom.cli.orphans import end_with_parent
+from tabom.data.text import printable
 
 USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
@@ -35,6 +38,13 @@ COMMANDS = {
 }
 """The module of each command; its `run` takes the rest of the command line."""
 
+GOES_ON = {
+    "collect": "the same command goes on where it stopped",
+    "evaluate": "the same command goes on where it stopped",
+    "train": "the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
+}
+"""What to do after Ctrl-C."""
+
 EXTRAS = {
     "datasets": "data",
     "lm_eval": "eval",
@@ -46,7 +56,7 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; wrong input ends with one line on stderr and status 2."""
+    """Runs a command; wrong input ends with one line on stderr and status 2, Ctrl-C with status 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
     words = 2 if argv[:1] == ["lab"] else 1
     name = " ".join(argv[:words])
@@ -59,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"tabom: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)
         return 2
+    if "LOCAL_RANK" in os.environ:  # set by torchrun and accelerate launch
+        end_with_parent()
     try:
         import_module(COMMANDS[name]).run(argv[words:])
     except ModuleNotFoundError as error:
@@ -68,9 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tabom {name}: error: needs {package}; pip install 'tabom[{EXTRAS[package]}]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"tabom {name}: error: {error}", file=sys.stderr)
+        print(printable(f"tabom {name}: error: {error}"), file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
+        return 130
     return 0

@@ -1,6 +1,13 @@
 """From text to token ids: prompts and responses, through the chat template where the tokenizer has one."""
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from tabom.data.limits import limited
+
+TEMPLATE_SECONDS = 10
+TEMPLATE_BYTES = 2**30
+"""Limits of rendering one conversation."""
 
 Prompt = str | list[dict[str, str]]
 """Plain text, or a conversation of `{"role": ..., "content": ...}` messages."""
@@ -60,8 +67,17 @@ def as_messages(prompt: Prompt) -> list[dict[str, str]]:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> list[int]:
-    """Token ids of a conversation."""
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=True)
+    """Token ids of a conversation.
+
+    Raises:
+        ValueError: the template refuses it, loops, or makes endless text.
+    """
+    options = {"add_generation_prompt": add_generation_prompt, "return_dict": True}
+    with limited("the chat template", TEMPLATE_SECONDS, TEMPLATE_BYTES):
+        try:
+            rendered = tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, OverflowError, ArithmeticError, TypeError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
     return rendered["input_ids"]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tabom.data.encoding import Prompt, as_messages
 from tabom.data.sources import read_records
-from tabom.data.trajectories import PROMPT_FIELDS, RecordError, conversation, parse_prompt
+from tabom.data.trajectories import PROMPT_FIELDS, RecordError, conversation, parse_prompt, text, texts
 from tabom.data.verifiers import Answer, Check, Verdict, as_verifier, make_verifier, settings_of, verifier_for
 
 TEST_FIELDS = ("tests", "test_list", "test", "input_output")
@@ -108,9 +108,10 @@ class PromptReader:
             if self.prompt_column not in record:
                 raise RecordError(self.prompt_column, f"missing; the record has {', '.join(record)}")
             prompt = record[self.prompt_column]
+            prompt = parse_prompt({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt})
         elif "test_list" in record and ("text" in record or "prompt" in record):
-            task = str(record.get("text", record.get("prompt")))
-            prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(record["test_list"]))
+            task = text(record, "text" if "text" in record else "prompt")
+            prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(texts(record, "test_list")))
         elif "problem" in record and not any(name in record for name in PROMPT_FIELDS):
             prompt = parse_prompt({"prompt": record["problem"]})
         else:

@@ -152,6 +152,16 @@ def text(record: dict[str, Any], field: str) -> str:
     return value
 
 
+def texts(record: dict[str, Any], field: str) -> list[str]:
+    """A field that must be a list of strings."""
+    values = record[field]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise RecordError(field, f"expected a list of texts, got {values!r:.60}")
+    for value in values:
+        check_unicode(field, value)
+    return values
+
+
 def optional_text(record: dict[str, Any], field: str) -> str | None:
     """A field that is a string, null or missing."""
     return None if record.get(field) is None else text(record, field)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
@@ -187,7 +188,7 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
     """One micro-batch, forward and backward, with the trainer's loss and with the released one, in turns."""
     model, device = trainer.model, trainer.args.device
     examples = [trainer.train_dataset[0, index] for index in range(trainer.args.train_batch_size)]
-    batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(examples).items()}
+    batch = send_to_device(trainer.data_collator(examples), device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     packed = [batch[name] for name in ("rows", "labels", "steps", "cu_seqlens")]
     settings = {"margin": trainer.args.margin, "rank_weight": trainer.args.rank_weight}

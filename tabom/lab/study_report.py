@@ -79,7 +79,8 @@ def error(values: np.ndarray) -> float:
 
 def tables(results: list[Result]) -> str:
     """Markdown: for each group a table of each learning rate, and one of paired differences over all of them."""
-    return "\n".join(text for group in groups_of(results) for text in group_tables(results, group))
+    texts = [text for group in groups_of(results) for text in group_tables(results, group)]
+    return "\n".join([*texts, *attempts_table(results)])
 
 
 def group_tables(results: list[Result], group: Group) -> list[str]:
@@ -140,6 +141,27 @@ def paired_table(runs: list[Result]) -> list[str]:
     return lines
 
 
+def attempts_table(results: list[Result]) -> list[str]:
+    """What more attempts a prompt change: paired differences of runs that are alike in all else but their sizes."""
+    accuracies = [f"{k} a step" for k in TOKENS_PER_STEP]
+    points = ("base", "task", "method", "learning_rate", "seed", "num_problems")
+    trained = [r for r in results if r["run"]["method"] != BASE]
+    once = {tuple(r["run"][name] for name in points): r for r in trained if r["run"]["attempts"] == 1}
+    rows = defaultdict(list)
+    for result in trained:
+        run = result["run"]
+        partner = once.get(tuple(run[name] for name in points))
+        if partner and run["attempts"] > 1:
+            rows[run["task"], Path(run["base"]).name, run["method"], run["attempts"]].append((result, partner))
+    if not rows:
+        return []
+    lines = [f"| attempts | pairs | {' | '.join(accuracies)} |", f"| --- |{' --- |' * (len(accuracies) + 1)}"]
+    for (task, base, method, attempts), pairs in rows.items():
+        cells = [difference(pairs, measure) for measure in accuracies]
+        lines.append(f"| {task}, {base}, {method}: {attempts} less 1 | {len(pairs)} | {' | '.join(cells)} |")
+    return ["### More attempts a prompt", "", *lines, ""]
+
+
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
     """`+2.9 ±0.5, 6 up`: the mean, its error, and in how many pairs the first is higher; one pair has no error."""
     values = np.array([scores(first, measure).mean() - scores(second, measure).mean() for first, second in pairs])
@@ -150,7 +172,9 @@ def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     """A panel a method: accuracy on the weak task against the others along the training, every run a path."""
     methods = by_method(r for r in results if group_of(r) == group)
-    base = base_of(results, next(iter(methods.values()))[0])
+    runs = [run for of_method in methods.values() for run in of_method]
+    base = base_of(results, runs[0])
+    colors = {rate: f"C{i}" for i, rate in enumerate(sorted({run["run"]["learning_rate"] for run in runs}))}
     rows = -(-len(methods) // 3)
     figure, panels = plt.subplots(
         rows, 3, figsize=(10, 3 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
@@ -158,19 +182,16 @@ def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     for axes in panels.flat[len(methods) :]:
         axes.set_axis_off()
     for axes, name in zip(panels.flat, methods, strict=False):
-        for other, runs in methods.items():
-            for run in runs:
-                points = np.array(path_of(base, run)).T
-                style = {"color": "lightgray", "zorder": 1}
-                if other == name:
-                    rates = sorted({r["run"]["learning_rate"] for r in runs})
-                    style = {"color": f"C{rates.index(run['run']['learning_rate'])}", "zorder": 2}
-                axes.plot(*points, linewidth=1, marker="o", markersize=2 if other != name else 3, **style)
-                axes.plot(*points[:, -1], marker="*", markersize=5 if other != name else 10, **style)
+        for run in runs:
+            is_own = run["run"]["method"] == name
+            color = colors[run["run"]["learning_rate"]] if is_own else "lightgray"
+            points = np.array(path_of(base, run)).T
+            axes.plot(*points, linewidth=1, marker="o", markersize=3 if is_own else 2, color=color, zorder=1 + is_own)
+            axes.plot(*points[:, -1], marker="*", markersize=10 if is_own else 5, color=color, zorder=1 + is_own)
         axes.plot(*points_of(base), "ks", zorder=3)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
-    for rate, color in zip(rates, ("C0", "C1", "C2"), strict=False):
+    for rate, color in colors.items():
         panels[0, 0].plot([], [], color=color, marker="*", label=f"LR {rate:g}")
     panels[0, 0].plot([], [], "ks", label="base")
     panels[0, 0].legend(fontsize=8)
@@ -209,7 +230,7 @@ def draw_passes(results: list[Result], group: Group, path: Path) -> None:
     methods = {BASE: [base], **methods}
     policies = dict.fromkeys(each["policy"] for each in base["adaptive"])
     figure, panels = plt.subplots(
-        1, len(policies), figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained", squeeze=False
+        1, len(policies), figsize=(11, 4.4), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     for axes, policy in zip(panels.flat, policies, strict=True):
         for color, (name, runs) in enumerate(methods.items()):
@@ -223,7 +244,7 @@ def draw_passes(results: list[Result], group: Group, path: Path) -> None:
         axes.set_xlabel("forward passes an answer")
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"accuracy on {group.task}, %")
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

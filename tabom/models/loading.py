@@ -49,9 +49,11 @@ def load(
 
     Raises:
         FileNotFoundError: a path into a folder that is here, and nothing there.
-        ValueError: the family is not known, the model attends causally, or no mask token is known.
+        ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is
+            known.
     """
     check_is_there(Path(model_name_or_path))
+    check_is_safetensors(Path(model_name_or_path))
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if find_adapter_config_file(model_name_or_path) is not None:
         return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
@@ -68,7 +70,8 @@ def load(
     if adapt and model_type not in ADAPTABLE:
         raise ValueError(f"adapt: model type {model_type!r}; expected one of {', '.join(ADAPTABLE)}")
     auto = AutoModelForMaskedLM if as_masked_lm else AutoModelForCausalLM
-    model = auto.from_pretrained(model_name_or_path, config=config, trust_remote_code=trust_remote_code, **options)
+    options |= {"config": config, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    model = auto.from_pretrained(model_name_or_path, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     if adapt:
         add_mask_token(model, tokenizer)
@@ -87,6 +90,20 @@ def check_is_there(path: Path) -> None:
     similar = get_close_matches(path.name, beside, n=3) or beside[:3]
     hint = f"; there are {', '.join(similar)}" if similar else ""
     raise FileNotFoundError(f"model={path}: nothing of this name in {path.parent}{hint}")
+
+
+def check_is_safetensors(path: Path) -> None:
+    """Pickled weights can run code; of a name on the hub transformers is told the same.
+
+    Raises:
+        ValueError: a folder with pickled weights alone.
+    """
+    pickled = sorted(each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in path.glob(pattern))
+    if pickled and not list(path.glob("*.safetensors")):
+        raise ValueError(
+            f"model={path}: {pickled[0]} is pickled and could run code; only safetensors load. Where you trust it: "
+            "transformers' from_pretrained reads it and save_pretrained writes model.safetensors"
+        )
 
 
 def is_masked_lm(settings: dict[str, Any]) -> bool:
@@ -111,7 +128,9 @@ def load_tokenizer(model_name_or_path: str | Path, *, trust_remote_code: bool = 
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
     """A checkpoint in a family's own layout; its weights are renamed while they are read."""
     config = native_config(settings)
-    model = family.architecture.from_pretrained(path, config=config, key_mapping=family.key_mapping, **options)
+    model = family.architecture.from_pretrained(
+        path, config=config, key_mapping=family.key_mapping, use_safetensors=True, **options
+    )
     model._weight_conversions = []  # it is saved under transformers' names, which its saved config asks for
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     return describe(model.eval(), family.tokenizer.from_pretrained(path))

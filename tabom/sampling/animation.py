@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tabom.data.encoding import Prompt, encode_prompt
+from tabom.data.text import printable
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.sampler import DecodingState, SamplerConfig, denoise, response_length
 
@@ -41,7 +42,7 @@ def render(
 ) -> Text:
     """The prompt and the first response of `state`, a dot for every masked token."""
     drawing = Text()
-    drawing.append(prompt if isinstance(prompt, str) else prompt[-1]["content"], style="dim")
+    drawing.append(printable(prompt if isinstance(prompt, str) else prompt[-1]["content"]), style="dim")
     drawing.append(" ")
     most_uncertain = math.log(model.model.config.vocab_size)
     responses = zip(state.tokens[0].tolist(), state.decoding_order[0].tolist(), state.entropy[0].tolist(), strict=True)
@@ -50,7 +51,7 @@ def render(
             drawing.append("·", style="dim")
             continue
         share = step / max(steps - 1, 1) if color_by == "step" else math.sqrt(entropy / most_uncertain)
-        drawing.append(model.tokenizer.decode([token]), style=f"bold {heat(share)}")
+        drawing.append(printable(model.tokenizer.decode([token])), style=f"bold {heat(share)}")
     return drawing
 
 

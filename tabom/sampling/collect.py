@@ -6,10 +6,12 @@ attempt is a line of exactly one of them, written as soon as it is judged, so a 
 more than what is in flight, and a restart repeats nothing.
 """
 
+import fcntl
 import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.progress import Progress
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
+from tabom.data.sources import read_json_lines
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.engine import Engine, EngineConfig, Request
@@ -76,18 +79,34 @@ def collect(
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
     Raises:
-        ValueError: `config.output` was begun with other settings.
+        ValueError: `config.output` was begun with other settings or weights, or another process writes to it.
     """
     output = Path(config.output)
     rejected = output.with_name(output.name + ".rejected")
     settings = {
         "model": model.model.config.name_or_path,
+        "weights": model.fingerprint(),
         "prompts": prompts.fingerprint(),
         "verifier": prompts.verifier,
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": config.max_prompt_length,
     }
+    with locked(output):
+        return collect_into(output, rejected, settings, model, prompts, sampler, config, engine)
+
+
+def collect_into(
+    output: Path,
+    rejected: Path,
+    settings: dict[str, Any],
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    config: CollectConfig,
+    engine: EngineConfig | None,
+) -> CollectReport:
+    """`collect` as the only writer of both files."""
     verdicts = start_or_resume(output, rejected, settings, config.overwrite)
     attempts = [
         (index, repeat)
@@ -134,6 +153,24 @@ def in_groups(stream: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(stream)
     while group := list(islice(items, size)):
         yield group
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps other processes off an output; the lock ends with its process, however that ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(output.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"output={output}: another process is collecting into it; wait for it, or choose another output"
+            ) from error
+        yield
 
 
 def hit_rate(verdicts: Collection[bool | None]) -> str:
@@ -198,20 +235,35 @@ def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], over
                 f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
                 "continue with the same settings, choose another output, or --overwrite"
             )
-    return {record["id"]: record["correct"] for record in (*read_lines(output), *wrong)}
+    finished = [*read_lines(output), *wrong]
+    if any(not isinstance(record.get("id"), str) or "correct" not in record for record in finished):
+        raise ValueError(f"output={output}: holds records without id and verdict, so not from `tabom collect`")
+    return {record["id"]: record["correct"] for record in finished}
 
 
 def drop_torn_line(path: Path) -> None:
     """Cuts off a last line that has no newline: its writer was killed in the middle of it."""
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = 0
+        while end > 0 and whole == 0:
+            start = max(end - 2**16, 0)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            whole, end = (0 if newline < 0 else start + newline + 1), start
+        file.truncate(whole)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that `write_line` wrote."""
-    with path.open() as lines:
-        return [json.loads(line) for line in lines]
+    records = []
+    for number, record in read_json_lines(path):
+        if isinstance(record, ValueError):
+            raise ValueError(f"{path}, line {number}: {record}")
+        records.append(record)
+    return records
 
 
 def write_line(lines: TextIO, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class TrajectoryDataset(Dataset):
         keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
         return any(self[key][2].supervised.any() for key in keys)
 
+    @cached_property
     def digest(self) -> str:
         """Of all that the examples are made from, and their order."""
         digest = hashlib.sha256()
@@ -113,6 +115,7 @@ class TrajectoryCollator:
     A batch holds `input_ids` and `attention_mask` (B, L), right-padded, with masked response tokens; and, packed over
     the N positions that are supervised or ranked: `rows` (N,) flat indices of the logits in (B * L), `labels` (N,)
     with -100 = not supervised, `steps` (N,) with -1 = not ranked, `token_weights` (N,) and `cu_seqlens` (B + 1,).
+    `lengths` are the rows of each sequence once more, which stay on the host when the batch goes to a GPU.
     `num_tokens` and `num_sequences` are this batch's shares of the denominators of cross-entropy and rank loss.
     A filler (None) is a row of one token that is asked nothing.
     """
@@ -148,6 +151,7 @@ class TrajectoryCollator:
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             **batch,
+            "lengths": lengths,
             "num_tokens": torch.tensor(sum(target.num_tokens for *_, target in examples)),
             "num_sequences": (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum(),
         }

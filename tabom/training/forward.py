@@ -1,6 +1,6 @@
 """The loss inside the model's own forward, so that DDP, FSDP and LoRA hooks fire around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
         labels: Tensor,
         steps: Tensor,
         cu_seqlens: Tensor,
+        lengths: Sequence[int] | None = None,
         token_weights: Tensor | None = None,
         num_tokens: Tensor | None = None,
         num_sequences: Tensor | None = None,
@@ -88,7 +89,10 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
         options |= loss_settings
         head = model.get_output_embeddings()
         if computes_loss(head):
-            loss, entropy = loss_in_head(head, rows, batch | options, plain_forward, inputs)
+            if torch.compiler.is_compiling():
+                lengths = None  # numbers would be compiled for
+            arguments = batch | options | {"lengths": lengths}
+            loss, entropy = loss_in_head(head, rows, arguments, plain_forward, inputs)
         else:
             logits = logits_at(model, rows, forward=plain_forward, **inputs)
             loss = tabom_loss(logits, **batch, **options)

@@ -19,8 +19,8 @@ class ObjectiveSettings:
     """How an example is made from a trajectory; the fields are those of `TabomConfig`."""
 
     objective: Objective = "tabom"
-    supervised_window: WindowSize = 32
-    rank_window: WindowSize = 32
+    supervised_window: WindowSize = "all"
+    rank_window: WindowSize = "all"
     window_unit: WindowUnit = "steps"
     mask_ratio: float = 0.5
     cut_among_non_ltr: bool = False

@@ -52,10 +52,10 @@ class TabomConfig(TrainingArguments):
         },
     )
     supervised_window: int | str = field(
-        default=32, metadata={"help": "M: what follows the cut with cross-entropy, or `all`: every later token."}
+        default="all", metadata={"help": "M: what follows the cut with cross-entropy, or `all`: every later token."}
     )
     rank_window: int | str = field(
-        default=32, metadata={"help": "W: what follows the cut whose pairs are ranked, or `all`. NELBO ranks all."}
+        default="all", metadata={"help": "W: what follows the cut whose pairs are ranked, or `all`. NELBO ranks all."}
     )
     window_unit: WindowUnit = field(default="steps", metadata={"help": "What supervised_window and rank_window count."})
     rank_weight: float | None = field(
@@ -352,7 +352,7 @@ class TabomTrainer(Trainer):
         """What decides the weights: JSON, the same on every rank and for any number of them."""
         adapters = getattr(self.model, "peft_config", {})
         return {
-            "data": self.train_dataset.digest(),
+            "data": self.train_dataset.digest,
             **self.args.run_settings(self.accelerator.num_processes),
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }

@@ -24,9 +24,12 @@ MERGE_WARPS = 1
 DRAW_WARPS = 4
 """A draw needs noise for each segment of the vocabulary, about a thousand, and for the columns of one."""
 
-SCAN_BYTES = 8192
-SCAN_WARPS = 8
-"""Of the search for a top-k or top-p threshold, which reads its row again and again from the L2 cache."""
+FILTER_BITS = 4
+FILTER_WAYS = 2**FILTER_BITS
+"""Thresholds that a pass of the search for top-k or top-p tries at once."""
+
+FILTER_WARPS = 8
+"""Of such a pass, which holds each logit and its weight."""
 
 PAIR_BLOCK = 256
 PAIR_WARPS = 1
@@ -35,6 +38,10 @@ PAIR_WARPS = 1
 PAIR_TILES = 4
 LONG = 4096
 """From so many rows on, a sequence may be long, and that many programs share the partners of each row."""
+
+SUM_BLOCK = 1024
+SUM_WARPS = 4
+"""Of the one program that sums over all rows."""
 
 
 def options(warps: int) -> dict[str, int | bool]:

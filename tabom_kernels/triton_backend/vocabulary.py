@@ -280,6 +280,7 @@ def gradient_kernel(
     log_sum,
     grad_ce,  # (N,) or None
     grad_entropy,  # (N,) or None
+    upstream,  # () or None, multiplies both
     out,
     row_stride,
     column_stride,
@@ -308,8 +309,13 @@ def gradient_kernel(
     if grad_ce is not None:
         label = tl.load(labels + row * label_stride)
         a = tl.where(label == ignore_index, 0.0, tl.load(grad_ce + row * grad_ce_stride).to(tl.float32))
+        is_known = (label == ignore_index) | ((label >= 0) & (label < COLUMNS))
+        a = tl.where(is_known, a, float("nan"))
     if grad_entropy is not None:
         g = tl.load(grad_entropy + row * grad_entropy_stride).to(tl.float32)
+    if upstream is not None:
+        a *= tl.load(upstream)
+        g *= tl.load(upstream)
     if (a == 0.0) & (g == 0.0):  # most rows of a batch are outside both windows
         tl.store(destination, tl.zeros([CHUNK], out.dtype.element_ty), inside)
     else:
@@ -345,6 +351,7 @@ def vocabulary_gradient(
     grad_ce: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Reads (N, V) logits once and writes `out` once; see `torch_backend.vocabulary_gradient`."""
     rows, blocks = logits.shape[0], chunking(logits)
@@ -356,6 +363,7 @@ def vocabulary_gradient(
         *statistics[1:],
         grad_ce,
         grad_entropy,
+        upstream,
         out,
         *logits.stride(),
         *out.stride(),

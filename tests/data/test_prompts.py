@@ -35,7 +35,10 @@ SHAPES = {  # record, verifier, prompt, a right response, a wrong one
     "apps": (APPS, "code", "Double it.", "print(2 * int(input()))", "print(1)"),
     "prm12k": (PRM12K, "math", "1+1?", "2", "3"),
     "chat": (CHAT, "math", CHAT["messages"][:1], r"\boxed{2}", "3"),
-    "plain": ({"prompt": "1+1=", "answer": "2"}, "exact", "1+1=", "2", "2."),
+    "numbers": ({"question": "What is 6 * 7?", "answer": 42}, "math", "What is 6 * 7?", "It is 42.", "It is 41."),
+    "numbers as text": ({"question": "6 * 700?", "answer": "4,200"}, "math", "6 * 700?", "It is $4200.", "420"),
+    "latex": ({"question": "Half?", "answer": r"\frac{1}{2}"}, "math", "Half?", "The answer is 0.5.", "0.25"),
+    "text": ({"prompt": "Capital of France?", "answer": "Paris"}, "exact", "Capital of France?", "Paris", "Paris."),
 }
 
 
@@ -96,6 +99,10 @@ def test_a_field_that_other_records_have_is_not_there(tmp_path):
     path = write(tmp_path / "p.parquet", [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}])
     prompts, _ = read_prompts(path)
     assert prompts.answers == ["1", None] and prompts.verdicts([1], ["x"])[0].correct is None
+    path = write(
+        tmp_path / "q.parquet", [{"instruction": "a", "question": None}, {"instruction": None, "question": "b"}]
+    )
+    assert read_prompts(path)[0].prompts == ["a", "b"]
 
 
 def test_templates_and_system_prompts(tmp_path):
@@ -128,7 +135,7 @@ def entry_point_is_named(prompt, answer, response):
 
 
 def test_a_setting_of_another_verifier_than_the_shape_chose_is_left_out(tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "1"}])
+    path = write(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "yes"}])
     prompts, _ = read_prompts(path, verifier_settings={"timeout": 3.0})
     assert prompts.verifier == "exact"
 

@@ -91,3 +91,12 @@ def test_a_token_costs_one_load_a_logit(rng, accesses, dtype, temperature):
     loads = accesses.per_element(accesses.loads, logits)
     assert loads.min() == 1
     assert loads.sum(1).unique().tolist() == [COLUMNS + again + 1 + (SEGMENT if temperature else 0)]
+
+
+@pytest.mark.parametrize("dtype, passes", [(torch.float32, 8), (torch.bfloat16, 4), (torch.float16, 4)])
+@pytest.mark.parametrize("top_k, top_p", [(50, None), (None, 0.9)])
+def test_a_filter_in_half_precision_costs_four_loads_more(rng, accesses, dtype, passes, top_k, top_p):
+    logits, again = logits_and_again(dtype)
+    triton_backend.unmask_statistics(logits, 0.8, top_k, top_p, torch.arange(3))
+    loads = accesses.per_element(accesses.loads, logits)
+    assert loads.sum(1).unique().tolist() == [(passes + 1) * COLUMNS + again + SEGMENT + 1]

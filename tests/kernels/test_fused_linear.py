@@ -269,6 +269,21 @@ def test_chunks_are_about_equal(lengths, limit, expected):
     assert [c.rows.stop - c.rows.start for c in chunks] == expected
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_lengths_on_the_host_change_nothing_and_save_the_wait(rng, monkeypatch, backend, lengths):
+    head, batch = draw_problem(lengths, torch.float32)
+    expected = run(head, batch, max_chunk_rows=4, backend=backend)
+    plan_chunks = fused_linear.plan_chunks
+
+    def unreadable(cu_seqlens, *arguments):
+        return plan_chunks(cu_seqlens.to("meta"), *arguments)
+
+    monkeypatch.setattr(fused_linear, "plan_chunks", unreadable)
+    ours = run(head, batch, max_chunk_rows=4, backend=backend, lengths=lengths)
+    assert_close(ours, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rows, size, expected", [(0, 5, [0]), (5, 5, [5]), (6, 5, [3, 3]), (1024, 861, [512, 512])])
 def test_pieces_are_about_equal(rows, size, expected):
     pieces = fused_linear.Chunk(slice(0, 1), slice(10, 10 + rows)).pieces(size)
@@ -307,10 +322,16 @@ BATCH = {"labels": torch.tensor([0, 1, -100]), "steps": torch.tensor([0, 1, 2]),
         ({"labels": torch.tensor([0, 5, 0])}, ValueError, "labels: 5 at row 1; expected 0 <= label < 5"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
         ({"max_chunk_rows": 0}, ValueError, "max_chunk_rows=0: expected at least 1"),
+        (
+            {"lengths": [2]},
+            ValueError,
+            "lengths: expected the rows of 1 sequences, 3 in all, .* got 1 of them, 2 in all",
+        ),
         ({"backend": "cuda"}, ValueError, "backend='cuda'"),
     ],
 )
-def test_errors_name_the_argument(changes, error, message):
+def test_errors_name_the_argument(monkeypatch, changes, error, message):
+    monkeypatch.setenv("TABOM_KERNELS_DEBUG", "1")  # else values are not looked at on a GPU
     device = torch.empty(0).device
     arguments = {**HEAD, **BATCH, **changes}
     arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}

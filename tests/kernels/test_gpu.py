@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from tabom_kernels import backend_for, cross_entropy_with_entropy, reference, tabom_loss, unmask_statistics
+from tabom_kernels import (
+    backend_for,
+    cross_entropy_with_entropy,
+    fused_linear_tabom_loss,
+    reference,
+    tabom_loss,
+    unmask_statistics,
+)
 from tests.kernels.inputs import draw_labels, draw_sequences, gaussian
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -80,6 +87,24 @@ def test_nothing_waits_for_the_host(rng, form):
     try:
         step()
     finally:  # else every later test of the process fails too
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_many_chunks_do_not_wait_for_the_host_that_knows_their_lengths(rng):
+    _, *batch = draw_batch(64, 5000)
+    hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5000, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        loss = fused_linear_tabom_loss(hidden, weight, *batch, lengths=[32, 32], max_chunk_rows=20)
+        torch.autograd.grad(loss.loss, (hidden, weight))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
         torch.cuda.set_sync_debug_mode("default")
 
 

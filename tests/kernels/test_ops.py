@@ -25,7 +25,7 @@ def draw_head(bias, rows=9, columns=20, width=6):
 def test_every_op_passes_opcheck(rng, backend):
     logits, labels, steps, cu_seqlens = draw_batch()
     _, entropy, maximum, log_sum = OPS.vocabulary_statistics(logits, labels, -100, False, backend)
-    saved = (entropy, maximum, log_sum, torch.rand(9), torch.rand(9), backend)
+    saved = (entropy, maximum, log_sum, torch.rand(9), torch.rand(9), torch.tensor(2.0), backend)
     keys = torch.arange(9)
     one = torch.ones(())
     batch = (one, one, one, labels, steps, cu_seqlens, torch.rand(9), one, one)
@@ -44,6 +44,13 @@ def test_every_op_passes_opcheck(rng, backend):
                 (energy, temperature, one, steps, cu_seqlens, form, backend),
             )
             for form in ("logistic", "hinge", "plackett_luce")
+        ),
+        *(
+            (OPS.tabom_loss, (logits.detach().clone().requires_grad_(), temperature, *batch, -100, False, backend))
+            for batch in (
+                (labels, steps, cu_seqlens, one, "logistic", one, torch.rand(9), None, one),
+                (labels, steps, cu_seqlens, None, "hinge", one, None, one, None),
+            )
         ),
         *(
             (OPS.fused_linear_tabom_loss, (*head, *batch, "hinge", -100, 5, False, [True] * 3, backend))

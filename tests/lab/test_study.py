@@ -12,7 +12,7 @@ from tabom.lab.model import BASE_PATH
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
 from tabom.lab.study import BASE, StudyConfig, study
-from tabom.lab.study_report import cell, paired_table, report, scores, tables
+from tabom.lab.study_report import attempts_table, cell, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.sampling.collect import read_lines
 from tabom.training.collator import TrajectoryDataset
@@ -133,6 +133,14 @@ def test_differences_are_paired_by_seed_and_learning_rate():
     ]
     [row] = [line for line in paired_table(runs) if line.startswith("| TABOM, less NELBO")]
     assert row.startswith("| TABOM, less NELBO | 2 | +62.5 ±37.5, 2 up | +0.0 ±0.0, 0 up")
+
+
+def test_more_attempts_are_compared_with_one_at_the_same_seed():
+    runs = [made_up("TABOM", seed, right, attempts=n) for seed, n, right in ((0, 1, "00"), (0, 8, "11"), (1, 8, "11"))]
+    for run in runs:
+        run["run"]["num_problems"] = 2
+        run["right"] |= {"2 a step": "00", "4 a step": "00"}
+    assert attempts_table(runs)[-2] == "| t, b, TABOM: 8 less 1 | 1 | +100.0, 1 up | +0.0, 0 up | +0.0, 0 up |"
 
 
 def test_shuffled_pairs_keep_all_but_the_order(seed):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tabom.data.prompts import PromptSet, read_prompts
 from tabom.data.trajectories import read_trajectories
@@ -109,6 +110,35 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not from `tabom collect`"):
         collect(model, keep_some(), SAMPLER, CollectConfig(str(foreign)))
     assert foreign.read_text() == "precious\n"
+
+
+def test_other_weights_under_the_same_path_are_refused(tmp_path):
+    model, output = random_model(0), tmp_path / "t.jsonl"
+    collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
+    before = output.read_bytes()
+    with torch.no_grad():
+        model.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="was begun with weights='float32, sha256 "):
+        collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
+    half = random_model(0)
+    half.model.bfloat16()
+    with pytest.raises(ValueError, match="now weights='bfloat16, sha256 "):
+        collect(half, keep_some(), SAMPLER, CollectConfig(str(output)))
+    assert output.read_bytes() == before
+    assert collect(random_model(0), keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 0
+
+
+def test_one_process_at_a_time_writes_to_an_output(tmp_path):
+    model, output = random_model(0), tmp_path / "t.jsonl"
+    hold = f"from tabom.sampling.collect import *\nwith locked(Path({str(output)!r})): print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"1\n"
+    with pytest.raises(ValueError, match=r"t\.jsonl: another process is collecting into it"):
+        collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True))
+    assert not output.exists()
+    holder.kill()
+    holder.wait()
+    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 20
 
 
 def test_a_run_killed_before_its_first_line_starts_anew(tmp_path, monkeypatch):

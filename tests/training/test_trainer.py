@@ -12,7 +12,7 @@ from tabom.data.trajectories import Trajectory
 from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
 from tabom.models.loading import load
-from tabom.training.collator import EpochSampler, TrajectoryCollator, TrajectoryDataset
+from tabom.training.collator import FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.objectives import ObjectiveSettings
 from tabom.training.trainer import TabomConfig, TabomTrainer
@@ -94,6 +94,7 @@ def test_the_batch_says_what_each_row_is(model, rng, objective):
         assert batch["input_ids"][b].tolist()[: len(prompt) + len(response)] == prompt + shown
         assert batch["attention_mask"][b].sum() == len(prompt) + len(response)
     assert batch["num_sequences"] == (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum()
+    assert batch["lengths"] == batch["cu_seqlens"].diff().tolist()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -208,6 +209,20 @@ def test_epochs_shuffle_and_cut_anew(model, rng):
     long = [Trajectory("1", "", [5] * 60, list(range(60)))]
     dataset = TrajectoryDataset(long, model.tokenizer, ObjectiveSettings("tabom", 4, 4), seed=0)
     assert len({dataset[epoch, 0][2].masked.sum() for epoch in range(8)}) > 3
+
+
+@pytest.mark.parametrize("length, multiple, fillers", [(10, 1, 0), (10, 4, 2), (12, 4, 0), (1, 8, 7)])
+def test_an_epoch_is_filled_up_with_what_asks_nothing(model, rng, length, multiple, fillers):
+    keys = list(EpochSampler(length, seed=1, shuffle=True, multiple_of=multiple))
+    assert len(keys) == len(EpochSampler(length, 1, True, multiple)) == length + fillers
+    assert sorted(index for _, index in keys[:length]) == list(range(length))
+    assert keys[length:] == [(0, FILLER)] * fillers
+    dataset = TrajectoryDataset(make_trajectories(rng, length), model.tokenizer, ObjectiveSettings(), seed=1)
+    collator = TrajectoryCollator(model.mask_token_id, model.pad_token_id)
+    filled, plain = (collator([dataset[key] for key in each]) for each in (keys, keys[:length]))
+    for name in ("rows", "labels", "steps", "token_weights", "num_tokens", "num_sequences"):
+        assert torch.equal(filled[name], plain[name]), name
+    assert filled["input_ids"].shape[0] == length + fillers == len(filled["cu_seqlens"]) - 1
 
 
 def test_logs_hold_the_terms_of_the_loss(tmp_path, rng):

@@ -19,6 +19,11 @@ NEITHER_SANDBOX_NOR_CONSENT = (
     "limits alone, as a user of this machine with its files and network"
 )
 
+CALLS = """
+for arguments, expected in {pairs!r}:
+    assert {function}(*arguments) == expected
+"""
+
 
 class Tests(NamedTuple):
     """A record's tests in one shape.
@@ -125,7 +130,9 @@ def read_tests(answer: Answer) -> Tests | None:
         source = f"{answer['test']}\ncheck({answer['entry_point']})\n"
         return Tests(source=source, header=answer.get("prompt", header), entry_point=answer["entry_point"])
     if "inputs" in answer and "outputs" in answer:
-        pairs = zip(answer["inputs"], answer["outputs"], strict=True)
+        pairs = list(zip(answer["inputs"], answer["outputs"], strict=True))
+        if answer.get("fn_name"):  # APPS: arguments and what the function returns, instead of text in and out
+            return Tests(source=CALLS.format(pairs=pairs, function=answer["fn_name"]), header=header)
         return Tests(pairs=[(as_text(given), as_text(expected)) for given, expected in pairs])
     for field in ("tests", "test_list", "test", "input_output"):
         if answer.get(field):

@@ -1,6 +1,7 @@
 """Verifiers by name, and the one that the shape of the data asks for."""
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
@@ -18,6 +19,8 @@ VERIFIERS: dict[str, type[Verifier]] = {
     "code": Code,
 }
 CUSTOM = "python:"
+MATHEMATICS = re.compile(r"####|\\[a-zA-Z]+")
+NUMBER = re.compile(r"\s*[-+]?\$?(\d[\d,]*\.?\d*|\.\d+)%?\s*")
 
 
 def make_verifier(name: str, **settings: Any) -> Verifier:
@@ -67,12 +70,12 @@ def find_function(name: str) -> Any:
 def verifier_for(answers: Iterable[Answer]) -> str:
     """The name of the verifier that the answers' shape asks for.
 
-    Tests (a list or an object) ask for `code`, a solution with `#### 42` or `\\boxed{}` at its end for `math`, any
-    other text for `exact`.
+    Tests (a list or an object) ask for `code`; solutions with `#### 42` or `\\boxed{}` at their end, LaTeX, and answers
+    that are all numbers for `math`; any other text for `exact`.
     """
     known = [answer for answer in answers if answer is not None]
     if any(isinstance(answer, list | dict) for answer in known):
         return "code"
-    if any("####" in answer or "\\boxed" in answer for answer in map(str, known)):
-        return "math"
-    return "exact"
+    texts = [str(answer) for answer in known]
+    is_mathematics = any(MATHEMATICS.search(text) for text in texts) or all(NUMBER.fullmatch(text) for text in texts)
+    return "math" if texts and is_mathematics else "exact"

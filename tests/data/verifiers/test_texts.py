@@ -1,6 +1,7 @@
 import pytest
 
 from tabom import Verdict, make_verifier
+from tabom.data.verifiers import verifier_for
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,21 @@ def test_ones_own_function_gives_a_truth_value_or_a_verdict():
 def test_wrong_names_and_settings(name, settings, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make_verifier(name, **settings)
+
+
+@pytest.mark.parametrize(
+    "answers, name",
+    [
+        (["yes", "no"], "exact"),
+        (["42", "-1,234.5", "$3", "50%", " .5 "], "math"),
+        ([42, 0.5], "math"),
+        (["42", "a dozen"], "exact"),
+        (["x", r"\frac{1}{2}"], "math"),
+        (["... #### 7", None], "math"),
+        ([["assert f()"]], "code"),
+        ([{"tests": "assert f()"}, None], "code"),
+        ([None, None], "exact"),
+    ],
+)
+def test_the_verifier_that_the_answers_ask_for(answers, name):
+    assert verifier_for(answers) == name
