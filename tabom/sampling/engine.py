@@ -77,7 +77,10 @@ class Slot:
 
 
 class State(NamedTuple):
-    """What is decided in each of S slots, on the device; T is the longest response."""
+    """What is decided in each of S slots, on the device; T is the longest response.
+
+    A slot that is done counts on until the host looks, and has nothing to unmask.
+    """
 
     tokens: Tensor  # (S, T) int64
     order: Tensor  # (S, T) int64, -1 where masked
@@ -218,16 +221,15 @@ class Engine:
         order = torch.where(chosen, state.step[:, None], state.order)
         entropy = torch.where(chosen, candidates.entropy, state.entropy)
         layout.input_ids.scatter_(0, layout.rows.flatten(), tokens.flatten())
-        stepped = masked.any(1).long()
-        index = state.index + stepped
+        index = state.index + 1
         block_ends = (index >= layout.steps) | ~(masked & ~chosen).any(1)
         self.state = State(
             tokens,
             order,
             entropy,
-            state.block + stepped * block_ends,
+            state.block + block_ends,
             torch.where(block_ends, 0, index),
-            state.step + stepped,
+            state.step + 1,
         )
         self.masked = self.masked_now()
 
