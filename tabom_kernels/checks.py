@@ -114,7 +114,7 @@ def check_scalar(name: str, value: float | Tensor, is_right: Callable[[float], b
         if not values_are_checked(value):
             return
     if not is_right(value):
-        raise ValueError(f"{name}={float(value)}: expected {expected}")
+        raise ValueError(f"{name}={value.item() if isinstance(value, Tensor) else value}: expected {expected}")
 
 
 def check_overlap(logits: Tensor) -> None:

@@ -206,8 +206,8 @@ CU = torch.tensor([0, 3], dtype=torch.int32)
         ({"margin": -math.inf, "form": "plackett_luce"}, ValueError, "margin=-inf: expected a finite number"),
         ({"rank_weight": -0.5}, ValueError, "rank_weight=-0.5: expected 0 or above, and finite"),
         ({"rank_weight": math.nan}, ValueError, "rank_weight=nan: expected 0 or above"),
-        ({"num_tokens": -1}, ValueError, "num_tokens=-1.0: expected 0 or above, and finite"),
-        ({"num_tokens": torch.tensor(-1)}, ValueError, "num_tokens=-1.0: expected 0 or above"),
+        ({"num_tokens": -1}, ValueError, "num_tokens=-1: expected 0 or above, and finite"),
+        ({"num_tokens": torch.tensor(-1)}, ValueError, "num_tokens=-1: expected 0 or above"),
         (
             {"num_tokens": torch.ones(3)},
             ValueError,
