@@ -19,6 +19,15 @@ SMALL = {
 }
 
 
+def tiny_dream() -> DiffusionModel:
+    """Two layers in fp32 on the CPU, to count what does not depend on the model's size."""
+    family = random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, torch.device("cpu"))
+    family.model.eval()
+    with torch.no_grad():
+        family.model.lm_head.weight.mul_(20)
+    return family
+
+
 def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:
     """Dream-7B in bf16 on a GPU; elsewhere four small layers in fp32 under Dream's real vocabulary."""
     if is_gpu(device):

@@ -21,8 +21,9 @@ from tabom.lab.dry_run import now, timed
 from tabom.lab.model import BASE_PATH
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling import sampler
-from tabom.sampling.sampler import SamplerConfig, left_pad, sample
+from tabom.sampling import engine
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig, left_pad
 
 SETTINGS = {"greedy": {}, "temperature 0.2, top-p 0.95": {"temperature": 0.2, "top_p": 0.95}}
 
@@ -77,7 +78,7 @@ def time_in_turns(calls: dict[str, Callable[[], Any]], device: torch.device, rou
 def shares(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig) -> dict[str, float]:
     """The parts of a decoding that the head, and the statistics of its logits, take."""
     in_statistics: list[float] = []
-    read_candidates = sampler.read_candidates
+    read_candidates = engine.read_candidates
 
     def timed_statistics(*arguments: Any) -> Any:
         start = now(model.device)
@@ -88,7 +89,7 @@ def shares(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfi
     start = now(model.device)
     with (
         timed(model.model.get_output_embeddings(), model.device) as in_head,
-        patch.object(sampler, "read_candidates", timed_statistics),
+        patch.object(engine, "read_candidates", timed_statistics),
     ):
         sample(model, prompts, config)
     total = now(model.device) - start

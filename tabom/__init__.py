@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tabom.models.diffusion_model import DiffusionModel, describe
     from tabom.models.loading import load
     from tabom.sampling.collect import CollectConfig, collect
-    from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise, sample
+    from tabom.sampling.engine import Engine, EngineConfig, Request, sample
+    from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
     from tabom.training.trainer import TabomConfig, TabomTrainer
 
 __version__ = "0.1.0"
@@ -24,7 +25,10 @@ __all__ = [
     "CollectConfig",
     "Completion",
     "DiffusionModel",
+    "Engine",
+    "EngineConfig",
     "PromptSet",
+    "Request",
     "SamplerConfig",
     "TabomConfig",
     "TabomTrainer",
@@ -48,7 +52,8 @@ MODULES = {
     "models.diffusion_model": ("DiffusionModel", "describe"),
     "models.loading": ("load",),
     "sampling.collect": ("CollectConfig", "collect"),
-    "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise", "sample"),
+    "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
+    "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
     "training.trainer": ("TabomConfig", "TabomTrainer"),
 }
 """Where the names are, for `__getattr__`; what type checkers read above says the same."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, loss, pictures, sampler, scaling, trainer
+from benchmarks import engine, kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
 
@@ -121,6 +121,22 @@ def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):
     records = sampler.measure("tiny", tiny_dream, prompts, length=8, steps=4)
     assert [record["loop"] for record in records] == ["ours", "straightforward"] * 2
     assert all(0 < record["shares"]["head"] < 1 for record in records[::2])
+
+
+def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "ANSWERS_END_AT", (20,))
+    monkeypatch.setattr(engine, "BLOCK", 8)
+    monkeypatch.setattr(engine, "prompts_of", lambda count, spread: [[5] * (6 + i) for i in range(count)])
+    records = engine.measure("tiny", tiny_dream, 4, "uniform", batch_size=2, rounds=1, length=32)
+    plain, exact, *cached = records
+    least, most = sum(20 - (6 + i) + 1 for i in range(4)), 4 * 16  # up to the end token, and to the end of its block
+    assert least <= plain["tokens"] == exact["tokens"] <= most
+    assert plain["positions_per_token"] > exact["positions_per_token"] > cached[-1]["positions_per_token"]
+    assert exact["equal_tokens"] > 0.9 and exact["order_correlation"] > 0.9
+    fidelities = engine.fidelity(4)
+    assert all(record["equal_responses"] == 1 for record in fidelities if record["contender"] == "exact")
+    engine.print_tables(records, fidelities)
+    assert "positions a token" in capsys.readouterr().out
 
 
 def test_the_trainer_benchmark_runs_and_its_losses_agree(tiny_dream):

@@ -7,13 +7,14 @@ from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.cli.prompts import PromptArguments
 from tabom.lab.tasks import make_task
 from tabom.sampling.collect import CollectConfig, check_samples, collect
+from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig
 
 
 def run(argv: Sequence[str]) -> None:
     """Makes the attempts and says how many were right."""
-    arguments, model_arguments, sampler, config = parse_arguments(
-        (PromptArguments, ModelArguments, SamplerConfig, CollectConfig),
+    arguments, model_arguments, sampler, engine, config = parse_arguments(
+        (PromptArguments, ModelArguments, SamplerConfig, EngineConfig, CollectConfig),
         argv,
         "tabom collect",
         "Answer a prompt set and keep the right answers with their decoding order.",
@@ -29,7 +30,9 @@ def run(argv: Sequence[str]) -> None:
         sampler.max_new_tokens = sampler.max_new_tokens or task.response_length
     else:
         prompts = arguments.read(arguments.prompts)
-    report = collect(load_to_sample(model_arguments), prompts, sampler, config)
+    report = collect(load_to_sample(model_arguments), prompts, sampler, config, engine)
     print(f"{config.output}: {report.correct} right of {report.attempts} attempts ({report.new_attempts} made now)")
     if report.unverified:
         print(f"{report.unverified} more had no answer to be checked against: kept, with `correct: null`")
+    if report.new_attempts:
+        print(f"{report.positions_per_token:.1f} positions computed a decided token")

@@ -14,6 +14,7 @@ from tabom.data.prompts import PromptSet
 from tabom.evaluation.compare import compare, comparison_table, draw, results_table
 from tabom.evaluation.evaluate import Cell, EvaluateConfig, evaluate, write_json
 from tabom.lab.tasks import make_task
+from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig, parse_sampler
 
 
@@ -56,8 +57,8 @@ class EvaluateArguments(ReadingArguments):
 
 def run(argv: Sequence[str]) -> None:
     """Evaluates every cell and writes results.json, results.md, and the comparison and pictures that are asked for."""
-    arguments, model_arguments, sampler, config = parse_arguments(
-        (EvaluateArguments, ModelArguments, SamplerConfig, EvaluateConfig),
+    arguments, model_arguments, sampler, engine, config = parse_arguments(
+        (EvaluateArguments, ModelArguments, SamplerConfig, EngineConfig, EvaluateConfig),
         argv,
         "tabom evaluate",
         "Answer prompt sets with one or several models and measure the answers; every answer is kept.",
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
         for prompts in prompt_sets:
             for label, settings in samplers.items():
                 cell = Cell(name or "shipped", prompts.name, label)
-                results.append(evaluate(family, prompts, settings, config, cell))
+                results.append(evaluate(family, prompts, settings, config, cell, engine))
     if None in results:
         print(f"{config.output_dir}: this process is done; the last one writes the results")
         return

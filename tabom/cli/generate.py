@@ -11,7 +11,8 @@ from tabom.cli.model import ModelArguments, load_to_sample
 from tabom.data.encoding import encode_prompt
 from tabom.data.text import printable
 from tabom.sampling.animation import animate
-from tabom.sampling.sampler import SamplerConfig, decode_response, sample
+from tabom.sampling.engine import EngineConfig, sample
+from tabom.sampling.sampler import SamplerConfig, decode_response
 
 
 @dataclass
@@ -27,8 +28,8 @@ class GenerateArguments:
 
 def run(argv: Sequence[str]) -> None:
     """Prints an answer a line, or draws every step."""
-    types = (GenerateArguments, ModelArguments, SamplerConfig)
-    arguments, model_arguments, sampler = parse_arguments(types, argv, "tabom generate", "Answer prompts.")
+    types = (GenerateArguments, ModelArguments, SamplerConfig, EngineConfig)
+    arguments, model_arguments, sampler, engine = parse_arguments(types, argv, "tabom generate", "Answer prompts.")
     model = load_to_sample(model_arguments)
     console = Console(highlight=False)
     if arguments.animate:
@@ -36,5 +37,5 @@ def run(argv: Sequence[str]) -> None:
             animate(model, prompt, sampler, arguments.color_by, console)
         return
     encoded = [encode_prompt(model.tokenizer, prompt) for prompt in arguments.prompt]
-    for completion in sample(model, encoded, sampler):
+    for completion in sample(model, encoded, sampler, engine=engine):
         console.print(printable(decode_response(model, completion.token_ids)), markup=False)

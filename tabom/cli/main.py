@@ -17,6 +17,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
   report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
+  plan          what a whole run computes, part by part; --recipe NAME --prompts N --gpus N
   quickstart    the whole path on the model that ships with the package, in some three minutes
   lab pretrain  make that model again, from nothing
   lab study     the objectives compared: a grid of runs, a table, two pictures
@@ -30,6 +31,7 @@ COMMANDS = {
     "export": "tabom.cli.export",
     "report": "tabom.cli.report",
     "train": "tabom.cli.train",
+    "plan": "tabom.cli.plan",
     "quickstart": "tabom.cli.quickstart",
     "lab pretrain": "tabom.cli.lab_pretrain",
     "lab study": "tabom.cli.lab_study",

@@ -33,7 +33,8 @@ class Trajectory:
     `decoding_order[i]` is the step (from 0) at which `response_token_ids[i]` was unmasked, -1 for never; several
     tokens may share a step. `non_ltr_positions` are the response positions unmasked before something on their
     left. `method` names how the answer was made, `data_source` where the prompt came from. `entropy` (nats) is that
-    of each token when it was unmasked.
+    of each token when it was unmasked. `cache` is what the decoding kept between its steps (None: nothing, it was
+    exact).
     """
 
     prompt: Prompt
@@ -44,6 +45,7 @@ class Trajectory:
     method: str | None = None
     data_source: str | None = None
     entropy: list[float] | None = None
+    cache: str | None = None
 
     def to_record(self) -> dict[str, Any]:
         """A JSON object of the fields that are set; conversations are written as `messages`."""
@@ -93,6 +95,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         method=optional_text(record, "method"),
         data_source=optional_text(record, "data_source"),
         entropy=entropy,
+        cache=record.get("cache"),
     )
 
 

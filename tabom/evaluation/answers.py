@@ -9,16 +9,13 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.evaluation.metrics import pass_at_k
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, sample
-
-BATCH_SIZE = 128
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import Completion, SamplerConfig, decode_response
 
 
 def answer(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> list[Completion]:
     """One completion a prompt."""
-    encoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts.prompts]
-    batches = (encoded[start : start + BATCH_SIZE] for start in range(0, len(encoded), BATCH_SIZE))
-    return [completion for batch in batches for completion in sample(model, batch, config)]
+    return sample(model, [encode_prompt(model.tokenizer, prompt) for prompt in prompts.prompts], config)
 
 
 def count_right(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> tuple[int, int]:

@@ -20,18 +20,21 @@ from rich.progress import Progress
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
-from tabom.evaluation.measured import Measured, sample_measured
+from tabom.evaluation.measured import Measured, decode_measured
 from tabom.evaluation.metrics import Estimate, estimate, pass_at_k
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.collect import (
+    JUDGED_AT_ONCE,
     attempt_id,
     check_samples,
     drop_torn_line,
     hit_rate,
+    in_groups,
     to_trajectory,
     write_line,
     write_to_disk,
 )
+from tabom.sampling.engine import EngineConfig, Request
 from tabom.sampling.sampler import SamplerConfig, response_length
 
 
@@ -46,12 +49,10 @@ class EvaluateConfig:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
 
 
 class Cell(NamedTuple):
@@ -72,7 +73,12 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def evaluate(
-    model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: EvaluateConfig, cell: Cell
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    config: EvaluateConfig,
+    cell: Cell,
+    engine: EngineConfig | None = None,
 ) -> dict[str, Any] | None:
     """Makes this rank's missing answers, then measures the cell; None while other ranks are still at work.
 
@@ -96,7 +102,7 @@ def evaluate(
     wanted = [(i, k) for k in range(config.samples_per_prompt) for i in range(len(prompts.prompts))]
     done = {record["id"] for record in read_answers(folder)}
     missing = [attempt for attempt in wanted[rank::size] if attempt_id(*attempt) not in done]
-    make_answers(model, prompts, sampler, config, missing, own, str(cell.prompts))
+    make_answers(model, prompts, sampler, config, missing, own, str(cell.prompts), engine)
     answers = {record["id"]: record for record in read_answers(folder)}
     if any(attempt_id(*attempt) not in answers for attempt in wanted):
         return None
@@ -126,20 +132,27 @@ def make_answers(
     attempts: Sequence[tuple[int, int]],
     path: Path,
     title: str,
+    engine: EngineConfig | None,
 ) -> None:
     """Answers the attempts (prompt, repeat), has them judged and appends a record of each."""
     verdicts: list[bool | None] = []
+    requests = (
+        Request(
+            encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length),
+            response_length(model, sampler),
+            sampler.seed + repeat,
+        )
+        for index, repeat in attempts
+    )
     with Progress() as progress, path.open("a") as lines:
         bar = progress.add_task(title, total=len(attempts))
-        for start in range(0, len(attempts), config.batch_size):
-            batch = attempts[start : start + config.batch_size]
-            encoded = [encode_prompt(model.tokenizer, prompts.prompts[i], config.max_prompt_length) for i, _ in batch]
-            begun = time.perf_counter()
-            measured = sample_measured(model, encoded, sampler, [sampler.seed + repeat for _, repeat in batch])
-            seconds = (time.perf_counter() - begun) / len(batch)
+        begun = time.perf_counter()
+        for finished in in_groups(decode_measured(model, requests, sampler, engine), JUDGED_AT_ONCE):
+            seconds = (time.perf_counter() - begun) / len(finished)
+            batch = [attempts[number] for number, _ in finished]
             records = [
-                answer_record(model, prompts, sampler, index, each)
-                for (index, _), each in zip(batch, measured, strict=True)
+                answer_record(model, prompts, sampler, index, measured)
+                for (index, _), (_, measured) in zip(batch, finished, strict=True)
             ]
             judged = prompts.verdicts([index for index, _ in batch], [record["response"] for record in records])
             for attempt, record, verdict in zip(batch, records, judged, strict=True):
@@ -147,6 +160,7 @@ def make_answers(
                 write_line(lines, {"id": attempt_id(*attempt), **record, "seconds": seconds, **verdict._asdict()})
             write_to_disk(lines)
             progress.update(bar, advance=len(batch), description=f"{title}: {hit_rate(verdicts)}")
+            begun = time.perf_counter()
 
 
 def answer_record(
@@ -155,7 +169,7 @@ def answer_record(
     """The trajectory of an answer and what its decoding showed."""
     shown = measured._asdict()
     completion = shown.pop("completion")
-    trajectory = to_trajectory(model, prompts, index, completion, sampler.policy)
+    trajectory = to_trajectory(model, prompts, index, completion, sampler.policy, sampler.cache_name)
     entropy = [float(f"{nats:.4g}") for nats in completion.entropy]
     return {"index": index, "answer": prompts.answers[index], **trajectory.to_record(), "entropy": entropy, **shown}
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from tabom.evaluation.likelihood import nelbo_log_likelihood, trajectory_log_likelihood
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling.sampler import SamplerConfig, decode_response, response_length, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig, decode_response, response_length
 
 
 @register_model("tabom")

@@ -1,6 +1,7 @@
-"""A batch of answers with what its decoding showed: the order of certainty, TDS, steps and positions computed."""
+"""Answers with what their decoding showed: the order of certainty, TDS, steps and positions computed."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 
 from tabom.evaluation.metrics import count_pairs_in_order, tds
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import Completion, SamplerConfig, completions, denoise, response_length
+from tabom.sampling.engine import Decision, Engine, EngineConfig, Request
+from tabom.sampling.sampler import Completion, SamplerConfig
 
 
 class Measured(NamedTuple):
@@ -21,30 +23,29 @@ class Measured(NamedTuple):
     completion: Completion
     tokens: int
     steps: int  # denoising steps that unmasked something
-    positions: int  # that went through the model's body for this response, prompt and padding included
+    positions: int  # that went through the model's body for this response
     in_order: int  # pairs seen by a step whose earlier position had the lower entropy
     pairs: int
     tds: float  # nats^2
 
 
-def sample_measured(
-    model: DiffusionModel, prompts: Sequence[Sequence[int]], config: SamplerConfig, seeds: Sequence[int]
-) -> list[Measured]:
-    """Decodes a batch of prompts and measures each decoding; see `tabom.denoise`."""
-    length = response_length(model, config)
-    seen = []
-    for state in denoise(model, prompts, length, config, seeds):
-        seen.append(state.candidate_entropy.cpu())
-    entropies = torch.stack(seen[1:], dim=1).double()  # (B, S, T)
-    calls = sum(bool(step.isfinite().any()) for step in seen)
-    positions = calls * (max(map(len, prompts)) + length)
-    return [
-        measure(model, completion, entropy, positions)
-        for completion, entropy in zip(completions(state), entropies, strict=True)
-    ]
+def decode_measured(
+    model: DiffusionModel, requests: Iterable[Request], config: SamplerConfig, engine: EngineConfig | None = None
+) -> Iterator[tuple[int, Measured]]:
+    """Decodes requests and measures each decoding; yields the number of a request with it, as they finish."""
+    seen: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def keep(decision: Decision) -> None:
+        masked, entropy = decision.candidates.masked, decision.candidates.entropy
+        for number, row in zip(decision.requests, entropy.masked_fill(~masked, torch.nan).cpu(), strict=True):
+            seen[number].append(row)
+
+    for number, completion in Engine(model, config, engine, keep).run(requests):
+        steps = [row[: len(completion.token_ids)] for row in seen.pop(number)]
+        yield number, measure(model, completion, torch.stack(steps).double())
 
 
-def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor, positions: int) -> Measured:
+def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor) -> Measured:
     """One decoding of T tokens from the entropies (S, T) that its steps saw, NaN where they had no choice."""
     is_end = np.array(completion.token_ids) == model.eos_token_id
     counts = is_end.cumsum() - is_end == 0  # the first end token counts, what follows it does not
@@ -60,7 +61,7 @@ def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor
         completion,
         tokens=int((is_end.cumsum() == 0).sum()),
         steps=len(set(completion.decoding_order) - {-1}),
-        positions=positions,
+        positions=completion.positions,
         in_order=in_order,
         pairs=pairs,
         tds=tds(entropy.nan_to_num().numpy(), masked.numpy()),

@@ -2,19 +2,20 @@
 
 Two files grow side by side: `<output>` gets the right answers and those that nobody could check (`"correct": null`),
 `<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
-attempt is a line of exactly one of them, so a process killed at any moment loses at most the batch in flight, and a
-restart repeats nothing.
+attempt is a line of exactly one of them, written as soon as it is judged, so a process killed at any moment loses no
+more than what is in flight, and a restart repeats nothing.
 """
 
 import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.progress import Progress
 
@@ -23,7 +24,13 @@ from tabom.data.prompts import PromptSet
 from tabom.data.sources import read_json_lines
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, response_length, sample
+from tabom.sampling.engine import Engine, EngineConfig, Request
+from tabom.sampling.sampler import Completion, Cost, SamplerConfig, decode_response, response_length
+
+T = TypeVar("T")
+
+JUDGED_AT_ONCE = 16
+"""Answers; verifiers work on several at a time."""
 
 PUBLISHED_METHODS = {"dream_entropy": "entropy", "llada_low_confidence": "default"}
 """What the authors' records call a policy in `method`, and their recipes keep; the other policies keep their names."""
@@ -41,26 +48,34 @@ class CollectConfig:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
 
 
 @dataclass(frozen=True)
 class CollectReport:
-    """Attempts over all runs on this output, the right and the unverified among them, and the attempts of this run."""
+    """Attempts over all runs on this output, the right and the unverified among them, and the attempts of this run.
+
+    `positions_per_token`: computed a decided token in this run.
+    """
 
     attempts: int
     correct: int
     unverified: int
     new_attempts: int
+    positions_per_token: float
 
 
-def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, config: CollectConfig) -> CollectReport:
+def collect(
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    config: CollectConfig,
+    engine: EngineConfig | None = None,
+) -> CollectReport:
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
     Raises:
@@ -78,7 +93,7 @@ def collect(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, c
         "max_prompt_length": config.max_prompt_length,
     }
     with locked(output):
-        return collect_into(output, rejected, settings, model, prompts, sampler, config)
+        return collect_into(output, rejected, settings, model, prompts, sampler, config, engine)
 
 
 def collect_into(
@@ -89,6 +104,7 @@ def collect_into(
     prompts: PromptSet,
     sampler: SamplerConfig,
     config: CollectConfig,
+    engine: EngineConfig | None,
 ) -> CollectReport:
     """`collect` as the only writer of both files."""
     verdicts = start_or_resume(output, rejected, settings, config.overwrite)
@@ -99,18 +115,22 @@ def collect_into(
         if attempt_id(index, repeat) not in verdicts
     ]
 
+    requests = (
+        Request(
+            encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length),
+            response_length(model, sampler),
+            sampler.seed + repeat,
+        )
+        for index, repeat in attempts
+    )
+    cost = Cost()
     with Progress() as progress, output.open("a") as kept_lines, rejected.open("a") as rejected_lines:
         bar = progress.add_task("collecting", total=len(attempts))
-        for start in range(0, len(attempts), config.batch_size):
-            batch = attempts[start : start + config.batch_size]
-            encoded = [
-                encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length) for index, _ in batch
-            ]
-            seeds = [sampler.seed + repeat for _, repeat in batch]
-            completions = sample(model, encoded, sampler, seeds)
+        for finished in in_groups(Engine(model, sampler, engine).run(requests), JUDGED_AT_ONCE):
+            batch = [attempts[number] for number, _ in finished]
             trajectories = [
-                to_trajectory(model, prompts, index, completion, sampler.policy)
-                for (index, _), completion in zip(batch, completions, strict=True)
+                to_trajectory(model, prompts, index, completion, sampler.policy, sampler.cache_name)
+                for (index, _), (_, completion) in zip(batch, finished, strict=True)
             ]
             judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
             for attempt, trajectory, verdict in zip(batch, trajectories, judged, strict=True):
@@ -120,10 +140,19 @@ def collect_into(
                 write_line(lines, {"id": name, **trajectory.to_record(), **verdict._asdict()})
             write_to_disk(kept_lines)
             write_to_disk(rejected_lines)
+            for _, completion in finished:
+                cost.add(completion)
             progress.update(bar, advance=len(batch), description=hit_rate(verdicts.values()))
 
     counts = Counter(verdicts.values())
-    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts))
+    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts), cost.positions_per_token)
+
+
+def in_groups(stream: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one of what is left."""
+    items = iter(stream)
+    while group := list(islice(items, size)):
+        yield group
 
 
 @contextmanager
@@ -162,7 +191,7 @@ def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:
 
 
 def to_trajectory(
-    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str
+    model: DiffusionModel, prompts: PromptSet, index: int, completion: Completion, policy: str, cache: str | None = None
 ) -> Trajectory:
     """The record of one completion."""
     return Trajectory(
@@ -174,6 +203,7 @@ def to_trajectory(
         method=PUBLISHED_METHODS.get(policy, policy),
         data_source=prompts.name,
         entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
+        cache=cache,
     )
 
 

@@ -6,6 +6,7 @@ distribution that the tokens are drawn from, after temperature and filters; all 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ class Candidates(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the decoding of a block stands."""
+    """Where the decoding of a block stands: numbers, or (B,) tensors where every sequence stands at its own step."""
 
-    index: int  # from 0
-    steps: int  # planned for the block
-    tokens: int  # of the block
+    index: int | Tensor  # from 0
+    steps: int | Tensor  # planned for the block
+    tokens: int | Tensor  # of the block
+    share: float | Tensor = 1.0  # of the masked positions, what Dream's time schedule unmasks (see `time_shares`)
 
 
 Certainty = Callable[[Candidates], Tensor]
@@ -71,26 +73,30 @@ def even_count(_candidates: Candidates, step: Step, settings: "PolicySettings") 
     """The same number every step, one more in the first steps where it does not come out even (LLaDA)."""
     if settings.tokens_per_step is not None:
         return settings.tokens_per_step
-    few, more = divmod(step.tokens, step.steps)
-    return few + (step.index < more)
+    return step.tokens // step.steps + (step.index < step.tokens % step.steps)
 
 
-def share_by_time(step: Step, settings: "PolicySettings") -> Tensor:
-    """1 - s/t, what is unmasked of the masked between the times t and s; time runs evenly from 1 to eps (Dream)."""
-    if step.index == step.steps - 1:
-        return torch.ones(())
-    times = torch.linspace(1, settings.eps, step.steps + 1)
-    return 1 - times[step.index + 1] / times[step.index]
+@cache
+def time_shares(steps: int, eps: float) -> Tensor:
+    """(steps,) fp32, 1 - s/t: what each step unmasks of the masked, between the times t and s; all in the last (Dream).
+
+    Time runs evenly from 1 to `eps`.
+    """
+    times = torch.linspace(1, eps, steps + 1)
+    shares = 1 - times[1:] / times[:-1]
+    shares[-1] = 1.0
+    return shares
 
 
-def count_by_time(candidates: Candidates, step: Step, settings: "PolicySettings") -> Tensor:
+def count_by_time(candidates: Candidates, step: Step, _settings: "PolicySettings") -> Tensor:
     """The expected number of the time schedule, rounded down; a step may unmask nothing (Dream)."""
-    return (candidates.masked.sum(1).float() * share_by_time(step, settings).item()).long()
+    return (candidates.masked.sum(1).float() * step.share).long()
 
 
-def chance_by_time(candidates: Candidates, step: Step, settings: "PolicySettings") -> Tensor:
+def chance_by_time(candidates: Candidates, step: Step, _settings: "PolicySettings") -> Tensor:
     """Every position by itself, with the probability of the time schedule (Dream's `origin`)."""
-    return (candidates.masked & (candidates.uniform < share_by_time(step, settings).item())).sum(1)
+    share = torch.as_tensor(step.share, device=candidates.uniform.device).reshape(-1, 1)
+    return (candidates.masked & (candidates.uniform < share)).sum(1)
 
 
 def above_threshold(candidates: Candidates, _step: Step, settings: "PolicySettings") -> Tensor:

@@ -1,16 +1,16 @@
 """Sampling: a response of mask tokens is filled in over many steps, the most certain positions first."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import yaml
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose
+from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
@@ -40,19 +40,41 @@ class SamplerConfig(PolicySettings):
         metadata={"help": "Stop once all before the first end token is decided; the rest is padding, never unmasked."},
     )
     seed: int = field(default=0, metadata={"help": "Of tokens and of the random policies."})
+    cache: Literal["none", "prefix", "block"] = field(
+        default="none",
+        metadata={
+            "help": "Keep keys and values of what stands before the active block (prefix), or of all but the block "
+            "(block). Faster, and an approximation; none is exact."
+        },
+    )
+    cache_refresh: int | None = field(
+        default=None,
+        metadata={"help": "Steps after which a cache is computed anew. Default: when a block begins, and only then."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_new_tokens", "block_length", "top_k"):
+        for name in ("max_new_tokens", "block_length", "top_k", "cache_refresh"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("temperature", self.temperature, 0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a probability mass in (0, 1]")
+        if self.cache not in ("none", "prefix", "block"):
+            raise ValueError(f"cache={self.cache!r}: expected none, prefix or block")
+        if self.cache == "none" and self.cache_refresh is not None:
+            raise ValueError(f"cache_refresh={self.cache_refresh} with cache='none': give a cache, prefix or block")
 
     @property
     def is_random(self) -> bool:
         """Whether another seed can give another answer."""
         return self.temperature > 0 or self.order_is_random
+
+    @property
+    def cache_name(self) -> str | None:
+        """As trajectories record it: which cache, and after how many steps it is refreshed; None is exact."""
+        if self.cache == "none":
+            return None
+        return self.cache if self.cache_refresh is None else f"{self.cache}, refresh {self.cache_refresh}"
 
     def plan(self, length: int) -> list[Step]:
         """The first step of every block; `steps` is the most that the block can take.
@@ -94,11 +116,15 @@ def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
 
 
 class Completion(NamedTuple):
-    """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step."""
+    """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step.
+
+    `positions` is its cost: the rows that went through the model's body for it.
+    """
 
     token_ids: list[int]
     decoding_order: list[int]
     entropy: list[float]
+    positions: int
 
 
 class DecodingState(NamedTuple):
@@ -112,6 +138,7 @@ class DecodingState(NamedTuple):
     decoding_order: Tensor  # (B, T) int64
     entropy: Tensor  # (B, T) nats, 0 where masked
     candidate_entropy: Tensor  # (B, T) nats, NaN where the step had no choice
+    positions: int  # computed so far: rows that went through the model's body
 
 
 def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
@@ -166,15 +193,21 @@ def denoise(
 ) -> Iterator[DecodingState]:
     """Decodes a batch of prompts and yields the state before the first step and after every step.
 
-    Only positions that are still masked in the active block go through the head and the vocabulary statistics. The
-    mask token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step,
-    position) alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
+    This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gets here alone.
+    Only positions that are still masked in the active block go through the head and the vocabulary statistics. The mask
+    token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step, position)
+    alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
 
     Args:
         prompts: token ids, of any lengths.
         length: of the responses, tokens.
         seeds: one for each prompt; default `config.seed` for all.
+
+    Raises:
+        ValueError: a cache, which this loop has none of.
     """
+    if config.cache != "none":
+        raise ValueError(f"cache={config.cache!r}: step by step, decoding is exact; leave the cache out")
     inputs = left_pad(model, prompts, length)
     positions = inputs["input_ids"].shape[1]
     tokens = inputs["input_ids"][:, -length:]  # a view: what is unmasked here is what the model sees next
@@ -183,10 +216,11 @@ def denoise(
     sequence_seeds = torch.tensor(seeds or [config.seed] * len(prompts), device=model.device)
 
     no_choice = torch.full_like(entropy, torch.nan)
-    yield DecodingState(tokens, order, entropy, no_choice)
+    yield DecodingState(tokens, order, entropy, no_choice, 0)
     step = block_end = 0
     for block in config.plan(length):
         block_end += block.tokens
+        shares = time_shares(block.steps, config.eps)
         for index in range(block.steps):
             masked = order < 0
             masked[:, block_end:] = False
@@ -200,34 +234,42 @@ def denoise(
             logits[:, model.mask_token_id] = -torch.inf
             keys = mix_keys(sequence_seeds[b], step, t)
             token, candidates = read_candidates(logits, masked, keys, config)
-            chosen = choose(candidates, block._replace(index=index), config)
+            chosen = choose(candidates, block._replace(index=index, share=shares[index].item()), config)
             tokens.copy_(torch.where(chosen, token, tokens))
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
-            yield DecodingState(tokens, order, entropy, candidates.entropy.where(masked, no_choice))
+            seen = candidates.entropy.where(masked, no_choice)
+            yield DecodingState(tokens, order, entropy, seen, step * inputs["input_ids"].numel())
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy, no_choice)
+        yield DecodingState(tokens, order, entropy, no_choice, step * inputs["input_ids"].numel())
 
 
-def sample(
-    model: DiffusionModel,
-    prompts: Sequence[Sequence[int]],
-    config: SamplerConfig,
-    seeds: Sequence[int] | None = None,
-) -> list[Completion]:
-    """Decodes a batch of prompts to the end; see `denoise`."""
-    if not prompts:
-        return []
-    *_, state = denoise(model, prompts, response_length(model, config), config, seeds)
-    return completions(state)
+@dataclass
+class Cost:
+    """Of completions: the rows that went through the model's body, and the tokens that it decided."""
+
+    positions: int = 0
+    tokens: int = 0
+
+    def add(self, completion: Completion) -> None:
+        """Counts one more."""
+        self.positions += completion.positions
+        self.tokens += sum(step >= 0 for step in completion.decoding_order)
+
+    @property
+    def positions_per_token(self) -> float:
+        """Positions computed a decided token: what decoding costs, on any machine."""
+        return self.positions / max(self.tokens, 1)
 
 
-def completions(state: DecodingState) -> list[Completion]:
-    """The responses of a last state."""
-    columns = (state.tokens.tolist(), state.decoding_order.tolist(), state.entropy.tolist())
-    return [Completion(*row) for row in zip(*columns, strict=True)]
+def cost_of(completions: Iterable[Completion]) -> Cost:
+    """Of all of them together."""
+    cost = Cost()
+    for completion in completions:
+        cost.add(completion)
+    return cost
 
 
 def response_length(model: DiffusionModel, config: SamplerConfig) -> int:

@@ -14,11 +14,12 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.verifiers import Verdict
 from tabom.evaluation.compare import compare, comparison_table, results_table
 from tabom.evaluation.evaluate import Cell, EvaluateConfig, by_problem, evaluate, read_answers, summarise
-from tabom.evaluation.measured import measure, sample_measured
+from tabom.evaluation.measured import decode_measured, measure
 from tabom.evaluation.metrics import estimate, estimate_ratio
 from tabom.evaluation.replay import order_accuracy, replayed_tds
 from tabom.models.diffusion_model import logits_at
 from tabom.sampling.collect import to_trajectory
+from tabom.sampling.engine import EngineConfig, Request
 from tabom.sampling.sampler import Completion
 from tests.conftest import random_model
 
@@ -34,7 +35,7 @@ def prompt_set(verdict=lambda prompt, response: sum(map(ord, response)) % 2 == 0
 
 
 def config(folder, **changes):
-    return EvaluateConfig(str(folder), **{"samples_per_prompt": 3, "batch_size": 7, **changes})
+    return EvaluateConfig(str(folder), **{"samples_per_prompt": 3, **changes})
 
 
 def test_every_figure_against_its_definition(tmp_path, model):
@@ -64,6 +65,10 @@ def logits_without(penalty, *args, **inputs):
     return logits_at(*args, **inputs) + penalty
 
 
+def decoded(model, requests, sampler):
+    return [measured for _, measured in sorted(decode_measured(model, requests, sampler, EngineConfig(40)))]
+
+
 def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, monkeypatch):
     """Nothing is computed twice: the sampler's own entropies are what a replay of the answer finds."""
     for shift in (0, 1):
@@ -72,7 +77,8 @@ def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, monkeypatch
         never_mask[model.mask_token_id] = -torch.inf  # as the sampler has it
         without_mask = partial(logits_without, never_mask)
         monkeypatch.setattr("tabom.evaluation.replay.logits_at", without_mask)
-        measured = sample_measured(model, [encode_prompt(model.tokenizer, p) for p in PROMPTS], SAMPLER, range(10))
+        prompts = [encode_prompt(model.tokenizer, p) for p in PROMPTS]
+        measured = decoded(model, [Request(p, SAMPLER.max_new_tokens, i) for i, p in enumerate(prompts)], SAMPLER)
         trajectories = [to_trajectory(model, prompt_set(), i, m.completion, "x") for i, m in enumerate(measured)]
         assert [m.tds for m in measured] == pytest.approx(replayed_tds(model, trajectories).tolist(), rel=1e-3)
         for each, trajectory in zip(measured, trajectories, strict=True):
@@ -87,7 +93,7 @@ def test_positions_are_those_that_the_model_sees(model):
     prompts = [encode_prompt(model.tokenizer, prompt) for prompt in ("1+2=", "sort 123=")]
     for sampler in (SAMPLER, replace(SAMPLER, tokens_per_step=4), replace(SAMPLER, stop_early=True)):
         seen.clear()
-        measured = sample_measured(model, prompts, sampler, [0, 1])
+        measured = decoded(model, [Request(p, sampler.max_new_tokens, i) for i, p in enumerate(prompts)], sampler)
         assert sum(each.positions for each in measured) == sum(seen)
         assert [each.steps for each in measured] == [
             len({s for s in each.completion.decoding_order if s >= 0}) for each in measured
@@ -103,7 +109,7 @@ def test_what_follows_the_end_token_does_not_count(model):
     other = entropy.clone()
     other[:, 3] = torch.tensor([0.0, 1.0, 2.0, 3.0])
     first, second = (
-        measure(model, Completion([9, 8, end, tail], [2, 0, 1, 3], [0.0] * 4), table, 1)
+        measure(model, Completion([9, 8, end, tail], [2, 0, 1, 3], [0.0] * 4, 1), table)
         for tail, table in ((7, entropy), (6, other))
     )
     assert first[1:] == second[1:]
@@ -119,7 +125,7 @@ def test_a_restart_after_any_torn_write_gives_the_same_result(tmp_path, cut):
     evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn"), CELL)
     path = CELL.folder(tmp_path / "torn") / "answers-0.jsonl"
     os.truncate(path, max(path.stat().st_size - cut, 0))
-    again = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn", batch_size=4), CELL)
+    again = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn"), CELL, EngineConfig(40))
     for result in (whole, again):
         for name in ("seconds", "positions"):  # the padding depends on the batch
             del result[name]

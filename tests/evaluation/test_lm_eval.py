@@ -106,7 +106,7 @@ def test_every_request_has_its_length_its_ends_and_its_place(monkeypatch):
     seen = []
 
     def sample(model, prompts, config):
-        from tabom.sampling.sampler import sample as real
+        from tabom.sampling.engine import sample as real
 
         seen.append((config.max_new_tokens, config.temperature, [len(prompt) for prompt in prompts]))
         return real(model, prompts, config)

@@ -29,7 +29,8 @@ from tabom import load
 from tabom.lab.dry_run import DREAM_7B, LLADA_8B
 from tabom.lab.model import character_tokenizer
 from tabom.models.families import native_config
-from tabom.sampling.sampler import SamplerConfig, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig
 
 SIZES = {
     "hidden_size": 16,

@@ -15,6 +15,7 @@ from tabom.data.verifiers import Verdict
 from tabom.lab.model import character_tokenizer
 from tabom.lab.tasks import Addition
 from tabom.sampling.collect import CollectConfig, collect, hit_rate
+from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig
 from tests.conftest import random_model
 
@@ -37,7 +38,7 @@ def records(path):
 
 def test_right_answers_are_kept_and_load_as_trajectories(tmp_path):
     model, output = random_model(0), tmp_path / "t.jsonl"
-    report = collect(model, keep_some(), SAMPLER, CollectConfig(str(output), samples_per_prompt=3, batch_size=7))
+    report = collect(model, keep_some(), SAMPLER, CollectConfig(str(output), samples_per_prompt=3), EngineConfig(50))
     kept = records(output)
     assert (report.attempts, report.new_attempts, report.correct) == (60, 60, 30)
     assert {r["prompt"] for r in kept} == set(PROMPTS[::2])
@@ -51,11 +52,11 @@ def test_right_answers_are_kept_and_load_as_trajectories(tmp_path):
 @pytest.mark.parametrize("cut_right, cut_wrong", [(0, 0), (17, 0), (0, 11), (300, 250), (10**9, 400), (5, 10**9)])
 def test_a_restart_after_any_torn_write_gives_the_same_file(tmp_path, cut_right, cut_wrong):
     model, whole, torn = random_model(0), tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
-    collect(model, keep_some(), SAMPLER, CollectConfig(str(whole), batch_size=4))
-    collect(model, keep_some(PROMPTS), SAMPLER, CollectConfig(str(torn), batch_size=5))
+    collect(model, keep_some(), SAMPLER, CollectConfig(str(whole)), EngineConfig(30))
+    collect(model, keep_some(PROMPTS), SAMPLER, CollectConfig(str(torn)), EngineConfig(40))
     for path, cut in ((torn, cut_right), (tmp_path / "torn.jsonl.rejected", cut_wrong)):
         os.truncate(path, max(path.stat().st_size - cut, 0))
-    collect(model, keep_some(), SAMPLER, CollectConfig(str(torn), batch_size=3))
+    collect(model, keep_some(), SAMPLER, CollectConfig(str(torn)), EngineConfig(20))
     by_id = [sorted(records(path), key=lambda r: r["id"]) for path in (whole, torn)]
     assert by_id[0] == by_id[1]
 
@@ -166,7 +167,7 @@ def test_killed_and_restarted(tmp_path):
     output = tmp_path / "t.jsonl"
     command = [
         *(sys.executable, "-m", "tabom", "collect", "--model", str(tmp_path / "model")),
-        *("--prompts", str(prompts), "--output", str(output), "--batch_size", "2", "--max_new_tokens", "4"),
+        *("--prompts", str(prompts), "--output", str(output), "--compute_budget", "16", "--max_new_tokens", "4"),
     ]
     for wanted in (20, 60, 100):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tabom.sampling.engine import sample
 from tabom.sampling.policies import Candidates, Step, choose
-from tabom.sampling.sampler import SamplerConfig, denoise, is_decided, sample
+from tabom.sampling.sampler import SamplerConfig, denoise, is_decided
 from tabom_kernels import mix_keys, reference
 from tabom_kernels.noise import uniform_noise
 from tests.conftest import random_model

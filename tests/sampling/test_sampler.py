@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tabom.models.diffusion_model import logits_at
-from tabom.sampling.sampler import SamplerConfig, decode_response, denoise, sample
+from tabom.sampling.engine import sample
+from tabom.sampling.sampler import SamplerConfig, decode_response, denoise
 from tests.conftest import random_model
 
 PROMPTS = ["1+2=", "sort 9876543=", "abc"]
@@ -166,7 +167,7 @@ def test_positions_count_from_the_first_real_token(model):
     seen = []
     model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     short, long = encode(model, ["12", "sort 98765="])
-    sample(model, [short, long], SamplerConfig(max_new_tokens=1))
+    list(denoise(model, [short, long], 1, SamplerConfig()))
     padding = len(long) - len(short)
     assert seen[0]["position_ids"][0, padding:].tolist() == list(range(len(short) + 1))
     assert seen[0]["position_ids"][1].tolist() == list(range(len(long) + 1))

@@ -1,0 +1,350 @@
+"""The decoding engine: requests in, completions out as they finish, and no position computed in vain.
+
+Requests wait in a queue; those in flight hold a slot each. A step runs the model once over the positions of all slots,
+packed without padding, and unmasks tokens in every one of them, each at its own step of its own plan. A finished
+request leaves its slot at once and the next ones move in, as many as the compute budget has positions for. The answers
+are those of `denoise` for each prompt alone, up to the rounding of the model, unless a cache is asked for.
+
+All of a step stays on the device: its shapes are known beforehand, and what is decided is read by the host when it
+looks, every `look_every` steps.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.packed import Span, packed_logits, takes_packed_rows
+from tabom.sampling.caches import RowCache, computed_positions
+from tabom.sampling.policies import Candidates, Step, check_at_least, choose, time_shares
+from tabom.sampling.sampler import Completion, SamplerConfig, is_decided, read_candidates, response_length
+from tabom_kernels import mix_keys
+
+MOST_POSITIONS = {"cpu": 2**12, "cuda": 2**14}
+"""A step of more takes longer in proportion, and is no faster a position."""
+
+
+class Request(NamedTuple):
+    """A prompt's token ids, how many tokens to answer, and the seed of its random numbers."""
+
+    prompt: Sequence[int]
+    length: int
+    seed: int
+
+
+@dataclass
+class EngineConfig:
+    """How much is computed at once; changes no answer."""
+
+    compute_budget: int | None = field(
+        default=None, metadata={"help": "Positions a decoding step computes at most. Default: what memory allows."}
+    )
+    look_every: int = field(
+        default=1, metadata={"help": "Decoding steps between two looks of the host. Caches need 1."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("compute_budget", "look_every"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass
+class Slot:
+    """A request in flight, and what the host knew of it when it last looked."""
+
+    number: int  # of the request, in the order of the requests
+    request: Request
+    plan: list[Step]
+    block: int = 0  # the active one
+    index: int = 0  # of the step, in the block
+    positions: int = 0  # computed so far
+
+    def __post_init__(self) -> None:
+        self.candidates = self.plan[0].tokens  # masked positions of the active block
+        self.length = len(self.request.prompt) + self.request.length
+
+    @property
+    def step(self) -> Step:
+        """Where the active block stands."""
+        return self.plan[self.block]._replace(index=self.index)
+
+
+class State(NamedTuple):
+    """What is decided in each of S slots, on the device; T is the longest response."""
+
+    tokens: Tensor  # (S, T) int64
+    order: Tensor  # (S, T) int64, -1 where masked
+    entropy: Tensor  # (S, T) nats
+    block: Tensor  # (S,) int64, the active one
+    index: Tensor  # (S,) int64, of the step in the block
+    step: Tensor  # (S,) int64, over all blocks
+
+
+class Layout(NamedTuple):
+    """Where the positions of S slots stand among N packed rows, and their plans; the same until slots change."""
+
+    starts: list[int]  # the first row of each slot
+    input_ids: Tensor  # (N + 1,); the last one takes what belongs to no row
+    position_ids: Tensor  # (N,)
+    rows: Tensor  # (S, T) of the response's positions; N where the response is shorter
+    seeds: Tensor  # (S,)
+    blocks: Tensor  # (S,)
+    steps: Tensor  # (S,) of a block
+    tokens: Tensor  # (S,) of a block
+    shares: Tensor  # (S, most steps) of Dream's time schedule
+
+
+class Decision(NamedTuple):
+    """What one step saw and did, for an observer; tensors stay on the device."""
+
+    requests: list[int]  # number of the request in each of S slots
+    step: Tensor  # (S,)
+    candidates: Candidates  # (S, T) each
+    chosen: Tensor  # (S, T) bool
+
+
+class Engine:
+    """Decodes requests of any lengths, a changing batch of them at a time.
+
+    Args:
+        observer: called with the `Decision` of every step, for what is measured along the way.
+
+    Raises:
+        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        config: SamplerConfig,
+        engine: EngineConfig | None = None,
+        observer: Callable[[Decision], None] | None = None,
+    ) -> None:
+        engine = engine or EngineConfig()
+        self.packs = takes_packed_rows(model.model)
+        if config.cache != "none" and not self.packs:
+            raise ValueError(f"cache={config.cache!r}: model type {model.model.config.model_type!r} has none; use none")
+        if config.cache != "none" and engine.look_every > 1:
+            raise ValueError(f"look_every={engine.look_every} with cache={config.cache!r}: expected 1")
+        self.model, self.config, self.observer = model, config, observer
+        self.compute_budget = engine.compute_budget or default_budget(model)
+        self.look_every = engine.look_every if self.packs else 1
+        self.cache = None if config.cache == "none" else RowCache(model.model.config.num_hidden_layers)
+        self.slots: list[Slot] = []
+        self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(3, 0, dtype=torch.int64))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """Yields the number of a request (from 0, as they come) and its completion, in the order they finish.
+
+        Raises:
+            ValueError: a response's length does not fit the blocks and steps of the config.
+        """
+        waiting = iter(enumerate(requests))
+        following = next(waiting, None)
+        staying: list[int] = []
+        while staying or following:
+            admitted: list[Slot] = []
+            used = sum(self.slots[i].length for i in staying)
+            while following:
+                slot = Slot(*following, self.config.plan(following[1].length))
+                if used and used + slot.length > self.compute_budget:
+                    break
+                admitted.append(slot)
+                used += slot.length
+                following = next(waiting, None)
+            if admitted or len(staying) < len(self.slots):
+                self.arrange(staying, admitted)
+            for _ in range(self.look_every):
+                self.step()
+            finished = self.look()
+            staying = [i for i in range(len(self.slots)) if i not in finished]
+            yield from zip((self.slots[i].number for i in finished), self.completions(finished), strict=True)
+
+    @torch.inference_mode()
+    def arrange(self, staying: list[int], admitted: list[Slot]) -> None:
+        """Packs the slots that stay and the admitted ones, those of like lengths side by side."""
+        device = self.model.device
+        slots = [self.slots[i] for i in staying] + admitted
+        places = sorted(range(len(slots)), key=lambda i: slots[i].length)
+        longest = max(slot.request.length for slot in slots)
+        count = len(admitted)
+        fresh = State(
+            torch.full((count, longest), self.model.mask_token_id),
+            torch.full((count, longest), -1),
+            torch.zeros(count, longest),
+            *torch.zeros(3, count, dtype=torch.int64),
+        )
+        kept, place = (torch.tensor(indices, dtype=torch.int64).to(device) for indices in (staying, places))
+        fields = []
+        for old, new in zip(self.state, fresh, strict=True):
+            stays = old.to(device)[kept]
+            if new.ndim == 2:
+                stays = pad(stays, (0, longest - stays.shape[1]), value=-1)
+            fields.append(torch.cat([stays, new.to(device)])[place])
+        self.state = State(*fields)
+        if self.cache is not None:  # an admitted slot is computed whole before its rows are read
+            before = [torch.arange(self.slots[i].length) + self.layout.starts[i] for i in staying]
+            before += [torch.zeros(slot.length, dtype=torch.int64) for slot in admitted]
+            self.cache.move(torch.cat([before[i] for i in places]).to(device))
+        self.slots = [slots[i] for i in places]
+        self.layout = lay_out(self.slots, longest, self.config, device)
+        self.layout.input_ids.scatter_(0, self.layout.rows.flatten(), self.state.tokens.flatten())
+        self.masked = self.masked_now()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One step of every slot."""
+        state, layout, config = self.state, self.layout, self.config
+        masked, longest = self.masked, self.masked.shape[1]
+        reads = torch.nonzero_static(masked.flatten(), size=self.most_candidates(), fill_value=0).squeeze(1)
+        slot, position = reads // longest, reads % longest
+        logits = self.forward(slot, layout.rows.flatten()[reads] - self.model.logits_shift)
+        logits[:, self.model.mask_token_id] = -torch.inf
+        keys = mix_keys(layout.seeds[slot], state.step[slot], position)
+        token, candidates = read_candidates(logits, masked, keys, config)
+        share = layout.shares.gather(1, state.index[:, None]).squeeze(1)
+        chosen = choose(candidates, Step(state.index, layout.steps, layout.tokens, share), config)
+        if self.observer is not None:
+            self.observer(Decision([slot.number for slot in self.slots], state.step, candidates, chosen))
+
+        tokens = torch.where(chosen, token, state.tokens)
+        order = torch.where(chosen, state.step[:, None], state.order)
+        entropy = torch.where(chosen, candidates.entropy, state.entropy)
+        layout.input_ids.scatter_(0, layout.rows.flatten(), tokens.flatten())
+        stepped = masked.any(1).long()
+        index = state.index + stepped
+        block_ends = (index >= layout.steps) | ~(masked & ~chosen).any(1)
+        self.state = State(
+            tokens,
+            order,
+            entropy,
+            state.block + stepped * block_ends,
+            torch.where(block_ends, 0, index),
+            state.step + stepped,
+        )
+        self.masked = self.masked_now()
+
+    def most_candidates(self) -> int:
+        """Rows that go through the head: the masked ones, or as many as there may be when the host has not looked."""
+        if self.look_every == 1:
+            return sum(slot.candidates for slot in self.slots)
+        return sum(slot.plan[0].tokens for slot in self.slots)
+
+    def forward(self, slot: Tensor, rows: Tensor) -> Tensor:
+        """Logits (R, V) at packed rows (R,) that belong to slots (R,), computing what no cache keeps."""
+        layout, count = self.layout, len(self.layout.position_ids)
+        ranges = [
+            computed_positions(
+                len(s.request.prompt), s.request.length, s.block, s.step, self.config, self.model.logits_shift
+            )
+            for s in self.slots
+        ]
+        spans = [Span(len(computed), s.length) for computed, s in zip(ranges, self.slots, strict=True)]
+        for s, span in zip(self.slots, spans, strict=True):
+            s.positions += span.queries
+        if sum(span.queries for span in spans) == count:
+            computed = None
+            input_ids, position_ids = layout.input_ids[:count], layout.position_ids
+        else:
+            pieces = [torch.arange(r.start, r.stop) + start for r, start in zip(ranges, layout.starts, strict=True)]
+            computed = torch.cat(pieces).to(rows.device)
+            input_ids, position_ids = layout.input_ids[computed], layout.position_ids[computed]
+            before = accumulate((span.queries for span in spans[:-1]), initial=0)
+            left_out = [s + r.start - b for s, r, b in zip(layout.starts, ranges, before, strict=True)]
+            rows = rows - torch.tensor(left_out, device=rows.device)[slot]
+        if self.cache is not None:
+            self.cache.begin(computed, count)
+        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache)
+
+    def masked_now(self) -> Tensor:
+        """(S, T) the positions that the next step may unmask: the masked ones of the active block, none when done."""
+        state, layout = self.state, self.layout
+        position = torch.arange(state.order.shape[1], device=state.order.device)
+        end = torch.where(state.block < layout.blocks, (state.block + 1) * layout.tokens, 0)
+        masked = (state.order < 0) & (position < end[:, None])
+        if self.config.stop_early:
+            masked &= ~is_decided(state.tokens, state.order, self.model.eos_token_id)[:, None]
+        return masked
+
+    def look(self) -> list[int]:
+        """Reads where every slot stands, the one wait for the device; returns the slots that are done."""
+        seen = torch.stack([self.masked.sum(1), self.state.block, self.state.index], dim=1).tolist()
+        for slot, (candidates, block, index) in zip(self.slots, seen, strict=True):
+            slot.candidates, slot.block, slot.index = candidates, block, index
+        return [i for i, slot in enumerate(self.slots) if slot.candidates == 0]
+
+    def completions(self, finished: list[int]) -> list[Completion]:
+        """The responses of some slots; what an early stop left masked is padding."""
+        if not finished:
+            return []
+        which = torch.tensor(finished, device=self.model.device)
+        tokens, order, entropy = (values[which] for values in self.state[:3])
+        tokens = tokens.masked_fill(order < 0, self.model.pad_token_id)
+        columns = tokens.tolist(), order.tolist(), entropy.tolist()
+        completions = []
+        for i, *rows in zip(finished, *columns, strict=True):
+            slot = self.slots[i]
+            completions.append(Completion(*(row[: slot.request.length] for row in rows), slot.positions))
+        return completions
+
+
+def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: torch.device) -> Layout:
+    """Packs slots one after the other; the responses' tokens are yet to be filled in."""
+    starts = list(accumulate((slot.length for slot in slots), initial=0))
+    total = starts.pop()
+    position = torch.arange(longest)
+    prompts = torch.tensor([len(slot.request.prompt) for slot in slots], dtype=torch.int64)
+    lengths = torch.tensor([slot.request.length for slot in slots], dtype=torch.int64)
+    rows = (torch.tensor(starts, dtype=torch.int64) + prompts)[:, None] + position
+    plans = [(slot.request.seed, len(slot.plan), slot.plan[0].steps, slot.plan[0].tokens) for slot in slots]
+    shares = [time_shares(slot.plan[0].steps, config.eps) for slot in slots]
+    tensors = (
+        torch.tensor([id for slot in slots for id in [*slot.request.prompt, *[0] * slot.request.length]] + [0]),
+        torch.cat([torch.arange(slot.length) for slot in slots]),
+        rows.where(position < lengths[:, None], total),
+        *torch.tensor(plans, dtype=torch.int64).unbind(1),
+        pad_sequence(shares, batch_first=True),
+    )
+    return Layout(starts, *(tensor.to(device) for tensor in tensors))
+
+
+def default_budget(model: DiffusionModel) -> int:
+    """Positions a step that take at most half of the free memory, logits and cache included."""
+    config, device = model.model.config, model.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    widest = 4 * config.hidden_size + 3 * config.intermediate_size + 4 * config.vocab_size
+    kept = 2 * config.num_hidden_layers * config.hidden_size
+    fitting = free // 2 // ((widest + kept) * model.model.dtype.itemsize)
+    return max(1, min(fitting, MOST_POSITIONS.get(device.type, 2**12)))
+
+
+def sample(
+    model: DiffusionModel,
+    prompts: Sequence[Sequence[int]],
+    config: SamplerConfig,
+    seeds: Sequence[int] | None = None,
+    engine: EngineConfig | None = None,
+    observer: Callable[[Decision], None] | None = None,
+) -> list[Completion]:
+    """Decodes prompts to the end, in their order.
+
+    Args:
+        prompts: token ids, of any number and lengths.
+        seeds: one for each prompt; default `config.seed` for all.
+        observer: see `Engine`.
+    """
+    length = response_length(model, config)
+    seeds = seeds or [config.seed] * len(prompts)
+    requests = [Request(prompt, length, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    finished = dict(Engine(model, config, engine, observer).run(requests))
+    return [finished[number] for number in range(len(requests))]
