@@ -141,7 +141,7 @@ def logits_by_run(
 
 def last_layer(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
     """The parts of a native family's last layer whose every row is for itself."""
-    layer = model.base_model.layers[-1]
+    layer = model.get_decoder().layers[-1]  # also inside an adapter
     return layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp
 
 

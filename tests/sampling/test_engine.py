@@ -2,11 +2,13 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
@@ -411,3 +413,13 @@ def test_a_step_waits_for_nothing_on_a_gpu():
 
     engine.step = watched_step
     assert len(list(engine.run(Request([5, 6, 7][: 1 + i % 3], 8, i) for i in range(6)))) == 6
+
+
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_a_model_in_an_adapter_decodes_as_it_does_without(cache):
+    """Its weights are 0 at first; evaluation in training decodes with it."""
+    plain, adapted = fp64_model(1), fp64_model(1)
+    wrapped = get_peft_model(adapted.model, LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    config = SamplerConfig(block_length=4, cache=cache)
+    requests = [Request([5, 6, 7][: 1 + i], 8, i) for i in range(3)]
+    assert_same(run(replace(adapted, model=wrapped), requests, config), run(plain, requests, config))
