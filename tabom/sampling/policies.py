@@ -56,12 +56,19 @@ def by_entropy(candidates: Candidates) -> Tensor:
 
 def by_probability(candidates: Candidates) -> Tensor:
     """Highest probability first."""
-    return candidates.probability
+    return beyond_rounding(candidates.probability, candidates.entropy)
 
 
 def by_margin(candidates: Candidates) -> Tensor:
     """Largest gap between the best two first."""
-    return candidates.margin
+    return beyond_rounding(candidates.margin, candidates.entropy)
+
+
+def beyond_rounding(certainty: Tensor, entropy: Tensor) -> Tensor:
+    """Tells those that round to 1 apart by their entropies, which are exact; in fp64, less than a rounding of fp32."""
+    half_a_step = 2.0**-25
+    more = half_a_step - (entropy.double() / 32).clamp(max=half_a_step)
+    return certainty.double() + torch.where(certainty == 1, more, 0.0)
 
 
 def by_chance(candidates: Candidates) -> Tensor:

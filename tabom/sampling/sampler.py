@@ -150,7 +150,8 @@ def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: Sample
         keys: (N,) of the random numbers.
     """
     temperature, top_k, top_p = config.temperature, config.top_k, config.top_p
-    if POLICIES[config.policy].on_draw_distribution:
+    changes_distribution = temperature > 0 or top_k is not None or top_p is not None
+    if POLICIES[config.policy].on_draw_distribution and changes_distribution:
         logits = filter_logits(filter_logits(logits, temperature=temperature or 1.0, top_p=top_p), top_k=top_k)
         temperature, top_k, top_p = float(temperature > 0), None, None
     statistics = unmask_statistics(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=keys)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tabom.sampling.engine import sample
-from tabom.sampling.policies import Candidates, Step, choose
+from tabom.sampling.policies import POLICIES, Candidates, Step, choose
 from tabom.sampling.sampler import SamplerConfig, denoise, is_decided
 from tabom_kernels import mix_keys, reference
 from tabom_kernels.noise import uniform_noise
@@ -270,3 +270,14 @@ def test_early_stopping_saves_steps(seed):
 def test_settings_that_a_policy_does_not_use_are_refused_by_name(settings, error):
     with pytest.raises(ValueError, match=error):
         SamplerConfig(**settings)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "threshold"])
+def test_what_rounds_to_a_probability_of_one_is_told_apart(policy):
+    """1 - p of 1e-12 and 1e-9 are both p = 1 in fp32, and the entropies are exact."""
+    entropy = torch.tensor([[3e-8, 5e-11, 2e-6, 1e-12]])
+    one_but = torch.tensor([[1.0, 1.0, 1 - 2.0**-24, 1.0]])
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    candidates = Candidates(masked, one_but, one_but, entropy, torch.rand(1, 4))
+    order = POLICIES[policy].certainty(candidates).argsort(dim=1, descending=True)
+    assert order.tolist() == [[3, 1, 0, 2]]
