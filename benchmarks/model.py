@@ -67,10 +67,16 @@ class Kernel(NamedTuple):
 OPS = {
     ("statistics", "ours"): [Kernel("statistics", 1, 2)],
     ("gradient", "ours"): [Kernel("gradient", 2, 1)],
-    ("whole_loss", "ours"): [Kernel("statistics", 1, 2), Kernel("gradient", 2, 1)],
+    ("whole_loss", "ours"): [Kernel("statistics", 1, 5), Kernel("gradient", 2, 1)],
     ("sampling", "ours, greedy"): [Kernel("unmask greedy", 1, 2)],
+    ("sampling", "ours, temperature"): [Kernel("unmask sampled", 1, 2)],
+    ("sampling", "ours, top-p"): [*[Kernel("masses top-p", 1, 2)] * 4, Kernel("unmask sampled", 1, 2)],
 }
-"""By the op and contender of `benchmarks.kernels`; the loss without the launches that do not pass over the logits."""
+"""By the op and contender of `benchmarks.kernels`. Launches that do not pass over the logits go with one that does."""
+
+RANK_LENGTHS = [[256] * 8, [8192]]
+PAIR_INSTRUCTIONS = {"logistic": 100, "hinge": 32}
+"""Of a pair, which both of its rows compute; counted in the machine code before 1/tau was taken out of the loop."""
 
 
 class Prediction(NamedTuple):
@@ -111,6 +117,12 @@ def predict(gpu: Gpu, kernels: Sequence[Kernel], logits: int, static: dict) -> P
     return Prediction(seconds, floor / seconds, ", ".join(dict.fromkeys(bounds)))
 
 
+def predict_ranking(gpu: Gpu, lengths: Sequence[int], form: str) -> float:
+    """Seconds of the pairs of some sequences: instructions, and two launches; there is no traffic to speak of."""
+    pairs = sum(length**2 for length in lengths)
+    return pairs * PAIR_INSTRUCTIONS[form] / 32 / gpu.issue_slots_per_second + 2 * LAUNCH_SECONDS
+
+
 def measured(path: Path) -> tuple[str, dict[tuple[str, str, str], float]]:
     """The device of a run of `benchmarks.kernels`, and (op, contender, size) -> seconds, of its graphs."""
     run = json.loads(path.read_text())
@@ -135,10 +147,22 @@ def table(gpus: dict[str, Gpu], seen: dict[tuple[str, str, str], float]) -> Tabl
                     f"{prediction.seconds * 1e6:.1f}",
                     f"{prediction.share_of_floor:.0%}",
                     prediction.bound,
-                    f"{found * 1e6:.1f}" if found else "",
-                    f"{found / prediction.seconds:.2f}" if found else "",
+                    *beside(found, prediction.seconds),
                 )
+    for lengths in RANK_LENGTHS:
+        for form in PAIR_INSTRUCTIONS:
+            size = f"{len(lengths)} x {lengths[0]} {form}"
+            found = seen.get(("ranking", "ours", size))
+            for name, gpu in gpus.items():
+                seconds = predict_ranking(gpu, lengths, form)
+                bound = "launch" if seconds < 4 * LAUNCH_SECONDS else "issue"
+                lines.add_row("ranking", size, name, f"{seconds * 1e6:.1f}", "", bound, *beside(found, seconds))
     return lines
+
+
+def beside(found: float | None, predicted: float) -> tuple[str, str]:
+    """What was measured, in microseconds, and how many times the prediction it is."""
+    return (f"{found * 1e6:.1f}", f"{found / predicted:.2f}") if found else ("", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,8 +53,8 @@ def test_every_op_passes_opcheck(rng, backend):
             )
         ),
         *(
-            (OPS.fused_linear_tabom_loss, (*head, *batch, "hinge", -100, 5, False, [True] * 3, backend))
-            for head in (draw_head(bias=True), draw_head(bias=False))
+            (OPS.fused_linear_tabom_loss, (*head, *batch, lengths, "hinge", -100, 5, False, [True] * 3, backend))
+            for head, lengths in ((draw_head(bias=True), None), (draw_head(bias=False), [5, 4]))
         ),
     ]
     assert {op._qualified_op_name.split("::")[1] for op, _ in calls} == {
