@@ -89,6 +89,7 @@ def tiny_dream():
 
 def test_every_way_of_computing_the_loss_agrees_and_is_drawn(capsys):
     """The benchmark itself raises when a loss or gradient is not that of the reference."""
+    torch.manual_seed(0)  # as the benchmark does: on problems so small a peer's rounding depends on the draw
     loss.add_peers(CPU)
     names = [name for name in loss.LOSSES if name != "torch.compile"] + list(loss.CROSS_ENTROPY_ALONE)
     assert "Liger CE + entropy" in names

@@ -104,7 +104,7 @@ def test_thirty_thousand_mutated_lines_raise_nothing_else(tmp_path, rng):
     kept, invalid = read(path, skip_invalid=True)
     assert invalid > 10_000 and len(kept) > 100
     assert len(kept) + invalid == 1 + sum(bool(line.strip()) for line in lines)
-    prompts, invalid = read_prompts(path, skip_invalid=True)
+    prompts, invalid = read_prompts(path, verifier_settings={"allow_code_execution": True}, skip_invalid=True)
     assert invalid > 10_000 and len(prompts.prompts) > 100
 
 
@@ -121,7 +121,7 @@ def test_fields_of_any_kind_raise_nothing_else(tmp_path, record, changes):
     path = tmp_path / "t.jsonl"
     path.write_text(f"{GOOD}\n{json.dumps(record | changes)}\n")
     assert len(read(path, skip_invalid=True)[0]) in (1, 2)
-    read_prompts(path, skip_invalid=True)
+    read_prompts(path, verifier_settings={"allow_code_execution": True}, skip_invalid=True)
 
 
 CONFIGS = [

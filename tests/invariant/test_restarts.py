@@ -20,7 +20,15 @@ def start(inputs, folder, name):
     del arguments[at : at + 2]
     words = [sys.executable, "-m", "tabom", *arguments, "--resume_from_checkpoint", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # A test run in the background may have been told to ignore Ctrl-C, and its children would inherit that.
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for_checkpoint(folder, step, process):

@@ -73,8 +73,10 @@ def bubblewrap(path: str, limits: Limits) -> list[str]:
             for parent in reversed(folder.parents[:-1]):
                 mounts += ["--perms", "0755", "--dir", str(parent)]
             mounts += ["--ro-bind", str(folder), str(folder)]
-    scratch = ["--size", str(4 * limits.file_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    return [path, *namespaces, *rights, "--die-with-parent", *mounts, "--proc", "/proc", "--dev", "/dev", *scratch]
+    # First, as a Python that lives under /tmp is mounted into it.
+    scratch = ["--size", str(4 * limits.file_mb << 20), "--perms", "1777", "--tmpfs", "/tmp"]
+    system = ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp"]
+    return [path, *namespaces, *rights, "--die-with-parent", *scratch, *mounts, *system]
 
 
 def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
