@@ -161,7 +161,8 @@ def test_two_processes_train_to_the_same_weights_also_when_resumed(tmp_path, see
     for processes, stop in ((1, 0), (2, 3)):
         arguments = [str(script), str(pytestconfig.rootpath), str(tmp_path), str(processes), str(stop), str(seed)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        subprocess.run([sys.executable, *launcher, *arguments], check=True, capture_output=True, timeout=300)
+        done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
         results.append(torch.load(tmp_path / "out"))
     (one, one_losses), (two, two_losses) = results
     assert_same(one, two, rtol=1e-4, atol=1e-5)
