@@ -162,7 +162,7 @@ def test_two_processes_train_to_the_same_weights_also_when_resumed(tmp_path, see
         arguments = [str(script), str(pytestconfig.rootpath), str(tmp_path), str(processes), str(stop), str(seed)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300)
-        if done.returncode:  # now and then a launched process ends non-zero, cause not known: shown, and tried once more
+        if done.returncode:  # happens now and then, cause not known: shown, and tried once more
             print(done.stderr)
             done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
