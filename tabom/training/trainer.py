@@ -487,7 +487,15 @@ class TabomTrainer(Trainer):
         base = model.config.name_or_path or "random weights"
         name = model_name or Path(self.args.output_dir).name
         trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
-        card = model_card(name, base, self.args, trajectories, self.state.log_history)
+        card = model_card(
+            name,
+            base,
+            {**self._describe_run(), "epochs": self.state.epoch, "steps": self.state.global_step},
+            trajectories,
+            self.state.log_history,
+            self.state.best_global_step if self.args.load_best_model_at_end else None,
+            self.args.eval_prompts,
+        )
         card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
