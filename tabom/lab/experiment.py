@@ -19,7 +19,8 @@ from tabom.models.loading import load
 from tabom.sampling.collect import to_trajectory
 from tabom.sampling.sampler import Completion, SamplerConfig
 from tabom.training.collator import Example, TrajectoryDataset
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.config import TabomConfig
+from tabom.training.trainer import TabomTrainer
 from tabom.training.windows import example_rng
 
 SHIPPED = "shipped"
