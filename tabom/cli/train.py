@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model()
     trainer.create_model_card()
-    print(f"saved to {config.output_dir}")
+    print(f"saved to {config.output_dir}" + (f", pushed to {trainer.hub_model_id}" if config.push_to_hub else ""))
 
 
 def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:

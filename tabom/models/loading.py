@@ -78,6 +78,29 @@ def load(
     return describe(model.eval(), tokenizer)
 
 
+def as_diffusion_model(
+    model: str | Path | DiffusionModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> DiffusionModel:
+    """A model by its name, as `load` gave it, or as transformers did.
+
+    Args:
+        tokenizer: default: that of the model's name or folder.
+
+    Raises:
+        ValueError: a model without a name and without a tokenizer, or one that `load` or `describe` refuses.
+    """
+    if isinstance(model, str | Path):
+        model = load(model)
+    if isinstance(model, DiffusionModel):
+        return model if tokenizer is None else describe(model.model, tokenizer)
+    if tokenizer is None and not model.name_or_path:
+        raise ValueError(
+            "processing_class=None, and the model was not loaded from a folder that would have one: pass the "
+            "tokenizer; it says what masks, pads and ends a response"
+        )
+    return describe(model, load_tokenizer(model.name_or_path) if tokenizer is None else tokenizer)
+
+
 def check_is_there(path: Path) -> None:
     """Says at once what the hub would deny after a minute: `runs/typo`, beside models that are in runs/.
 
