@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from tabom.data.encoding import decode
 from tabom.models.diffusion_model import DiffusionModel, logits_at
 from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
 from tabom_kernels import mix_keys, unmask_statistics
@@ -280,7 +281,4 @@ def response_length(model: DiffusionModel, config: SamplerConfig) -> int:
 
 def decode_response(model: DiffusionModel, token_ids: Sequence[int]) -> str:
     """The text of a response up to its first end token."""
-    token_ids = list(token_ids)
-    if model.eos_token_id in token_ids:
-        token_ids = token_ids[: token_ids.index(model.eos_token_id)]
-    return model.tokenizer.decode(token_ids, skip_special_tokens=True)
+    return decode(model.tokenizer, token_ids)
