@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -52,8 +53,11 @@ def load(
         ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is
             known.
     """
-    check_is_there(Path(model_name_or_path))
-    check_is_safetensors(Path(model_name_or_path))
+    path = Path(model_name_or_path)
+    check_is_there(path)
+    check_is_safetensors(path)
+    if path.is_dir():
+        model_name_or_path = str(path.resolve())  # one model has one name, wherever it is called from
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if find_adapter_config_file(model_name_or_path) is not None:
         return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
@@ -119,8 +123,15 @@ def check_is_safetensors(path: Path) -> None:
     """Pickled weights can run code; of a name on the hub transformers is told the same.
 
     Raises:
-        ValueError: a folder with pickled weights alone.
+        ValueError: a folder with pickled weights alone, or with safetensors that are not whole.
     """
+    for weights in sorted(path.glob("*.safetensors")):
+        try:
+            safe_open(weights, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"model={path}: {weights.name} is not whole ({error}): save or download it again"
+            ) from error
     pickled = sorted(each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in path.glob(pattern))
     if pickled and not list(path.glob("*.safetensors")):
         raise ValueError(
