@@ -130,7 +130,8 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path):
 
 def test_one_process_at_a_time_writes_to_an_output(tmp_path):
     model, output = random_model(0), tmp_path / "t.jsonl"
-    hold = f"from tabom.sampling.collect import *\nwith locked(Path({str(output)!r})): print(1, flush=True); input()"
+    hold = f"""from tabom.sampling.collect import *\nwith locked(Path({str(output)!r}), Ranks()):
+        print(1, flush=True); input()"""
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(ValueError, match=r"t\.jsonl: another process is collecting into it"):
