@@ -16,7 +16,7 @@ from tabom.data.sources import MAX_LINE
 from tabom.data.trajectories import read_trajectories
 from tabom.lab.model import character_tokenizer
 from tabom.sampling.collect import drop_torn_line, start_or_resume
-from tabom.training.trainer import TabomConfig
+from tabom.training.config import TabomConfig
 
 TOKENIZER = character_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }}.{% endfor %}"
