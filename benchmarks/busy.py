@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.loss import Problem, Shape, draw_problem, fused_loss, loss_of_logits
+from benchmarks.loss import Problem, Shape, draw_problem, fused_loss, loss_of_logits, selected
 from benchmarks.measure import environment, summary, time_on_cpu, write_json
 from tabom_kernels.torch_backend import vocabulary_gradient, vocabulary_statistics
 
@@ -28,7 +28,7 @@ TURNS, SECONDS = 4, 1.0
 
 def contenders(problem: Problem) -> dict[str, Callable[[], Any]]:
     """The two sweeps over logits, the fused loss with its floor, and the loss as one writes it in PyTorch."""
-    hidden, weight = problem.hidden.detach().flatten(0, 1), problem.weight
+    hidden, weight = selected(problem).detach(), problem.weight
     logits = hidden @ weight.T
     statistics = vocabulary_statistics(logits, problem.labels, -100)
     out = torch.empty_like(logits)
