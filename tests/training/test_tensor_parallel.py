@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from tabom import TabomConfig, TabomTrainer
+from tabom.lab.model import character_tokenizer
 from tabom.training.forward import add_loss_to_forward
 from tests.training.test_forward import LOSS, draw_batch, llama
 
@@ -58,7 +59,7 @@ def on_each_rank(rank, folder, port, seed):
                 whole(got[1][key]), gradient, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}"
             )
     with pytest.raises(ValueError, match="tp_plan"):
-        TabomTrainer(sharded, TabomConfig(folder, use_cpu=True, report_to="none"))
+        TabomTrainer(sharded, TabomConfig(folder, report_to="none"), processing_class=character_tokenizer())
     torch.distributed.destroy_process_group()
 
 
