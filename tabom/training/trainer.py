@@ -196,7 +196,7 @@ class TabomTrainer(Trainer):
         """What decides the weights: JSON, the same on every rank and for any number of them."""
         adapters = getattr(self.model, "peft_config", {})
         return {
-            "data": self.train_dataset.digest,
+            "data": self.train_dataset.digest if self.train_dataset is not None else None,
             **self.args.run_settings(self.accelerator.num_processes),
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }
