@@ -151,6 +151,8 @@ resume = str(folder / f"run-{processes}" / f"checkpoint-{stop}") if stop else No
 trainer = train(random_model(3), trajectories, args, resume=resume)
 if trainer.is_world_process_zero():
     torch.save((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]), folder / "out")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # an exit without it can abort in gloo's threads
 """
 
 
@@ -163,10 +165,7 @@ def test_two_processes_train_to_the_same_weights_also_when_resumed(tmp_path, see
         arguments = [str(script), str(pytestconfig.rootpath), str(tmp_path), str(processes), str(stop), str(seed)]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300)
-        if done.returncode:  # happens now and then, cause not known: shown, and tried once more
-            print(done.stderr)
-            done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         results.append(torch.load(tmp_path / "out"))
     (one, one_losses), (two, two_losses) = results
     assert_same(one, two, rtol=1e-4, atol=1e-5)
