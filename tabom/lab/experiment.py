@@ -115,6 +115,10 @@ class ShuffledPairs(Dataset):
         steps[ranked] = example_rng(self.dataset.seed + 1, *key).permutation(steps[ranked])
         return prompt, response, target._replace(steps=steps)
 
+    def asks_anything(self) -> bool:
+        """As before: no token loses its label."""
+        return self.dataset.asks_anything()
+
 
 class AfterStep(TrainerCallback):
     """Calls back with the number of steps taken, after every one."""
