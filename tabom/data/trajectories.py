@@ -207,7 +207,7 @@ def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
         raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
     if len(values) != count:
         raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
-    return values
+    return [float(value) for value in values]
 
 
 def is_finite_number(value: Any) -> bool:

@@ -89,13 +89,14 @@ def test_what_is_taught_and_its_order_decide_the_digest():
 
 
 def test_a_source_is_parsed_once(tmp_path, parsed):
-    forms = in_every_form(tmp_path, RECORDS)
+    records = [*RECORDS, {"prompt": "4+4=", "response": "8"}]  # no other test's: tables are known by their content
+    forms = in_every_form(tmp_path, records)
     for form in ("jsonl", "parquet", "saved", "table"):
         parsed.clear()
         first, _ = tokenize(forms[form], TOKENIZER, len(TOKENIZER))
         count, (file,) = len(parsed), first.cache_files
         again, _ = tokenize(forms[form], character_tokenizer(), len(TOKENIZER))
-        assert len(parsed) == count == len(RECORDS), form
+        assert len(parsed) == count == len(records), form
         assert again.cache_files == [file] and again[:] == first[:]
         parsed.clear()
         assert tokenize(first, TOKENIZER, len(TOKENIZER)) == (first, 0) and not parsed
@@ -123,6 +124,12 @@ def test_what_would_change_a_row_makes_it_anew(tmp_path, parsed):
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     table, _ = tokenize(path, TOKENIZER, len(TOKENIZER))
     assert len(parsed) == 3 and table[2]["response_token_ids"] == [5, 6]
+
+
+def test_numbers_of_any_size_fit():
+    record = {**RECORDS[0], "decoding_order": [2**31 - 1, 0], "entropy": [10**300, -1]}
+    table, _ = tokenize([record], TOKENIZER, len(TOKENIZER), max_response_length=3, pad_token_id=0)
+    assert table[0]["decoding_order"] == [2**31 - 1, 0, 2**31] and table[0]["entropy"] == [1e300, -1, 0]
 
 
 def test_lengths_are_cut_and_filled(tmp_path):
