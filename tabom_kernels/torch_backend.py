@@ -346,8 +346,10 @@ def row_chunks(logits: Tensor) -> list[Iterator[RowChunk]]:
             stop = min(start + size, rows)
             yield slice(start, stop), a[: stop - start], b[: stop - start]
 
-    dtype = working_dtype(logits.dtype)
-    return [chunks(*logits.new_empty((2, min(size, rows), columns), dtype=dtype)) for _ in range(threads)]
+    def buffer() -> Tensor:
+        return logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype))
+
+    return [chunks(buffer(), buffer()) for _ in range(threads)]
 
 
 def pair_chunks(padded: Tensor) -> list[list[slice]]:

@@ -173,8 +173,8 @@ def test_configs_of_any_kind_raise_nothing_else(tmp_path, content):
 
 
 def test_a_collected_file_that_was_damaged_is_named(tmp_path):
-    output, rejected = tmp_path / "o.jsonl", tmp_path / "o.jsonl.rejected"
-    assert start_or_resume(output, rejected, {"a": 1}, False) == {}
+    output = tmp_path / "o.jsonl"
+    assert start_or_resume(output, {"a": 1}) == {}
     for damage, problem in (
         (b"{\n", "line 1: not valid JSON"),
         (b"\xff\n", "line 1: not UTF-8"),
@@ -182,7 +182,7 @@ def test_a_collected_file_that_was_damaged_is_named(tmp_path):
     ):
         output.write_bytes(damage)
         with pytest.raises(ValueError, match=rf"o\.jsonl.*{problem}"):
-            start_or_resume(output, rejected, {"a": 1}, False)
+            start_or_resume(output, {"a": 1})
 
 
 @pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"a\nb", b"\n", b"a\n" + b"x" * 200_000, b"x" * 200_000])
