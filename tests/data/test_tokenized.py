@@ -234,7 +234,7 @@ def test_what_is_no_data_set_is_refused():
 
 
 def test_the_longest_record_is_found_also_among_selected_ones():
-    table, _ = tokenize(RECORDS + [{"prompt": "1" * 9, "response": "2" * 30}], TOKENIZER)
+    table, _ = tokenize([*RECORDS, {"prompt": "1" * 9, "response": "2" * 30}], TOKENIZER)
     longest = [
         TrajectoryDataset(source, TOKENIZER, ObjectiveSettings(), seed=0).longest
         for source in (table, table.select([2, 0]), [])
