@@ -7,8 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tabom.data.trajectories import Trajectory
-
 WORDS = """# {name}
 
 A diffusion language model, post-trained from `{base}` with the objective `{objective}` of
@@ -32,7 +30,7 @@ def model_card(
     name: str,
     base: str,
     settings: dict[str, Any],
-    trajectories: Sequence[Trajectory],
+    origins: Counter[tuple[str | None, str | None]],
     log_history: Sequence[dict[str, Any]],
     best_step: int | None = None,
     eval_prompts: str | None = None,
@@ -43,6 +41,7 @@ def model_card(
         name: of the model.
         base: folder or hub name that it was trained from.
         settings: what decided the weights, `objective` and the `adapter`s among them.
+        origins: how many trajectories there are of each data source and method.
         log_history: of the trainer's state; the last value of every figure is reported.
         best_step: of the checkpoint that was loaded in the end, whose evaluation is then reported.
         eval_prompts: where the problems behind `eval_accuracy` came from.
@@ -63,8 +62,10 @@ def model_card(
         ]
         or None,
     )
-    sources = Counter(f"{each.data_source or 'unnamed'}, method {each.method or 'unnamed'}" for each in trajectories)
-    lines = [f"- {count} trajectories of {source}" for source, count in sources.most_common()]
+    lines = [
+        f"- {count} trajectories of {source or 'unnamed'}, method {method or 'unnamed'}"
+        for (source, method), count in origins.most_common()
+    ]
     shown = {key: value for key, value in settings.items() if key not in ("data", "adapter")}
     for adapter in settings["adapter"]:
         shown |= {f"adapter {key}": value for key, value in adapter.items() if value not in (None, False, {}, [])}
