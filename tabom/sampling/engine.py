@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.caches import RowCache, computed_positions
-from tabom.sampling.policies import Candidates, Step, check_at_least, choose, time_shares
+from tabom.sampling.policies import Candidates, Step, check_at_least, choose, steps_that_unmask, time_shares
 from tabom.sampling.sampler import Completion, SamplerConfig, is_decided, read_candidates, response_length
 from tabom_kernels import mix_keys
 
@@ -62,8 +62,9 @@ class Slot:
     number: int  # of the request, in the order of the requests
     request: Request
     plan: list[Step]
+    unmasking: tuple[int, ...]  # the steps of a block that unmask something
     block: int = 0  # the active one
-    index: int = 0  # of the step, in the block
+    index: int = 0  # of the step, among those of the block that unmask something
     positions: int = 0  # computed so far
 
     def __post_init__(self) -> None:
@@ -86,8 +87,8 @@ class State(NamedTuple):
     order: Tensor  # (S, T) int64, -1 where masked
     entropy: Tensor  # (S, T) nats
     block: Tensor  # (S,) int64, the active one
-    index: Tensor  # (S,) int64, of the step in the block
-    step: Tensor  # (S,) int64, over all blocks
+    index: Tensor  # (S,) int64, of the step, among those of the block that unmask something
+    step: Tensor  # (S,) int64, its number over all blocks, those that unmask nothing included
 
 
 class Layout(NamedTuple):
@@ -99,9 +100,10 @@ class Layout(NamedTuple):
     rows: Tensor  # (S, T) of the response's positions; N where the response is shorter
     seeds: Tensor  # (S,)
     blocks: Tensor  # (S,)
-    steps: Tensor  # (S,) of a block
+    steps: Tensor  # (S,) of a block, those that unmask something
     tokens: Tensor  # (S,) of a block
     shares: Tensor  # (S, most steps) of Dream's time schedule
+    strides: Tensor  # (S, most steps) from the number of a step to that of the next one
 
 
 class Decision(NamedTuple):
@@ -156,7 +158,7 @@ class Engine:
             admitted: list[Slot] = []
             used = sum(self.slots[i].length for i in staying)
             while following:
-                slot = Slot(*following, self.config.plan(following[1].length))
+                slot = self.slot_of(*following)
                 if used and used + slot.length > self.compute_budget:
                     break
                 admitted.append(slot)
@@ -170,6 +172,12 @@ class Engine:
             staying = [i for i in range(len(self.slots)) if i not in finished]
             yield from zip((self.slots[i].number for i in finished), self.completions(finished), strict=True)
 
+    def slot_of(self, number: int, request: Request) -> Slot:
+        """A slot for a request that waits."""
+        plan = self.config.plan(request.length)
+        unmasking = steps_that_unmask(self.config.policy, plan[0].steps, plan[0].tokens, self.config.eps)
+        return Slot(number, request, plan, unmasking)
+
     @torch.inference_mode()
     def arrange(self, staying: list[int], admitted: list[Slot]) -> None:
         """Packs the slots that stay and the admitted ones, those of like lengths side by side."""
@@ -182,7 +190,8 @@ class Engine:
             torch.full((count, longest), self.model.mask_token_id),
             torch.full((count, longest), -1),
             torch.zeros(count, longest),
-            *torch.zeros(3, count, dtype=torch.int64),
+            *torch.zeros(2, count, dtype=torch.int64),
+            torch.tensor([slot.unmasking[0] for slot in admitted], dtype=torch.int64),
         )
         kept, place = (torch.tensor(indices, dtype=torch.int64).to(device) for indices in (staying, places))
         fields = []
@@ -212,7 +221,9 @@ class Engine:
         logits[:, self.model.mask_token_id] = -torch.inf
         keys = mix_keys(layout.seeds[slot], state.step[slot], position)
         token, candidates = read_candidates(logits, masked, keys, config)
-        share = layout.shares.gather(1, state.index[:, None]).squeeze(1)
+        share, stride = (
+            table.gather(1, state.index[:, None]).squeeze(1) for table in (layout.shares, layout.strides)
+        )
         chosen = choose(candidates, Step(state.index, layout.steps, layout.tokens, share), config)
         if self.observer is not None:
             self.observer(Decision([slot.number for slot in self.slots], state.step, candidates, chosen))
@@ -229,7 +240,7 @@ class Engine:
             entropy,
             state.block + block_ends,
             torch.where(block_ends, 0, index),
-            state.step + 1,
+            state.step + stride,
         )
         self.masked = self.masked_now()
 
@@ -305,14 +316,18 @@ def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: 
     prompts = torch.tensor([len(slot.request.prompt) for slot in slots], dtype=torch.int64)
     lengths = torch.tensor([slot.request.length for slot in slots], dtype=torch.int64)
     rows = (torch.tensor(starts, dtype=torch.int64) + prompts)[:, None] + position
-    plans = [(slot.request.seed, len(slot.plan), slot.plan[0].steps, slot.plan[0].tokens) for slot in slots]
-    shares = [time_shares(slot.plan[0].steps, config.eps) for slot in slots]
+    plans = [(slot.request.seed, len(slot.plan), len(slot.unmasking), slot.plan[0].tokens) for slot in slots]
+    unmasking = [torch.tensor(slot.unmasking) for slot in slots]
+    following = [slot.plan[0].steps + slot.unmasking[0] for slot in slots]  # in the next block
+    shares = [time_shares(slot.plan[0].steps, config.eps)[steps] for slot, steps in zip(slots, unmasking, strict=True)]
+    strides = [steps.diff(append=torch.tensor([end])) for steps, end in zip(unmasking, following, strict=True)]
     tensors = (
         torch.tensor([id for slot in slots for id in [*slot.request.prompt, *[0] * slot.request.length]] + [0]),
         torch.cat([torch.arange(slot.length) for slot in slots]),
         rows.where(position < lengths[:, None], total),
         *torch.tensor(plans, dtype=torch.int64).unbind(1),
         pad_sequence(shares, batch_first=True),
+        pad_sequence(strides, batch_first=True),
     )
     return Layout(starts, *(tensor.to(device) for tensor in tensors))
 

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
+from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, steps_that_unmask, time_shares
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
@@ -196,7 +196,8 @@ def denoise(
 
     This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gets here alone.
     Only positions that are still masked in the active block go through the head and the vocabulary statistics. The mask
-    token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step, position)
+    token itself is never chosen. Ties go to the leftmost position. A step that unmasks nothing by its plan is counted,
+    and not computed. Random numbers depend on (seed, step, position)
     alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
 
     Args:
@@ -218,10 +219,11 @@ def denoise(
 
     no_choice = torch.full_like(entropy, torch.nan)
     yield DecodingState(tokens, order, entropy, no_choice, 0)
-    step = block_end = 0
+    step = block_end = computed = 0
     for block in config.plan(length):
         block_end += block.tokens
         shares = time_shares(block.steps, config.eps)
+        unmasking = steps_that_unmask(config.policy, block.steps, block.tokens, config.eps)
         for index in range(block.steps):
             masked = order < 0
             masked[:, block_end:] = False
@@ -230,6 +232,10 @@ def denoise(
             b, t = masked.nonzero(as_tuple=True)
             if len(b) == 0:
                 break
+            if index not in unmasking:  # it has its number; the next one computes what it would
+                step += 1
+                yield DecodingState(tokens, order, entropy, no_choice, computed)
+                continue
             rows = (b + 1) * positions - length + t - model.logits_shift
             logits = logits_at(model.model, rows, **inputs)
             logits[:, model.mask_token_id] = -torch.inf
@@ -240,11 +246,12 @@ def denoise(
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
+            computed += inputs["input_ids"].numel()
             seen = candidates.entropy.where(masked, no_choice)
-            yield DecodingState(tokens, order, entropy, seen, step * inputs["input_ids"].numel())
+            yield DecodingState(tokens, order, entropy, seen, computed)
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy, no_choice, step * inputs["input_ids"].numel())
+        yield DecodingState(tokens, order, entropy, no_choice, computed)
 
 
 @dataclass

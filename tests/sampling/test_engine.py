@@ -132,6 +132,37 @@ def test_positions_are_the_rows_that_the_embedding_sees(rng, stop_early):
     assert state.positions == sum(computed) > sum(c.positions for c in completions)
 
 
+def steps_of_dream(tokens, steps, eps=1e-3):
+    """How many of a block's steps unmask something: its own loop, counted."""
+    times, unmasking = torch.linspace(1, eps, steps + 1), 0
+    for i in range(steps):
+        count = int(tokens * (1 - times[i + 1] / times[i])) if i < steps - 1 else tokens
+        tokens, unmasking = tokens - count, unmasking + (count > 0)
+    return unmasking
+
+
+@pytest.mark.parametrize("steps, block_length", [(8, None), (24, None), (24, 4), (2, None)])
+def test_a_step_that_unmasks_nothing_by_its_plan_is_not_computed(steps, block_length):
+    """Dream's schedule: nothing in step 0 at steps = length, and more such steps where there are more than tokens."""
+    model, blocks = MODELS[1], 8 // (block_length or 8)
+    config = SamplerConfig(
+        policy="dream_entropy", alg_temp=0.5, temperature=0.7, steps=steps, block_length=block_length
+    )
+    unmasking = blocks * steps_of_dream(8 // blocks, steps // blocks)
+    assert unmasking < steps or steps == 2
+    request = Request([5, 6, 7], 8, 3)
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        states = list(denoise(model, [request.prompt], 8, config, [request.seed]))
+    assert len(computed) == unmasking and len(states) == steps + 1
+    assert states[-1].positions == sum(computed)
+    numbers = states[-1].decoding_order[0].tolist()
+    assert len(set(numbers)) == unmasking and max(numbers) == steps - 1, "steps are numbered as planned"
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        completions = run(model, [request] * 2, config)
+    assert len(computed) == unmasking
+    assert_same(completions, [alone(model, request, config)] * 2)
+
+
 def test_a_request_over_the_budget_is_decoded_alone(rng):
     requests = [Request([5] * n, 4, 0) for n in (3, 30, 3, 3)]
     with rows_through(MODELS[0].model.get_input_embeddings()) as computed:
