@@ -221,9 +221,7 @@ class Engine:
         logits[:, self.model.mask_token_id] = -torch.inf
         keys = mix_keys(layout.seeds[slot], state.step[slot], position)
         token, candidates = read_candidates(logits, masked, keys, config)
-        share, stride = (
-            table.gather(1, state.index[:, None]).squeeze(1) for table in (layout.shares, layout.strides)
-        )
+        share, stride = (table.gather(1, state.index[:, None]).squeeze(1) for table in (layout.shares, layout.strides))
         chosen = choose(candidates, Step(state.index, layout.steps, layout.tokens, share), config)
         if self.observer is not None:
             self.observer(Decision([slot.number for slot in self.slots], state.step, candidates, chosen))

@@ -10,7 +10,16 @@ import yaml
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, steps_that_unmask, time_shares
+from tabom.sampling.policies import (
+    POLICIES,
+    Candidates,
+    PolicySettings,
+    Step,
+    check_at_least,
+    choose,
+    steps_that_unmask,
+    time_shares,
+)
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
