@@ -14,6 +14,7 @@ import torch
 from benchmarks import engine, kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
+from tabom.sampling.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
 
@@ -124,19 +125,52 @@ def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):
     assert all(0 < record["shares"]["head"] < 1 for record in records[::2])
 
 
-def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "ANSWERS_END_AT", (20,))
+@pytest.fixture
+def few_asked(monkeypatch):
+    """Short prompts whose answers end where they are told to."""
+    asked = [engine.Asked([5] * (6 + 2 * i), end) for i, end in enumerate((3, 12, 8, 15))]
     monkeypatch.setattr(engine, "BLOCK", 8)
-    monkeypatch.setattr(engine, "prompts_of", lambda count, spread: [[5] * (6 + i) for i in range(count)])
-    records = engine.measure("tiny", tiny_dream, 4, "uniform", batch_size=2, rounds=1, length=32)
-    plain, exact, *cached = records
-    least, most = sum(20 - (6 + i) + 1 for i in range(4)), 4 * 16  # up to the end token, and to the end of its block
-    assert least <= plain["tokens"] == exact["tokens"] <= most
-    assert plain["positions_per_token"] > exact["positions_per_token"] > cached[-1]["positions_per_token"]
-    assert exact["equal_tokens"] > 0.9 and exact["order_correlation"] > 0.9
+    monkeypatch.setattr(engine, "asked_of", lambda count, spread, seed: asked[:count])
+    return asked
+
+
+def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, few_asked, capsys):
+    before = copy.deepcopy(tiny_dream.model.state_dict())
+    contenders = [engine.PLAIN, *engine.CACHES, *engine.PEERS]
+    records = engine.measure("tiny", tiny_dream, contenders, 4, "wide", batch_size=2, length=16)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_dream.model.state_dict().items())
+    plain, exact, *_caches, dllm, dream = records
+    assert plain["positions"] == plain["plain_positions"], "the arithmetic is what the loop counts"
+    assert 3 + 12 + 8 + 15 <= plain["tokens"] == exact["tokens"] <= 8 + 16 + 8 + 16  # to the end of a block at most
+    assert engine.fewer(exact) > 1 > engine.fewer(dllm) == engine.fewer(dream)
+    assert dream["positions"] == [(2 * (8 + 16) + 2 * (12 + 16)) * 16]
+    assert plain["equal_tokens"] > 0.9 and plain["order_correlation"] > 0.9
+    assert all(record["peak_bytes"] > 0 for record in records)
+    engine.print_costs(records)
+    assert "Dream's loop" in capsys.readouterr().out
+
+
+def test_the_peers_of_the_engine_answer_what_the_plain_loop_does(tiny_dream, few_asked):
+    """dLLM's loop token by token up to the end; both end answers where they are told to."""
+    config = SamplerConfig(max_new_tokens=16, block_length=8, policy="confidence", stop_early=True)
+    with engine.answers_that_end(tiny_dream) as ends:
+        exact = engine.run_engine(tiny_dream, ends, few_asked, config, 4, None).completions
+        prompts = [asked.prompt for asked in few_asked]
+        ends.right_padded(few_asked, 16, tiny_dream.logits_shift)
+        *_, x = engine.dllm_steps(tiny_dream, prompts, config)
+        ends.left_padded(few_asked, 16, tiny_dream.logits_shift)
+        dream = replace(config, policy="dream_entropy", steps=16, block_length=None)
+        *_, y = engine.dream_steps(tiny_dream, prompts, dream)
+    for (prompt, end), completion, row, other in zip(few_asked, exact, x.tolist(), y[:, -16:].tolist(), strict=True):
+        assert completion.token_ids[:end] == row[len(prompt) :][:end]
+        for answer in (completion.token_ids, row[len(prompt) :], other):
+            assert answer.index(tiny_dream.eos_token_id) == end - 1
+
+
+def test_what_caches_change_is_measured(capsys):
     fidelities = engine.fidelity(4)
     assert all(record["equal_responses"] == 1 for record in fidelities if record["contender"] == "exact")
-    engine.print_tables(records, fidelities)
+    engine.print_caches(fidelities)
     assert "positions a token" in capsys.readouterr().out
 
 
