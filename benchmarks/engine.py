@@ -80,10 +80,12 @@ class Spread(NamedTuple):
         )
 
 
+MOSTLY_SHORT = "wide, mostly short"
+
 SPREADS = {
     "narrow": Spread((90, 110), (100, 120)),
     "wide": Spread((30, 250), (40, 256)),
-    "wide, mostly short": Spread((30, 250), (40, 256), logarithmic=True),
+    MOSTLY_SHORT: Spread((30, 250), (40, 256), logarithmic=True),
 }
 
 
@@ -424,16 +426,14 @@ def print_caches(fidelities: list[dict[str, Any]]) -> None:
 
 
 def costs() -> list[dict[str, Any]]:
-    """The lab's model beside all peers; more prompts and other lengths on two layers."""
-    caches = ["prefix", "block", "block, refresh 8"]
-    records = measure("the lab's", load(BASE_PATH), [PLAIN, "exact", *caches[1:], *PEERS], 16, "wide, mostly short", 16)
+    """The lab's model beside all peers; other lengths and more prompts on two layers."""
+    records = measure("the lab's", load(BASE_PATH), [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
     tiny = tiny_dream()
-    for spread in ("narrow", "wide"):
-        records += measure("2 layers", tiny, [PLAIN, "exact", "block"], 16, spread, 16)
-    records += measure("2 layers", tiny, [PLAIN, "exact", *caches, *PEERS], 32, "wide, mostly short", 16)
-    for count in (16, 64):
-        records += measure("2 layers", tiny, ["exact", "block"], count, "wide, mostly short", 16)
-    return records
+    for spread in SPREADS:
+        records += measure("2 layers", tiny, ["exact", "block"], 16, spread, 16)
+    contenders = [PLAIN, "exact", "prefix", "block", "block, refresh 8", *PEERS]
+    records += measure("2 layers", tiny, contenders, 32, MOSTLY_SHORT, 16)
+    return records + measure("2 layers", tiny, ["exact", "block"], 64, MOSTLY_SHORT, 16)
 
 
 def main() -> None:
@@ -452,7 +452,7 @@ def main() -> None:
     else:
         if arguments.large:
             contenders = [PLAIN, "exact", "block", "block, refresh 8", *PEERS]
-            records = measure(*large_vocabulary(device), contenders, 4, "wide, mostly short", 4)
+            records = measure(*large_vocabulary(device), contenders, 4, MOSTLY_SHORT, 4)
         else:
             records = costs()
         name = result_name("engine-large" if arguments.large else "engine", device)
