@@ -4,17 +4,16 @@
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
-dLLM's sampler does, and one that does what Dream's code does. Of these two, whose steps all cost the same, a few are
-timed. The lab's model, and one of two layers for more prompts and other lengths; `--large`: four layers under Dream's
-vocabulary; `--caches`: what a cache changes of the lab model's answers. On a CPU seconds are of processor time, which
-other processes of a shared machine change least. Writes benchmarks/results/engine-<device>.json, or engine-large- and
-engine-caches-.
+dLLM's sampler does, and one that does what Dream's code does. The steps of a fixed batch all cost the same: of the
+plain loop and of the peers the first are timed, and count for all. The lab's model, and one layer for more prompts and
+other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
+answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
+benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
 """
 
 import argparse
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -54,8 +53,8 @@ CACHES = {
 PLAIN = "plain loop"
 PEERS = ("dLLM's loop", "Dream's loop")
 
-TIMED_STEPS = 4
-"""Of a peer, behind a first one that is not timed."""
+TIMED_STEPS = {PLAIN: 16, **dict.fromkeys(PEERS, 4)}
+"""Of the first batch."""
 
 
 class Asked(NamedTuple):
@@ -242,92 +241,63 @@ def dllm_steps(model: DiffusionModel, prompts: list[list[int]], config: SamplerC
 
 
 def run_peer(
-    name: str,
-    model: DiffusionModel,
-    ends: Ends,
-    asked: Sequence[Asked],
-    config: SamplerConfig,
-    batch_size: int,
-    limit: int | None,
+    name: str, model: DiffusionModel, ends: Ends, batch: Sequence[Asked], config: SamplerConfig, limit: int | None
 ) -> Decoded:
-    """Fixed batches, every step of all of them; the time of all, from that of `limit` steps of the first batch."""
-    positions, seconds = 0, []
-    for batch in in_groups(asked, batch_size):
-        prompts = [prompt for prompt, _ in batch]
-        positions += len(batch) * (max(map(len, prompts)) + config.max_new_tokens) * config.max_new_tokens
-    batch = asked[:batch_size]
+    """One fixed batch, every step of it."""
+    prompts = [prompt for prompt, _ in batch]
     if name == PEERS[0]:
         ends.right_padded(batch, config.max_new_tokens, model.logits_shift)
-        steps = dllm_steps(model, [prompt for prompt, _ in batch], config)
+        steps = dllm_steps(model, prompts, config)
     else:
         ends.left_padded(batch, config.max_new_tokens, model.logits_shift)
         dream = replace(config, policy="dream_entropy", steps=config.max_new_tokens, block_length=None)
-        steps = dream_steps(model, [prompt for prompt, _ in batch], dream)
-    start = seconds_now(model.device)
-    for _ in islice(steps, limit):
-        seconds.append(seconds_now(model.device) - start)
-        start = seconds_now(model.device)
-    first, *others = seconds
-    shape = len(batch) * (max(len(prompt) for prompt, _ in batch) + config.max_new_tokens)
-    return Decoded(None, positions, statistics.median(others or [first]) * positions / shape)
+        steps = dream_steps(model, prompts, dream)
+    positions, start = 0, seconds_now(model.device)
+    for x in islice(steps, limit):
+        positions += x.numel()
+    return Decoded(None, positions, seconds_now(model.device) - start)
 
 
 def measure(
-    name: str,
-    model: DiffusionModel,
-    contenders: Sequence[str],
-    count: int,
-    spread: str,
-    batch_size: int,
-    rounds: int = 1,
-    length: int = LENGTH,
+    name: str, model: DiffusionModel, contenders: Sequence[str], count: int, spread: str, batch_size: int
 ) -> list[dict[str, Any]]:
-    """One record a contender, which take turns, round after round on other prompts."""
-    config = SamplerConfig(max_new_tokens=length, block_length=BLOCK, policy="confidence", stop_early=True)
-    records = {
-        contender: {
-            "model": name,
-            "contender": contender,
-            "prompts": count,
-            "lengths": spread,
-            "batch_size": batch_size,
-            **{column: [] for column in ("answer_tokens", "positions", "plain_positions", "seconds")},
-        }
-        for contender in contenders
-    }
+    """One record a contender, which take turns."""
+    config = SamplerConfig(max_new_tokens=LENGTH, block_length=BLOCK, policy="confidence", stop_early=True)
+    asked = asked_of(count, spread)
+    tokens = sum(end for _, end in asked)
     with answers_that_end(model) as ends:
 
-        def run(contender: str, asked: list[Asked], limit: int | None = None) -> Decoded:
+        def run(contender: str, limit: int | None = None) -> Decoded:
             if contender in PEERS:
-                return run_peer(contender, model, ends, asked, config, batch_size, limit or TIMED_STEPS + 1)
+                return run_peer(contender, model, ends, asked[:batch_size], config, limit)
             if contender == PLAIN:
-                return run_plain(model, ends, asked, config, batch_size, limit)
+                return run_plain(model, ends, asked[:batch_size], config, batch_size, limit)
             return run_engine(model, ends, asked, replace(config, **CACHES[contender]), batch_size, limit)
 
-        for seed in range(rounds):
-            asked = asked_of(count, spread, seed)
-            made = {contender: run(contender, asked) for contender in contenders}
-            for contender, decoded in made.items():
-                record = records[contender]
-                record["answer_tokens"].append(sum(end for _, end in asked))
-                record["positions"].append(decoded.positions)
-                record["plain_positions"].append(plain_positions(asked, made["exact"].completions, batch_size, length))
-                record["seconds"].append(decoded.seconds)
-                if decoded.completions is not None:
-                    record["tokens"] = cost_of(decoded.completions).tokens  # of the last round
-                    record |= agreement(decoded.completions, made["exact"].completions)
-        for contender, record in records.items():
-            record["peak_bytes"] = peak_memory_of(lambda c=contender: run(c, asked[:batch_size], 3), model.device)
-    return list(records.values())
-
-
-def plain_positions(asked: Sequence[Asked], exact: Sequence[Completion], batch_size: int, length: int) -> int:
-    """What the plain loop computes for these, by arithmetic: every batch, padded, until its last response is done."""
+        made = {contender: run(contender, TIMED_STEPS.get(contender)) for contender in contenders}
+        memory = {contender: peak_memory_of(lambda c=contender: run(c, 3), model.device) for contender in contenders}
+    exact = made["exact"].completions
     steps = [max(completion.decoding_order) + 1 for completion in exact]
-    batches = in_groups(zip(asked, steps, strict=True), batch_size)
+    of_fixed_batches = {PLAIN: batch_positions(asked, steps, batch_size)}
+    of_fixed_batches |= dict.fromkeys(PEERS, batch_positions(asked, [LENGTH] * count, batch_size))
+    records = []
+    for contender, decoded in made.items():
+        positions = of_fixed_batches.get(contender, decoded.positions)
+        seconds = decoded.seconds * positions / decoded.positions
+        record = {"model": name, "contender": contender, "prompts": count, "lengths": spread, "batch_size": batch_size}
+        record |= {"answer_tokens": tokens, "positions": positions, "fewer": of_fixed_batches[PLAIN] / positions}
+        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": memory[contender]}
+        if contender in CACHES:
+            record |= {"tokens_decided": cost_of(decoded.completions).tokens, **agreement(decoded.completions, exact)}
+        records.append(record)
+    return records
+
+
+def batch_positions(asked: Sequence[Asked], steps: Sequence[int], batch_size: int) -> int:
+    """What fixed batches compute, by arithmetic: each of them, padded, until its last response has had its steps."""
     return sum(
-        len(batch) * max(steps for _, steps in batch) * (max(len(each.prompt) for each, _ in batch) + length)
-        for batch in batches
+        len(batch) * max(steps for _, steps in batch) * (max(len(each.prompt) for each, _ in batch) + LENGTH)
+        for batch in in_groups(zip(asked, steps, strict=True), batch_size)
     )
 
 
@@ -382,28 +352,21 @@ def print_costs(records: list[dict[str, Any]]) -> None:
     table = Table(
         "model", "prompts", "lengths", "contender", "positions a token", "fewer", "tokens a s", "faster", "MiB"
     )
-    plain: dict[tuple, list[float]] = {}
     for record in records:
-        case = record["model"], record["prompts"], record["lengths"]
         if record["contender"] == PLAIN:
-            plain[case] = record["seconds"]
+            plain = record
         table.add_row(
             record["model"],
             str(record["prompts"]),
             record["lengths"],
             record["contender"],
-            f"{sum(record['positions']) / sum(record['answer_tokens']):.1f}",
-            f"{fewer(record):.2f}",
-            f"{sum(record['answer_tokens']) / sum(record['seconds']):.1f}",
-            f"{sum(plain[case]) / sum(record['seconds']):.2f}" if case in plain else "",
+            f"{record['positions'] / record['answer_tokens']:.1f}",
+            f"{record['fewer']:.2f}",
+            f"{record['tokens_per_second']:.1f}",
+            f"{plain['seconds'] / record['seconds']:.2f}",
             f"{record['peak_bytes'] / 2**20:.0f}",
         )
     Console(width=160).print(table)
-
-
-def fewer(record: dict[str, Any]) -> float:
-    """How many times fewer positions than the plain loop."""
-    return sum(record["plain_positions"]) / sum(record["positions"])
 
 
 def print_caches(fidelities: list[dict[str, Any]]) -> None:
@@ -425,15 +388,20 @@ def print_caches(fidelities: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def costs() -> list[dict[str, Any]]:
-    """The lab's model beside all peers; other lengths and more prompts on two layers."""
-    records = measure("the lab's", load(BASE_PATH), [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
-    tiny = tiny_dream()
+def costs() -> Iterator[list[dict[str, Any]]]:
+    """The lab's model beside all peers; other lengths and more prompts on one layer."""
+    yield measure("the lab's", load(BASE_PATH), [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
+    one_layer = tiny_dream(num_hidden_layers=1)
     for spread in SPREADS:
-        records += measure("2 layers", tiny, ["exact", "block"], 16, spread, 16)
+        yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 16, spread, 16)
     contenders = [PLAIN, "exact", "prefix", "block", "block, refresh 8", *PEERS]
-    records += measure("2 layers", tiny, contenders, 32, MOSTLY_SHORT, 16)
-    return records + measure("2 layers", tiny, ["exact", "block"], 64, MOSTLY_SHORT, 16)
+    yield measure("one layer", one_layer, contenders, 32, MOSTLY_SHORT, 16)
+    yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 64, MOSTLY_SHORT, 16)
+
+
+def large_costs() -> Iterator[list[dict[str, Any]]]:
+    """Under Dream's vocabulary, fewer prompts."""
+    yield measure(*large_vocabulary(this_device()), [PLAIN, "exact", "block", *PEERS], 4, MOSTLY_SHORT, 4)
 
 
 def main() -> None:
@@ -450,13 +418,10 @@ def main() -> None:
         path = write_json(result_name("engine-caches", device), environment(device) | {"caches": fidelities})
         print_caches(fidelities)
     else:
-        if arguments.large:
-            contenders = [PLAIN, "exact", "block", "block, refresh 8", *PEERS]
-            records = measure(*large_vocabulary(device), contenders, 4, MOSTLY_SHORT, 4)
-        else:
-            records = costs()
-        name = result_name("engine-large" if arguments.large else "engine", device)
-        path = write_json(name, environment(device) | {"figures": records})
+        name, records = result_name("engine-large" if arguments.large else "engine", device), []
+        for figures in large_costs() if arguments.large else costs():
+            records += figures
+            path = write_json(name, environment(device) | {"figures": records})
         print_costs(records)
     print(f"wrote {path}")
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import is_gpu
-from tabom.lab.dry_run import DREAM_7B, random_model
+from tabom.lab.dry_run import DREAM_7B, TINY, random_model
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.families import native_config
@@ -19,9 +19,11 @@ SMALL = {
 }
 
 
-def tiny_dream() -> DiffusionModel:
-    """Two layers in fp32 on the CPU, to count what does not depend on the model's size."""
-    return sharpened(random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, torch.device("cpu")))
+def tiny_dream(**changes: int) -> DiffusionModel:
+    """Two layers in fp32 on the CPU, or what the config says instead."""
+    config = native_config(DREAM_7B)
+    config.update(TINY | changes)
+    return sharpened(describe(AutoModelForCausalLM.from_config(config), character_tokenizer()))
 
 
 def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:

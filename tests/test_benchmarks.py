@@ -129,25 +129,35 @@ def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):
 def few_asked(monkeypatch):
     """Short prompts whose answers end where they are told to."""
     asked = [engine.Asked([5] * (6 + 2 * i), end) for i, end in enumerate((3, 12, 8, 15))]
+    monkeypatch.setattr(engine, "LENGTH", 16)
     monkeypatch.setattr(engine, "BLOCK", 8)
-    monkeypatch.setattr(engine, "asked_of", lambda count, spread, seed: asked[:count])
+    monkeypatch.setattr(engine, "asked_of", lambda count, spread: asked[:count])
     return asked
 
 
 def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, few_asked, capsys):
     before = copy.deepcopy(tiny_dream.model.state_dict())
     contenders = [engine.PLAIN, *engine.CACHES, *engine.PEERS]
-    records = engine.measure("tiny", tiny_dream, contenders, 4, "wide", batch_size=2, length=16)
+    records = engine.measure("tiny", tiny_dream, contenders, 4, "wide", batch_size=2)
     assert all(torch.equal(value, before[name]) for name, value in tiny_dream.model.state_dict().items())
     plain, exact, *_caches, dllm, dream = records
-    assert plain["positions"] == plain["plain_positions"], "the arithmetic is what the loop counts"
-    assert 3 + 12 + 8 + 15 <= plain["tokens"] == exact["tokens"] <= 8 + 16 + 8 + 16  # to the end of a block at most
-    assert engine.fewer(exact) > 1 > engine.fewer(dllm) == engine.fewer(dream)
-    assert dream["positions"] == [(2 * (8 + 16) + 2 * (12 + 16)) * 16]
-    assert plain["equal_tokens"] > 0.9 and plain["order_correlation"] > 0.9
+    assert plain["answer_tokens"] == 3 + 12 + 8 + 15 <= exact["tokens_decided"] <= 8 + 16 + 8 + 16
+    assert exact["fewer"] > plain["fewer"] == 1 > dllm["fewer"] == dream["fewer"]
+    assert dream["positions"] == (2 * (8 + 16) + 2 * (12 + 16)) * 16
+    assert exact["equal_tokens"] == exact["order_correlation"] == 1
     assert all(record["peak_bytes"] > 0 for record in records)
     engine.print_costs(records)
     assert "Dream's loop" in capsys.readouterr().out
+
+
+def test_the_arithmetic_of_fixed_batches_is_what_the_plain_loop_counts(tiny_dream, few_asked):
+    config = SamplerConfig(max_new_tokens=16, block_length=8, policy="confidence", stop_early=True)
+    with engine.answers_that_end(tiny_dream) as ends:
+        plain = engine.run_plain(tiny_dream, ends, few_asked, config, 2, None)
+        exact = engine.run_engine(tiny_dream, ends, few_asked, config, 2, None)
+    steps = [max(completion.decoding_order) + 1 for completion in exact.completions]
+    assert plain.positions == engine.batch_positions(few_asked, steps, 2) > exact.positions
+    assert engine.agreement(plain.completions, exact.completions)["equal_tokens"] > 0.9
 
 
 def test_the_peers_of_the_engine_answer_what_the_plain_loop_does(tiny_dream, few_asked):

@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.caches import RowCache, computed_positions
@@ -49,10 +50,20 @@ class EngineConfig:
     look_every: int = field(
         default=1, metadata={"help": "Decoding steps between two looks of the host. Caches need 1."}
     )
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = field(
+        default="none",
+        metadata={
+            "help": "torch.compile the model's layers, in this mode; rows are padded to a few sizes. reduce-overhead "
+            "captures CUDA graphs on a GPU."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("compute_budget", "look_every"):
             check_at_least(name, getattr(self, name), 1)
+        modes = ("none", "default", "reduce-overhead", "max-autotune")
+        if self.compile not in modes:
+            raise ValueError(f"compile={self.compile!r}: expected one of {', '.join(modes)}")
 
 
 @dataclass
@@ -122,7 +133,8 @@ class Engine:
         observer: called with the `Decision` of every step, for what is measured along the way.
 
     Raises:
-        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1.
+        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1; `compile` with such
+            a model, or one that was loaded with flash-attention.
     """
 
     def __init__(
@@ -133,14 +145,20 @@ class Engine:
         observer: Callable[[Decision], None] | None = None,
     ) -> None:
         engine = engine or EngineConfig()
-        self.packs = takes_packed_rows(model.model)
+        self.packs, attention = takes_packed_rows(model.model), model.model.config._attn_implementation
         if config.cache != "none" and not self.packs:
             raise ValueError(f"cache={config.cache!r}: model type {model.model.config.model_type!r} has none; use none")
         if config.cache != "none" and engine.look_every > 1:
             raise ValueError(f"look_every={engine.look_every} with cache={config.cache!r}: expected 1")
+        if engine.compile != "none" and not (self.packs and attention == "sdpa"):
+            raise ValueError(
+                f"compile={engine.compile!r}: model type {model.model.config.model_type!r} with attn_implementation="
+                f"{attention!r} is not compiled; load qwen2, qwen3 or llama with sdpa, or use none"
+            )
         self.model, self.config, self.observer = model, config, observer
         self.compute_budget = engine.compute_budget or default_budget(model)
         self.look_every = engine.look_every if self.packs else 1
+        self.compiled = None if engine.compile == "none" else CompiledLayers(model.model, engine.compile)
         self.cache = None if config.cache == "none" else RowCache(model.model.config.num_hidden_layers)
         self.slots: list[Slot] = []
         self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(3, 0, dtype=torch.int64))
@@ -260,7 +278,10 @@ class Engine:
         spans = [Span(len(computed), s.length) for computed, s in zip(ranges, self.slots, strict=True)]
         for s, span in zip(self.slots, spans, strict=True):
             s.positions += span.queries
-        if sum(span.queries for span in spans) == count:
+        queries = sum(span.queries for span in spans)
+        if self.compiled is not None:  # what is padded behind the last slot counts for it
+            self.slots[-1].positions += padded_rows(queries) - queries
+        if queries == count:
             computed = None
             input_ids, position_ids = layout.input_ids[:count], layout.position_ids
         else:
@@ -272,7 +293,7 @@ class Engine:
             rows = rows - torch.tensor(left_out, device=rows.device)[slot]
         if self.cache is not None:
             self.cache.begin(computed, count)
-        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache)
+        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache, self.compiled)
 
     def masked_now(self) -> Tensor:
         """(S, T) the positions that the next step may unmask: the masked ones of the active block, none when done."""

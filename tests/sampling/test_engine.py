@@ -9,9 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
+from tabom.models.compiled import padded_rows
 from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.engine import Engine, EngineConfig, Request, default_budget, sample
@@ -388,6 +390,43 @@ def test_a_cache_saves_positions_and_is_refused_where_it_cannot_be(rng):
         SamplerConfig(cache_refresh=2)
     with pytest.raises(ValueError, match="cache='all'"):
         SamplerConfig(cache="all")
+
+
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_a_compiled_model_decodes_as_it_does_eagerly_in_a_few_shapes(rng, monkeypatch, cache):
+    """Slots come and go, so that nearly every step has another number of rows; the sizes that are compiled are few."""
+    model = fp64_model(5, num_hidden_layers=3)
+    config = SamplerConfig(block_length=4, cache=cache)
+    requests = [Request([rng.randrange(4, 40) for _ in range(rng.randrange(1, 40))], 8, i) for i in range(12)]
+    expected = run(model, requests, config, EngineConfig(150))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode, dynamic: compile(call, backend=counter, dynamic=dynamic))
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        completions = run(model, requests, config, EngineConfig(150, compile="default"))
+    assert_same(completions, expected, positions=False)
+    assert sum(computed) == sum(c.positions for c in completions)
+    shapes = set(computed)
+    assert len(shapes) < len({padded_rows(n) for n in range(1, 151)}) and counter.frame_count <= 4 * len(shapes)
+    assert not any(layer._compiled_call_impl for layer in model.model.get_decoder().layers)
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        run(model, requests, config, EngineConfig(150, compile="default"))
+    assert counter.frame_count <= 4 * len(shapes), "nothing is compiled twice"
+
+
+def test_rows_are_padded_by_a_quarter_at_most_to_four_sizes_an_octave():
+    sizes = {padded_rows(n) for n in range(1, 4097)}
+    assert all(n <= padded_rows(n) <= max(64, 1.25 * n) for n in range(1, 4097)) and len(sizes) == 1 + 6 * 4
+    assert {padded_rows(size) for size in sizes} == sizes
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="compile='fast': expected one of none, default"):
+        EngineConfig(compile="fast")
+    monkeypatch.setattr(MODELS[0].model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match=r"compile='default': .* attn_implementation='flash_attention_2'"):
+        Engine(MODELS[0], SamplerConfig(), EngineConfig(compile="default"))
 
 
 def test_budgets():
