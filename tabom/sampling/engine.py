@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
 from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import DiffusionModel
@@ -28,8 +29,8 @@ from tabom.sampling.policies import Candidates, Step, check_at_least, choose, st
 from tabom.sampling.sampler import Completion, SamplerConfig, is_decided, read_candidates, response_length
 from tabom_kernels import mix_keys
 
-MOST_POSITIONS = {"cpu": 2**12, "cuda": 2**14}
-"""A step of more takes longer in proportion, and is no faster a position."""
+MOST_ON_A_CPU = 2**12
+"""Positions: a step of more is no faster a position (the lab's model: 57 µs of a core at 3200, 53 µs at 6400)."""
 
 
 class Request(NamedTuple):
@@ -77,6 +78,8 @@ class Slot:
     block: int = 0  # the active one
     index: int = 0  # of the step, among those of the block that unmask something
     positions: int = 0  # computed so far
+    beginning: int = 0  # decided tokens without a gap
+    given_up: bool = False
 
     def __post_init__(self) -> None:
         self.candidates = self.plan[0].tokens  # masked positions of the active block
@@ -131,6 +134,8 @@ class Engine:
 
     Args:
         observer: called with the `Decision` of every step, for what is measured along the way.
+        is_hopeless: called with the number of a request and the tokens that its response begins with, whenever more of
+            them are decided; where it is true the response is given up as it stands.
 
     Raises:
         ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1; `compile` with such
@@ -143,6 +148,7 @@ class Engine:
         config: SamplerConfig,
         engine: EngineConfig | None = None,
         observer: Callable[[Decision], None] | None = None,
+        is_hopeless: Callable[[int, list[int]], bool] | None = None,
     ) -> None:
         engine = engine or EngineConfig()
         self.packs, attention = takes_packed_rows(model.model), model.model.config._attn_implementation
@@ -155,8 +161,8 @@ class Engine:
                 f"compile={engine.compile!r}: model type {model.model.config.model_type!r} with attn_implementation="
                 f"{attention!r} is not compiled; load qwen2, qwen3 or llama with sdpa, or use none"
             )
-        self.model, self.config, self.observer = model, config, observer
-        self.compute_budget = engine.compute_budget or default_budget(model)
+        self.model, self.config, self.observer, self.is_hopeless = model, config, observer, is_hopeless
+        self.compute_budget = engine.compute_budget or default_budget(model, keeps=config.cache != "none")
         self.look_every = engine.look_every if self.packs else 1
         self.compiled = None if engine.compile == "none" else CompiledLayers(model.model, engine.compile)
         self.cache = None if config.cache == "none" else RowCache(model.model.config.num_hidden_layers)
@@ -310,10 +316,20 @@ class Engine:
         seen = torch.stack([self.masked.sum(1), self.state.block, self.state.index], dim=1).tolist()
         for slot, (candidates, block, index) in zip(self.slots, seen, strict=True):
             slot.candidates, slot.block, slot.index = candidates, block, index
-        return [i for i, slot in enumerate(self.slots) if slot.candidates == 0]
+        if self.is_hopeless is not None:
+            self.give_up(self.is_hopeless)
+        return [i for i, slot in enumerate(self.slots) if slot.candidates == 0 or slot.given_up]
+
+    def give_up(self, is_hopeless: Callable[[int, list[int]], bool]) -> None:
+        """Marks the slots whose responses begin with more than at the last look, and hopelessly."""
+        lengths = (self.state.order < 0).int().argmax(1).where((self.state.order < 0).any(1), self.state.order.shape[1])
+        for slot, length, tokens in zip(self.slots, lengths.tolist(), self.state.tokens.tolist(), strict=True):
+            if slot.candidates > 0 and length > slot.beginning:
+                slot.beginning = length
+                slot.given_up = is_hopeless(slot.number, tokens[:length])
 
     def completions(self, finished: list[int]) -> list[Completion]:
-        """The responses of some slots; what an early stop left masked is padding."""
+        """The responses of some slots; what an early stop, or giving up, left masked is padding."""
         if not finished:
             return []
         which = torch.tensor(finished, device=self.model.device)
@@ -323,7 +339,8 @@ class Engine:
         completions = []
         for i, *rows in zip(finished, *columns, strict=True):
             slot = self.slots[i]
-            completions.append(Completion(*(row[: slot.request.length] for row in rows), slot.positions))
+            columns = (row[: slot.request.length] for row in rows)
+            completions.append(Completion(*columns, slot.positions, slot.given_up))
         return completions
 
 
@@ -351,17 +368,36 @@ def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: 
     return Layout(starts, *(tensor.to(device) for tensor in tensors))
 
 
-def default_budget(model: DiffusionModel) -> int:
-    """Positions a step that take at most half of the free memory, logits and cache included."""
-    config, device = model.model.config, model.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+def default_budget(model: DiffusionModel, keeps: bool = False) -> int:
+    """Positions a step that take half of the free memory; the other half is for what the allocator wastes.
+
+    Dream-7B in bf16 takes 2 * (2 * 3584 + 3 * 152064) bytes a position, 0.93 MB, so that 60 GB free after its weights
+    hold 32 000 positions, 60 sequences of 500.
+
+    Args:
+        keeps: whether a cache keeps keys and values, see `bytes_per_position`.
+    """
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    widest = 4 * config.hidden_size + 3 * config.intermediate_size + 4 * config.vocab_size
-    kept = 2 * config.num_hidden_layers * config.hidden_size
-    fitting = free // 2 // ((widest + kept) * model.model.dtype.itemsize)
-    return max(1, min(fitting, MOST_POSITIONS.get(device.type, 2**12)))
+    fitting = max(1, free // 2 // bytes_per_position(model.model.config, model.model.dtype.itemsize, keeps))
+    return fitting if model.device.type == "cuda" else min(fitting, MOST_ON_A_CPU)
+
+
+def bytes_per_position(config: PreTrainedConfig, itemsize: int, keeps: bool) -> int:
+    """What a step holds of a position at most: in attention, in the MLP or in the head, whichever is most.
+
+    Of the hidden size D attention holds 9 (the residual stream, its norm, queries, keys and values, rotated ones, the
+    output), the MLP 4 and 3 intermediate sizes (gate, its activation, up), the head 2 and 3 vocabularies (the logits,
+    filtered twice). A cache keeps keys and values of every layer beside it.
+    """
+    hidden = config.hidden_size
+    held = max(9 * hidden, 4 * hidden + 3 * config.intermediate_size, 2 * hidden + 3 * config.vocab_size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * head_size if keeps else 0
+    return (held + kept) * itemsize
 
 
 def sample(

@@ -127,13 +127,15 @@ def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
 class Completion(NamedTuple):
     """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step.
 
-    `positions` is its cost: the rows that went through the model's body for it.
+    `positions` is its cost: the rows that went through the model's body for it. One that was given up ended before it
+    was done.
     """
 
     token_ids: list[int]
     decoding_order: list[int]
     entropy: list[float]
     positions: int
+    given_up: bool = False
 
 
 class DecodingState(NamedTuple):
