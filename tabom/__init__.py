@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from tabom.sampling.collect import CollectConfig, collect
     from tabom.sampling.engine import Engine, EngineConfig, Request, sample
     from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
-    from tabom.training.trainer import TabomConfig, TabomTrainer
+    from tabom.training.config import TabomConfig
+    from tabom.training.trainer import TabomTrainer
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,8 @@ MODULES = {
     "sampling.collect": ("CollectConfig", "collect"),
     "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
     "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
-    "training.trainer": ("TabomConfig", "TabomTrainer"),
+    "training.config": ("TabomConfig",),
+    "training.trainer": ("TabomTrainer",),
 }
 """Where the names are, for `__getattr__`; what type checkers read above says the same."""
 

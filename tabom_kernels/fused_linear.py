@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import (
+from tabom_kernels.arguments import (
     check_denominators,
     check_form,
     check_head,
@@ -29,6 +28,7 @@ from tabom_kernels.checks import (
     check_sequences,
     check_token_weights,
 )
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.loss import TabomLoss, denominator, tabom_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs

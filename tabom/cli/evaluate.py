@@ -1,11 +1,8 @@
 """`tabom evaluate`: accuracy, pass@k, order of certainty and cost of one or several models."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
@@ -68,8 +65,6 @@ def run(argv: Sequence[str]) -> None:
     models = list(dict.fromkeys([*(arguments.models or []), *(arguments.compare or [])])) or [model_arguments.model]
     samplers = {text: parse_sampler(text, sampler) for text in arguments.samplers or []} or {"default": sampler}
     prompt_sets = arguments.prompt_sets()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
     results = []
     for name in models:
@@ -79,8 +74,7 @@ def run(argv: Sequence[str]) -> None:
                 cell = Cell(name or "shipped", prompts.name, label)
                 results.append(evaluate(family, prompts, settings, config, cell, engine))
     if None in results:
-        print(f"{config.output_dir}: this process is done; the last one writes the results")
-        return
+        return  # the first process writes the results
     folder = Path(config.output_dir)
     write_json(folder / "results.json", results)
     tables = results_table(results)

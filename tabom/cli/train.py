@@ -15,7 +15,8 @@ from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.sampler import SamplerConfig, parse_sampler
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.config import TabomConfig
+from tabom.training.trainer import TabomTrainer
 
 if TYPE_CHECKING:
     from peft import LoraConfig

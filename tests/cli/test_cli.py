@@ -17,7 +17,7 @@ from tabom.evaluation.answers import count_right
 from tabom.lab.model import BASE_PATH, character_tokenizer
 from tabom.models.loading import load
 from tabom.sampling.sampler import SamplerConfig
-from tabom.training.trainer import TabomConfig
+from tabom.training.config import TabomConfig
 from tests.conftest import random_model
 
 
