@@ -389,11 +389,11 @@ def bytes_per_position(config: PreTrainedConfig, itemsize: int, keeps: bool) -> 
     """What a step holds of a position at most: in attention, in the MLP or in the head, whichever is most.
 
     Of the hidden size D attention holds 9 (the residual stream, its norm, queries, keys and values, rotated ones, the
-    output), the MLP 4 and 3 intermediate sizes (gate, its activation, up), the head 2 and 3 vocabularies (the logits,
+    output), the MLP 6 and 3 intermediate sizes (gate, its activation, up), the head 2 and 3 vocabularies (the logits,
     filtered twice). A cache keeps keys and values of every layer beside it.
     """
     hidden = config.hidden_size
-    held = max(9 * hidden, 4 * hidden + 3 * config.intermediate_size, 2 * hidden + 3 * config.vocab_size)
+    held = max(9 * hidden, 6 * hidden + 3 * config.intermediate_size, 2 * hidden + 3 * config.vocab_size)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     kept = 2 * config.num_hidden_layers * heads * head_size if keeps else 0

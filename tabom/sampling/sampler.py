@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import yaml
+from tokenizers.decoders import WordPiece
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
@@ -302,3 +303,14 @@ def decode_response(model: DiffusionModel, token_ids: Sequence[int]) -> str:
     if model.eos_token_id in token_ids:
         token_ids = token_ids[: token_ids.index(model.eos_token_id)]
     return model.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def certain_text(model: DiffusionModel, token_ids: Sequence[int]) -> str:
+    """What the text of every response begins with whose first tokens are these.
+
+    A last character may lack some of its bytes, and is left out. Tokenizers that tidy up spaces change what stands
+    before a token: of them nothing is certain.
+    """
+    tokenizer = model.tokenizer
+    tidies = tokenizer.clean_up_tokenization_spaces or isinstance(tokenizer.backend_tokenizer.decoder, WordPiece)
+    return "" if tidies else decode_response(model, token_ids).rstrip("\N{REPLACEMENT CHARACTER}")

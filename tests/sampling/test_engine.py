@@ -1,8 +1,9 @@
 """The engine against `denoise`, each prompt alone, in fp64, where no near tie turns with the shape of a batch."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
+from transformers import DynamicCache, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
+from benchmarks.measure import peak_memory_of
+from tabom.lab.dry_run import DREAM_7B
 from tabom.models.compiled import padded_rows
 from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
-from tabom.sampling.engine import Engine, EngineConfig, Request, default_budget, sample
+from tabom.sampling.engine import Engine, EngineConfig, Request, bytes_per_position, default_budget, sample
 from tabom.sampling.policies import POLICIES
 from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, denoise
 from tests.conftest import random_model
@@ -435,6 +438,77 @@ def test_budgets():
         EngineConfig(compute_budget=0)
     with pytest.raises(ValueError, match="look_every=0"):
         EngineConfig(look_every=0)
+
+
+def test_the_budget_is_half_of_the_free_memory_over_what_a_position_takes(monkeypatch):
+    """By hand for Dream-7B: logits thrice and two hidden rows; a cache keeps 28 layers of 2 * 4 * 128 beside them."""
+    config = PreTrainedConfig.from_dict({**DREAM_7B, "head_dim": 128})
+    network = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    model = SimpleNamespace(model=network, device=network.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
+    assert default_budget(model) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064))
+    assert default_budget(model, keeps=True) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064 + 28 * 2 * 4 * 128))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 80 * 10**9))
+    assert default_budget(model) == 1, "one request at a time, where nothing is free"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"intermediate_size": 1024}, {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}],
+    ids=["head", "MLP", "attention"],
+)
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_a_step_takes_no_more_memory_than_the_budget_thinks(changes, cache):
+    """And not much less: 64 sequences, all of whose logits are read but those of the prompt."""
+    model = random_model(0, vocab_size=1000, **changes)
+    requests = [Request([5], 31, i) for i in range(64)]
+    config = SamplerConfig(block_length=None, cache=cache)
+
+    def stop(_decision):
+        raise InterruptedError
+
+    def two_steps():
+        with suppress(InterruptedError):
+            list(Engine(model, config, EngineConfig(10**6), stop).run(requests))
+
+    two_steps()
+    held = peak_memory_of(two_steps, model.device) / (64 * 32)
+    assert 0.3 < held / bytes_per_position(model.model.config, 4, cache != "none") < 1
+
+
+def test_what_begins_hopelessly_is_given_up_as_it_stands(rng):
+    """The others get what they get anyway; a given-up one computes no more."""
+    config = SamplerConfig(block_length=1)
+    requests = [Request([rng.randrange(4, 40) for _ in range(5)], 6, i) for i in range(6)]
+    whole = run(MODELS[0], requests, config)
+    asked = []
+
+    def is_hopeless(number, beginning):
+        asked.append((number, len(beginning)))
+        assert beginning == whole[number].token_ids[: len(beginning)]
+        return number % 2 == 0 and len(beginning) == 3
+
+    completions = run(MODELS[0], requests, config, EngineConfig(40), None, is_hopeless)
+    for number, (ours, theirs) in enumerate(zip(completions, whole, strict=True)):
+        if number % 2:
+            assert_same([ours], [theirs])
+        else:
+            assert ours.given_up and ours.token_ids[:3] == theirs.token_ids[:3]
+            assert ours.decoding_order == [0, 1, 2, -1, -1, -1] and ours.positions == 3 * 11
+            assert set(ours.token_ids[3:]) == {MODELS[0].pad_token_id}
+    assert sorted(asked) == sorted((n, k) for n in range(6) for k in range(1, 4 if n % 2 == 0 else 6)), (
+        "asked once each"
+    )
+
+
+def test_a_beginning_ends_where_something_is_masked():
+    """Without blocks tokens appear in any order."""
+    asked = []
+    run(MODELS[0], [Request([5, 6], 8, 0)], SamplerConfig(), None, None, lambda _, ids: asked.append(ids))
+    [whole] = run(MODELS[0], [Request([5, 6], 8, 0)], SamplerConfig())
+    grown = [[i for i, step in enumerate(whole.decoding_order) if step > now] for now in range(7)]
+    assert [len(ids) for ids in asked] == sorted({min(masked) for masked in grown} - {0})
+    assert all(ids == whole.token_ids[: len(ids)] for ids in asked)
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
