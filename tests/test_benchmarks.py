@@ -1,6 +1,7 @@
 """The benchmarks run, and the compiler's figures of the kernels are the committed ones."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -143,7 +144,7 @@ def few_asked(monkeypatch):
     return asked
 
 
-def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, few_asked, capsys):
+def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, few_asked):
     before = copy.deepcopy(tiny_dream.model.state_dict())
     contenders = [engine.PLAIN, *engine.CACHES, *engine.PEERS]
     records = engine.measure("tiny", tiny_dream, contenders, 4, "wide", batch_size=2)
@@ -154,8 +155,7 @@ def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, 
     assert dream["positions"] == (2 * (8 + 16) + 2 * (12 + 16)) * 16
     assert exact["equal_tokens"] == exact["order_correlation"] == 1
     assert all(record["peak_bytes"] > 0 for record in records)
-    engine.print_costs(records)
-    assert "Dream's loop" in capsys.readouterr().out
+    assert engine.costs_table(records).count("Dream's loop") == 1
 
 
 def test_the_arithmetic_of_fixed_batches_is_what_the_plain_loop_counts(tiny_dream, few_asked):
@@ -183,6 +183,11 @@ def test_the_peers_of_the_engine_answer_what_the_plain_loop_does(tiny_dream, few
         assert completion.token_ids[:end] == row[len(prompt) :][:end]
         for answer in (completion.token_ids, row[len(prompt) :], other):
             assert answer.index(tiny_dream.eos_token_id) == end - 1
+
+
+def test_the_table_of_the_engine_in_the_notes_is_what_its_json_says():
+    figures = json.loads(Path("benchmarks/results/engine-cpu.json").read_text())["figures"]
+    assert engine.costs_table(figures) in Path("benchmarks/NOTES.md").read_text()
 
 
 def test_what_caches_change_is_measured(capsys):
