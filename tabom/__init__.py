@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tabom.data.histories import DiffusersRecorder, from_histories, from_step_map
     from tabom.data.prompts import PromptSet, read_prompts
     from tabom.data.trajectories import Trajectory, read_trajectories
     from tabom.data.verifiers import Verdict, make_verifier
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CollectConfig",
     "Completion",
+    "DiffusersRecorder",
     "DiffusionModel",
     "Engine",
     "EngineConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "decode_response",
     "denoise",
     "describe",
+    "from_histories",
+    "from_step_map",
     "load",
     "make_verifier",
     "read_prompts",
@@ -47,6 +51,7 @@ __all__ = [
 ]
 
 MODULES = {
+    "data.histories": ("DiffusersRecorder", "from_histories", "from_step_map"),
     "data.prompts": ("PromptSet", "read_prompts"),
     "data.trajectories": ("Trajectory", "read_trajectories"),
     "data.verifiers": ("Verdict", "make_verifier"),

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.loss import TabomLoss, denominator, tabom_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
+from tabom_kernels.vocabulary_parallel import VocabularySlice, local, replicated, sharding_of, sum_over_ranks
 
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
@@ -150,6 +152,8 @@ def fused_linear_op(
     lengths: Sequence[int] | None,
     form: str,
     ignore_index: int,
+    tp_group: str | None,
+    first_column: int,
     max_chunk_rows: int,
     fp32_logits: bool,
     wanted: list[bool],
@@ -161,6 +165,7 @@ def fused_linear_op(
     would be below the smallest number, and a sum over rows with large weights above the largest.
     """
     forms = closed_forms(backend)
+    vocabulary = forms if tp_group is None else VocabularySlice(forms, tp_group, first_column)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
@@ -181,7 +186,7 @@ def fused_linear_op(
             for rows in pieces:
                 del logits  # before the next piece's are made
                 logits = project(hidden[rows], weight, bias, fp32_logits)
-                statistics.append(forms.vocabulary_statistics(logits, labels[rows], ignore_index))
+                statistics.append(vocabulary.vocabulary_statistics(logits, labels[rows], ignore_index))
                 entropy[rows] = statistics[-1].entropy
                 ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
@@ -201,9 +206,11 @@ def fused_linear_op(
                     del logits
                     logits = project(hidden[rows], weight, bias, fp32_logits)
                 row_grads = (grad_ce[rows], None if grad_entropy is None else grad_entropy[rows])
-                forms.vocabulary_gradient(logits, labels[rows], ignore_index, saved, *row_grads, logits)
+                vocabulary.vocabulary_gradient(logits, labels[rows], ignore_index, saved, *row_grads, logits)
                 gradients.add(rows, logits)
 
+    if tp_group is not None and wanted[0]:
+        sum_over_ranks(gradients.hidden, tp_group)
     cross_entropy, rank_mean = ce_sum / unit, rank_sum / num_sequences
     loss = cross_entropy + (0 if rank_weight is None else rank_weight * rank_mean)
     by_head = (gradients.hidden, gradients.weight, gradients.bias)
@@ -244,14 +251,14 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
     if grad_loss is None:
-        return (None,) * 19
+        return (None,) * 21
     *by_head, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
     by_head = [
         scaled(g, scale).to(ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)
     ]
-    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 15
+    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 17
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -272,6 +279,7 @@ def fused_linear_tabom_loss(
     *,
     bias: Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     max_chunk_rows: int | None = None,
     fp32_logits: bool = False,
     rank_weight: float = 1.0,
@@ -298,6 +306,9 @@ def fused_linear_tabom_loss(
         labels, steps, cu_seqlens: see `tabom_loss`.
         bias: (V,) of the head.
         lengths: rows of each of the B sequences, as the host knows them: the differences of `cu_seqlens`.
+        tp_group: the ranks among which the head is sharded over the vocabulary: weight and bias are this rank's rows
+            of it, in the order of the ranks, as their gradients will be; all else, labels too, is the same on every
+            rank, and so are the loss and the other gradients. Not needed if the weight is a DTensor with Shard(0).
         max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One sequence with more
             rows than that has its logits computed twice.
         fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
@@ -318,8 +329,11 @@ def fused_linear_tabom_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    sharding = sharding_of(weight, tp_group)
+    hidden, weight, bias = replicated(hidden), local(weight), local(bias)
     check_head(hidden, weight, bias)
-    check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
+    columns = weight.shape[0] if sharding is None else sum(sharding.sizes)
+    check_labels(labels, hidden.shape[0], columns, hidden.device, ignore_index)
     check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
     check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
     check_form(form, margin, temperature)
@@ -333,6 +347,8 @@ def fused_linear_tabom_loss(
         num_tokens = (labels != ignore_index).sum()
     if num_sequences is None:
         num_sequences = 1 if rank_weight == 0 else (count_ordered_pairs(steps, cu_seqlens, backend=backend) > 0).sum()
+    if backend == "reference" and sharding is not None:
+        raise ValueError("backend='reference': it needs the whole head on every rank; use 'torch'")
     if backend == "reference":
         logits = reference_logits(hidden, weight, bias, fp32_logits)
         loss = tabom_loss(
@@ -353,7 +369,8 @@ def fused_linear_tabom_loss(
         return (loss, reference.softmax_entropy(logits.detach())) if return_entropy else loss
 
     if max_chunk_rows is None:
-        max_chunk_rows = max(1, LOGITS_BUDGET // (weight.shape[0] * (4 if fp32_logits else hidden.itemsize)))
+        widest = weight.shape[0] if sharding is None else max(sharding.sizes)  # the chunks are the same on every rank
+        max_chunk_rows = max(1, LOGITS_BUDGET // (widest * (4 if fp32_logits else hidden.itemsize)))
     like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
     scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
     temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
@@ -374,6 +391,8 @@ def fused_linear_tabom_loss(
         lengths,
         form,
         ignore_index,
+        None if sharding is None else sharding.group_name,
+        0 if sharding is None else sharding.first,
         max_chunk_rows,
         fp32_logits,
         wanted,

@@ -12,6 +12,7 @@ from tabom.evaluation.compare import compare, comparison_table, draw, results_ta
 from tabom.evaluation.evaluate import Cell, EvaluateConfig, evaluate, write_json
 from tabom.lab.tasks import make_task
 from tabom.sampling.engine import EngineConfig
+from tabom.sampling.policies import check_at_least
 from tabom.sampling.sampler import SamplerConfig, parse_sampler
 
 
@@ -35,6 +36,10 @@ class EvaluateArguments(ReadingArguments):
     compare: list[str] | None = field(
         default=None, metadata={"help": "Two models, base and tuned: evaluates both and compares them in pairs."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("num_prompts", self.num_prompts, 1)
 
     def prompt_sets(self) -> list[PromptSet]:
         """The tasks', then the files' prompts."""

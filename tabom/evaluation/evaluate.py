@@ -36,6 +36,7 @@ from tabom.sampling.collect import (
     write_to_disk,
 )
 from tabom.sampling.engine import EngineConfig
+from tabom.sampling.policies import check_at_least
 from tabom.sampling.ranks import Ranks
 from tabom.sampling.sampler import SamplerConfig, response_length
 
@@ -53,8 +54,8 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
+        for name in ("samples_per_prompt", "max_prompt_length"):
+            check_at_least(name, getattr(self, name), 1)
 
 
 class Cell(NamedTuple):

@@ -28,6 +28,7 @@ from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.data.verifiers import Verifier, as_verifier
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.engine import Engine, EngineConfig, Request
+from tabom.sampling.policies import check_at_least
 from tabom.sampling.ranks import Ranks
 from tabom.sampling.sampler import (
     Completion,
@@ -73,8 +74,8 @@ class CollectConfig:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
+        for name in ("samples_per_prompt", "max_prompt_length"):
+            check_at_least(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,19 @@
 """`TabomConfig`: every setting of `TabomTrainer`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
+from tabom.sampling.policies import check_at_least
 from tabom.training.objectives import Objective, ObjectiveSettings
 from tabom.training.windows import WindowSize, WindowUnit
 
@@ -17,7 +23,7 @@ class TabomConfig(TrainingArguments):
     """Settings of the trainer, on top of transformers' `TrainingArguments`.
 
     Raises:
-        ValueError: a window or length below one, a ratio outside (0, 1], or padding up to no length.
+        ValueError: a number out of its range, padding up to no length, or a report to what is not installed.
     """
 
     objective: Objective = field(
@@ -112,16 +118,18 @@ class TabomConfig(TrainingArguments):
         self.rank_window = window_size("rank_window", self.rank_window)
         if self.rank_weight is None:
             self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
-        for name in ("max_prompt_length", "max_response_length"):
-            length = getattr(self, name)
-            if length is not None and length < 1:
-                raise ValueError(f"{name}={length}: expected at least 1 token")
+        for name in ("max_prompt_length", "max_response_length", "eval_num_prompts"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("rank_weight", self.rank_weight, 0)
         if self.pad_response and self.max_response_length is None:
             raise ValueError("pad_response=True with max_response_length=None: give the length to fill up to")
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, float) and not isfinite(value):
                 raise ValueError(f"{each.name}={value}: expected a finite number")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: expected above 0 nats")
+        check_reporting(self.report_to)
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: expected a share in (0, 1]")
 
@@ -165,6 +173,13 @@ SAME_IN_A_RUN = (
     "train_sampling_strategy",
 )
 """Fields of `TrainingArguments` that decide the weights."""
+
+
+def check_reporting(report_to: Sequence[str]) -> None:
+    """Raises a ValueError for a tracker that is not installed, before a model is loaded for it."""
+    for name in report_to:
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to={name}: not installed; pip install {name.replace('_', '-')}, or none")
 
 
 def window_size(name: str, value: int | str) -> WindowSize:

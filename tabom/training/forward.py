@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -33,10 +34,11 @@ class LinearWithLoss(torch.nn.Linear):
     request: dict[str, Any] | None = None
     answer: tuple[TabomLoss, Tensor] | None = None
     logits_are_final = False  # whether the model was seen to leave them as they are
+    gathered_logits: Callable[[Tensor], Tensor] | None = None  # of a head that is sharded over the vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.request is None:
-            return super().forward(hidden)
+            return (self.gathered_logits or super().forward)(hidden)
         rows, arguments = self.request["rows"], self.request["arguments"]
         chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
         self.answer = fused_linear_tabom_loss(chosen, self.weight, bias=self.bias, return_entropy=True, **arguments)
@@ -65,6 +67,8 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     head = model.get_output_embeddings()
     if fused_linear and type(head) is torch.nn.Linear:
         head.__class__ = LinearWithLoss
+        if isinstance(head.weight, DTensor) and "forward" in vars(head):  # so does transformers' tp_plan shard it
+            head.gathered_logits = vars(head).pop("forward")
 
     def forward(*args: Any, rows: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         if rows is None:

@@ -22,7 +22,8 @@ from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.answers import count_right
 from tabom.evaluation.metrics import count_pairs_in_order
-from tabom.models.diffusion_model import describe
+from tabom.models.diffusion_model import DiffusionModel, describe
+from tabom.models.loading import as_diffusion_model
 from tabom.sampling.sampler import SamplerConfig
 from tabom.training.card import model_card
 from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
@@ -53,27 +54,28 @@ class TabomTrainer(Trainer):
     and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy).
 
     Args:
-        model: with bidirectional attention; see `tabom.load`.
-        args: a `TabomConfig`.
+        model: a name or folder, what `tabom.load` makes of it (for another dtype or attention), or a model of
+            transformers with bidirectional attention.
+        args: a `TabomConfig`; default: its defaults, into the folder `<model>-TABOM`.
         train_dataset: trajectories.
         eval_dataset: trajectories.
         eval_prompts: answered and judged at every evaluation, for the figure `eval_accuracy`; every process answers its
             share.
         eval_sampler: how they are decoded; default: greedily, one token a step.
-        processing_class: the tokenizer; saved beside the model.
+        processing_class: the tokenizer; default: that of the model's name or folder. Saved beside the model.
         peft_config: trains an adapter of the model instead of its weights (needs peft). A model that was loaded with
             an adapter trains that one.
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: several GPUs in one process, no tokenizer, a second adapter, or a model that
-            `describe` refuses.
+        ValueError: several GPUs in one process, a tokenizer that is neither given nor to be found, a second adapter,
+            or a model that `load` or `describe` refuses.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TabomConfig,
+        model: str | Path | DiffusionModel | PreTrainedModel,
+        args: TabomConfig | None = None,
         train_dataset: Sequence[Trajectory] | None = None,
         eval_dataset: Sequence[Trajectory] | None = None,
         eval_prompts: PromptSet | None = None,
@@ -82,19 +84,24 @@ class TabomTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        family = as_diffusion_model(model, processing_class)
+        model, processing_class = family.model, family.tokenizer
+        args = args or TabomConfig(f"{Path(model.name_or_path).name or model.config.model_type}-TABOM")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
-        if processing_class is None:
-            raise ValueError("processing_class=None: pass the tokenizer; it says what masks, pads and ends a response")
+        if model.tp_size is not None and model.tp_size > 1:
+            raise ValueError(
+                f"model: sharded over {model.tp_size} processes by its tp_plan, and the trainer gives each process "
+                "records of its own; shard it by FSDP, or train it in a loop of your own with `add_loss_to_forward`"
+            )
         if peft_config is not None and model._hf_peft_config_loaded:
             raise ValueError(
                 "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "
                 "merge this one into its base and save that (peft's merge_and_unload)"
             )
-        family = describe(model, processing_class)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:
             from peft import get_peft_model
@@ -123,6 +130,8 @@ class TabomTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        for name, data in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():
+            check_positions(name, data, model)
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
@@ -214,15 +223,28 @@ class TabomTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             publish(written, final, self._describe_run())
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
         self.accelerator.wait_for_everyone()
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As transformers', with the model card, and of whole checkpoints: not of one that is being written."""
+        if self._saving_in is None:
+            self.create_model_card()
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model as it loads back, whole; a checkpoint of a sharded run may hold shards instead."""
+        """Saves the model as it loads back, whole, and pushes it if `push_to_hub` is set.
+
+        A checkpoint of a sharded run may hold shards instead.
+        """
         check_weights(self.model, self.accelerator)
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -320,7 +342,7 @@ class TabomTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         base = model.config.name_or_path or "random weights"
-        name = model_name or Path(self.args.output_dir).name
+        name = model_name or Path(self.hub_model_id or self.args.output_dir).name
         trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
         card = model_card(name, base, self.args, trajectories, self.state.log_history)
         card.save(Path(self.args.output_dir) / "README.md")
@@ -343,6 +365,16 @@ class TabomTrainer(Trainer):
         if total.get("pairs"):
             terms["order_accuracy"] = total["in_order"] / total["pairs"]
         return terms
+
+
+def check_positions(name: str, data: TrajectoryDataset | None, model: PreTrainedModel) -> None:
+    """Raises a ValueError for records that the model has no positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if data is not None and positions is not None and data.longest > positions:
+        raise ValueError(
+            f"{name}: prompt and response of a record are {data.longest} tokens, more than the {positions} positions "
+            "of the model (max_position_embeddings); set max_prompt_length and max_response_length"
+        )
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def test_every_op_passes_opcheck(rng, backend):
             )
         ),
         *(
-            (OPS.fused_linear_tabom_loss, (*head, *batch, lengths, "hinge", -100, 5, False, [True] * 3, backend))
+            (
+                OPS.fused_linear_tabom_loss,
+                (*head, *batch, lengths, "hinge", -100, None, 0, 5, False, [True] * 3, backend),
+            )
             for head, lengths in ((draw_head(bias=True), None), (draw_head(bias=False), [5, 4]))
         ),
     ]
