@@ -7,8 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tabom.data.trajectories import Trajectory
-
 SETTINGS = (
     *("objective", "supervised_window", "rank_window", "rank_weight", "form", "margin", "temperature"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
@@ -36,7 +34,11 @@ A diffusion language model, post-trained from `{base}` with the objective `{obje
 
 
 def model_card(
-    name: str, base: str, args: Any, trajectories: Sequence[Trajectory], log_history: Sequence[dict[str, Any]]
+    name: str,
+    base: str,
+    args: Any,
+    origins: Counter[tuple[str | None, str | None]],
+    log_history: Sequence[dict[str, Any]],
 ) -> ModelCard:
     """The card of a trained model.
 
@@ -44,6 +46,7 @@ def model_card(
         name: of the model.
         base: folder or hub name that it was trained from.
         args: a `TabomConfig`.
+        origins: how many trajectories there are of each data source and method.
         log_history: of the trainer's state; the last value of every figure is reported.
     """
     figures: dict[str, tuple[int, float]] = {}
@@ -62,8 +65,10 @@ def model_card(
         ]
         or None,
     )
-    sources = Counter(f"{each.data_source or 'unnamed'}, method {each.method or 'unnamed'}" for each in trajectories)
-    lines = [f"- {count} trajectories of {source}" for source, count in sources.most_common()]
+    lines = [
+        f"- {count} trajectories of {source or 'unnamed'}, method {method or 'unnamed'}"
+        for (source, method), count in origins.most_common()
+    ]
     settings = {field: getattr(args, field) for field in SETTINGS if hasattr(args, field)}
     text = WORDS.format(
         name=name,
