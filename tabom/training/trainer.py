@@ -197,7 +197,7 @@ class TabomTrainer(Trainer):
         """What decides the weights: JSON, the same on every rank and for any number of them."""
         adapters = getattr(self.model, "peft_config", {})
         return {
-            "data": self.train_dataset.digest,
+            "data": self.train_dataset.digest if self.train_dataset is not None else None,
             **self.args.run_settings(self.accelerator.num_processes),
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }
@@ -345,7 +345,15 @@ class TabomTrainer(Trainer):
         base = model.config.name_or_path or "random weights"
         name = model_name or Path(self.hub_model_id or self.args.output_dir).name
         origins = self.train_dataset.count_origins() if self.train_dataset is not None else Counter()
-        card = model_card(name, base, self.args, origins, self.state.log_history)
+        card = model_card(
+            name,
+            base,
+            {**self._describe_run(), "epochs": self.state.epoch, "steps": self.state.global_step},
+            origins,
+            self.state.log_history,
+            self.state.best_global_step if self.args.load_best_model_at_end else None,
+            self.args.eval_prompts,
+        )
         card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
