@@ -127,6 +127,8 @@ class PromptReader:
             prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(texts(record, "test_list")))
         elif "problem" in record and not any(name in record for name in PROMPT_FIELDS):
             prompt = parse_prompt({"prompt": record["problem"]})
+        elif record.get("starter_code") and isinstance(record.get("question"), str):  # APPS
+            prompt = f"{record['question']}\n\n{text(record, 'starter_code')}"
         else:
             prompt = parse_prompt(record)
         if tests is not None:

@@ -254,6 +254,22 @@ def test_exported_trajectories_read_back(capsys, tmp_path, data, to, suffix):
     assert after == before * 2
 
 
+def test_figures_of_the_training_go_to_tensorboard(tmp_path, data, model_folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    evaluation = ["--eval_prompts", str(prompts), "--eval_sampler", "max_new_tokens=2", "--eval_strategy", "epoch"]
+    reporting = ["--report_to", "tensorboard", "--logging_steps", "1", "--save_strategy", "no"]
+    assert run("train", *arguments, *evaluation, *reporting) == 0
+    [events] = tmp_path.glob("run/**/events.out.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    assert {"train/loss", "train/rank", "train/order_accuracy", "eval/accuracy"} <= set(found.Tags()["scalars"])
+    assert [point.step for point in found.Scalars("train/rank")] == [1, 2]
+
+
 def test_an_exported_field_that_the_first_record_lacks_is_not_lost(tmp_path):
     records = [{"prompt": "1", "response": "2"}, {"prompt": "1", "response": "2", "decoding_order": [0], "method": "a"}]
     path = tmp_path / "t.jsonl"
