@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tabom.sampling.collect import CollectConfig, collect
     from tabom.sampling.engine import Engine, EngineConfig, Request, sample
     from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
+    from tabom.training.patch import patch, unpatch
     from tabom.training.trainer import TabomConfig, TabomTrainer
 
 __version__ = "0.1.0"
@@ -40,9 +41,11 @@ __all__ = [
     "describe",
     "load",
     "make_verifier",
+    "patch",
     "read_prompts",
     "read_trajectories",
     "sample",
+    "unpatch",
 ]
 
 MODULES = {
@@ -54,6 +57,7 @@ MODULES = {
     "sampling.collect": ("CollectConfig", "collect"),
     "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
     "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
+    "training.patch": ("patch", "unpatch"),
     "training.trainer": ("TabomConfig", "TabomTrainer"),
 }
 """Where the names are, for `__getattr__`; what type checkers read above says the same."""

@@ -41,13 +41,40 @@ class VocabularyStatistics(NamedTuple):
     log_sum: Tensor
 
 
-def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
-    """Reads (N, V) logits once."""
+class LogitTransform(NamedTuple):
+    """softcap * tanh(scale * z / softcap), or scale * z, of every logit z as it is read: it rises with z."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, z: Tensor, slope: Tensor | None = None) -> Tensor:
+        """Over z; `slope`, of the same shape, is given the derivative."""
+        if self.softcap is None:
+            if slope is not None:
+                slope.fill_(self.scale)
+            return z.mul_(self.scale)
+        z.mul_(self.scale / self.softcap).tanh_()
+        if slope is not None:
+            torch.mul(z, z, out=slope).neg_().add_(1.0).mul_(self.scale)
+        return z.mul_(self.softcap)
+
+
+def vocabulary_statistics(
+    logits: Tensor, labels: Tensor | None, ignore_index: int, transform: LogitTransform | None = None
+) -> VocabularyStatistics:
+    """Reads (N, V) logits once; with a `transform` the statistics are those of the transformed logits."""
     rows, dtype = logits.shape[0], working_dtype(logits.dtype)
-    maximum, rest, weighted = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    maximum, rest, weighted, below_best = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
+    label = None if labels is None else labels.masked_fill(labels == ignore_index, 0)
     for chunk, d, p in row_chunks(logits):
-        torch.amax(d.copy_(logits[chunk]), -1, out=maximum[chunk])
-        torch.exp(d.sub_(maximum[chunk, None]).clamp_(min=LOWEST), out=p)
+        d.copy_(logits[chunk])
+        if transform is not None:
+            transform.apply_(d)
+        torch.amax(d, -1, out=maximum[chunk])
+        d.sub_(maximum[chunk, None])
+        if label is not None:
+            below_best[chunk] = d.gather(1, label[chunk, None]).squeeze(1)
+        torch.exp(d.clamp_(min=LOWEST), out=p)
         total = p.sum(-1) - 1
         certain = total < CERTAIN
         if certain.any():
@@ -58,9 +85,8 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: i
     entropy = log_sum - weighted / (1 + rest)
     if labels is None:
         return VocabularyStatistics(None, entropy, maximum, log_sum)
-    label = labels.masked_fill(labels == ignore_index, 0)
-    ce = log_sum - (logits.gather(1, label[:, None]).squeeze(1) - maximum)
-    return VocabularyStatistics(ce.masked_fill_(labels == ignore_index, 0.0), entropy, maximum, log_sum)
+    ce = (log_sum - below_best).masked_fill_(labels == ignore_index, 0.0)
+    return VocabularyStatistics(ce, entropy, maximum, log_sum)
 
 
 def vocabulary_gradient(
@@ -72,34 +98,46 @@ def vocabulary_gradient(
     grad_entropy: Tensor | None,
     out: Tensor,
     upstream: Tensor | None = None,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """Reads (N, V) logits once and writes dL/dlogits to `out` (N, V) once; `out` may be `logits` itself.
 
     Args:
         grad_ce, grad_entropy: (N,) dL/dce and dL/dE of any stride, None for zero.
         upstream: () that multiplies both.
+        transform: the one of the statistics; the gradient is by the logits before it.
     """
     a = torch.zeros_like(statistics.entropy) if grad_ce is None else grad_ce.clone()
     g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
     if upstream is not None:
         a, g = a * upstream, g * upstream
+    label = None
     if labels is not None:
         a.masked_fill_(labels == ignore_index, 0.0)
         label = labels.masked_fill(labels == ignore_index, 0)
-        # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
-        log_p = (logits.gather(1, label[:, None]).squeeze(1) - statistics.maximum - statistics.log_sum).clamp(
-            min=LOWEST
-        )
-        dz_label = a * log_p.expm1() - g * log_p.exp() * (log_p + statistics.entropy)
-    for chunk, log_p, dz in row_chunks(logits):
-        log_p.copy_(logits[chunk]).sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
-        torch.exp(log_p.clamp_(min=LOWEST), out=dz)
-        dz.mul_(log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None]))
-        if labels is not None:
-            dz.scatter_(1, label[chunk, None], dz_label[chunk, None])
-        out[chunk] = dz
     unused = (a == 0) & (g == 0)
+    for chunk, log_p, dz, *slope in row_chunks(logits, buffers=2 if transform is None else 3):
+        log_p.copy_(logits[chunk])
+        if transform is not None:
+            transform.apply_(log_p, *slope)
+        log_p.sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None]).clamp_(min=LOWEST)
+        torch.exp(log_p, out=dz)
+        if label is not None:
+            # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
+            log_p_label = log_p.gather(1, label[chunk, None])
+            dz_label = dz_of_label(log_p_label, *(x[chunk, None] for x in (a, g, statistics.entropy)))
+        dz.mul_(log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None]))
+        if label is not None:
+            dz.scatter_(1, label[chunk, None], dz_label)
+        if transform is not None:
+            dz.mul_(*slope)
+        out[chunk] = dz
     return out.index_fill_(0, unused.nonzero().squeeze(1), 0.0)  # their logits may be NaN
+
+
+def dz_of_label(log_p: Tensor, a: Tensor, g: Tensor, entropy: Tensor) -> Tensor:
+    """dL/dz of the label's column, exact where p is near 1."""
+    return a * log_p.expm1() - g * log_p.exp() * (log_p + entropy)
 
 
 class RankLoss(NamedTuple):
@@ -298,14 +336,14 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
     return ordered.masked_fill(dropped, torch.inf).amin(-1)
 
 
-def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of rows, and two buffers of the working dtype for them, the same memory every time."""
+def row_chunks(logits: Tensor, buffers: int = 2) -> Iterator[tuple[slice | Tensor, ...]]:
+    """Slices of rows, and buffers of the working dtype for them, the same memory every time."""
     rows, columns = logits.shape
     size = max(1, round(chunk_elements(logits.device) / columns))
-    a, b = (logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype)) for _ in range(2))
+    memory = [logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype)) for _ in range(buffers)]
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        yield slice(start, stop), a[: stop - start], b[: stop - start]
+        yield slice(start, stop), *(buffer[: stop - start] for buffer in memory)
 
 
 def pair_chunks(padded: Tensor) -> Iterator[slice]:
