@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tabom.data.histories import DiffusersRecorder, from_histories, from_step_map
     from tabom.data.prompts import PromptSet, read_prompts
     from tabom.data.trajectories import Trajectory, read_trajectories
     from tabom.data.verifiers import Verdict, make_verifier
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from tabom.sampling.collect import CollectConfig, collect
     from tabom.sampling.engine import Engine, EngineConfig, Request, sample
     from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
+    from tabom.training.config import TabomConfig
     from tabom.training.patch import patch, unpatch
-    from tabom.training.trainer import TabomConfig, TabomTrainer
+    from tabom.training.trainer import TabomTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CollectConfig",
     "Completion",
+    "DiffusersRecorder",
     "DiffusionModel",
     "Engine",
     "EngineConfig",
@@ -39,6 +42,8 @@ __all__ = [
     "decode_response",
     "denoise",
     "describe",
+    "from_histories",
+    "from_step_map",
     "load",
     "make_verifier",
     "patch",
@@ -49,6 +54,7 @@ __all__ = [
 ]
 
 MODULES = {
+    "data.histories": ("DiffusersRecorder", "from_histories", "from_step_map"),
     "data.prompts": ("PromptSet", "read_prompts"),
     "data.trajectories": ("Trajectory", "read_trajectories"),
     "data.verifiers": ("Verdict", "make_verifier"),
@@ -57,8 +63,9 @@ MODULES = {
     "sampling.collect": ("CollectConfig", "collect"),
     "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
     "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
+    "training.config": ("TabomConfig",),
     "training.patch": ("patch", "unpatch"),
-    "training.trainer": ("TabomConfig", "TabomTrainer"),
+    "training.trainer": ("TabomTrainer",),
 }
 """Where the names are, for `__getattr__`; what type checkers read above says the same."""
 

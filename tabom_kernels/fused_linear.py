@@ -18,12 +18,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import (
+from tabom_kernels.arguments import (
     check_denominators,
     check_form,
     check_head,
@@ -33,10 +33,12 @@ from tabom_kernels.checks import (
     check_token_weights,
     check_transform,
 )
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.loss import TabomLoss, denominator, reference_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
 from tabom_kernels.torch_backend import LogitTransform
+from tabom_kernels.vocabulary_parallel import VocabularySlice, local, replicated, sharding_of, sum_over_ranks
 
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
@@ -173,6 +175,8 @@ def fused_linear_op(
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
+    tp_group: str | None,
+    first_column: int,
     max_chunk_rows: int,
     fp32_logits: bool,
     wanted: list[bool],
@@ -185,6 +189,7 @@ def fused_linear_op(
     a sum over rows with large weights above the largest.
     """
     forms = closed_forms(backend)
+    vocabulary = forms if tp_group is None else VocabularySlice(forms, tp_group, first_column)
     transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
@@ -212,7 +217,7 @@ def fused_linear_op(
             for rows in pieces:
                 del logits  # before the next piece's are made
                 logits = project(hidden[rows], weight, bias, fp32_logits)
-                statistics.append(forms.vocabulary_statistics(logits, labels[rows], ignore_index, transform))
+                statistics.append(vocabulary.vocabulary_statistics(logits, labels[rows], ignore_index, transform))
                 entropy[rows] = statistics[-1].entropy
                 ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
@@ -232,11 +237,13 @@ def fused_linear_op(
                     del logits
                     logits = project(hidden[rows], weight, bias, fp32_logits)
                 row_grads = (grad_ce[rows], None if grad_entropy is None else grad_entropy[rows])
-                forms.vocabulary_gradient(
+                vocabulary.vocabulary_gradient(
                     logits, labels[rows], ignore_index, saved, *row_grads, logits, None, transform
                 )
                 gradients.add(rows, logits)
 
+    if tp_group is not None and wanted[0]:
+        sum_over_ranks(gradients.hidden, tp_group)
     cross_entropy, rank_mean = ce_sum / unit, rank_sum / num_sequences
     loss = cross_entropy + (0 if rank_weight is None else rank_weight * rank_mean)
     by_head = (gradients.hidden, gradients.weight, gradients.bias)
@@ -278,12 +285,12 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
     if grad_loss is None:
-        return (None,) * 21
+        return (None,) * 23
     *by_head, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
     by_head = [scaled(g, scale, ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)]
-    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 17
+    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 19
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -314,6 +321,7 @@ def fused_linear_tabom_loss(
     *,
     bias: Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     max_chunk_rows: int | None = None,
@@ -342,6 +350,9 @@ def fused_linear_tabom_loss(
         labels, steps, cu_seqlens: see `tabom_loss`.
         bias: (V,) of the head.
         lengths: rows of each of the B sequences, as the host knows them: the differences of `cu_seqlens`.
+        tp_group: the ranks among which the head is sharded over the vocabulary: weight and bias are this rank's rows
+            of it, in the order of the ranks, as their gradients will be; all else, labels too, is the same on every
+            rank, and so are the loss and the other gradients. Not needed if the weight is a DTensor with Shard(0).
         logit_scale, softcap: for models that change their logits z after the head, to `logit_scale * z` (Cohere;
             Granite divides) and then to `softcap * tanh(z / softcap)` (Gemma's `final_logit_softcapping`); in fp32.
         max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One ranked sequence with
@@ -361,8 +372,6 @@ def fused_linear_tabom_loss(
         TypeError: a dtype is wrong.
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
-    check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
-    check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
     result, entropy = loss_of_head(
         hidden,
         weight,
@@ -371,6 +380,7 @@ def fused_linear_tabom_loss(
         steps,
         cu_seqlens,
         lengths,
+        tp_group,
         logit_scale=logit_scale,
         softcap=softcap,
         max_chunk_rows=max_chunk_rows,
@@ -396,6 +406,7 @@ def fused_linear_cross_entropy(
     token_weights: Tensor | None = None,
     num_tokens: float | Tensor | None = None,
     bias: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -415,7 +426,7 @@ def fused_linear_cross_entropy(
         token_weights: (N,) floating point, scales each row's cross-entropy (NELBO's 1/t).
         num_tokens: what the sum is divided by, such as the tokens of all micro-batches; default: the rows with a label.
         bias: (V,) of the head.
-        logit_scale, softcap, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
+        tp_group, logit_scale, softcap, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
 
     Returns:
         An fp32 scalar in nats (fp64 for fp64). Without labels it is 0 with a gradient of 0.
@@ -432,6 +443,7 @@ def fused_linear_cross_entropy(
         None,
         None,
         None,
+        tp_group,
         logit_scale=logit_scale,
         softcap=softcap,
         max_chunk_rows=max_chunk_rows,
@@ -457,6 +469,7 @@ def loss_of_head(
     steps: Tensor | None,
     cu_seqlens: Tensor | None,
     lengths: Sequence[int] | None,
+    tp_group: dist.ProcessGroup | None,
     *,
     logit_scale: float,
     softcap: float | None,
@@ -476,8 +489,14 @@ def loss_of_head(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    sharding = sharding_of(weight, tp_group)
+    hidden, weight, bias = replicated(hidden), local(weight), local(bias)
     check_head(hidden, weight, bias)
-    check_labels(labels, hidden.shape[0], weight.shape[0], hidden.device, ignore_index)
+    columns = weight.shape[0] if sharding is None else sum(sharding.sizes)
+    check_labels(labels, hidden.shape[0], columns, hidden.device, ignore_index)
+    if cu_seqlens is not None:
+        check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
+        check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
     check_form(form, margin, temperature)
     check_denominators(rank_weight, num_tokens, num_sequences)
     check_token_weights(token_weights, hidden.shape[0], hidden.device)
@@ -490,6 +509,8 @@ def loss_of_head(
         num_tokens = (labels != ignore_index).sum()
     if num_sequences is None:
         num_sequences = 1 if rank_weight == 0 else (count_ordered_pairs(steps, cu_seqlens, backend=backend) > 0).sum()
+    if backend == "reference" and sharding is not None:
+        raise ValueError("backend='reference': it needs the whole head on every rank; use 'torch'")
     if backend == "reference":
         logits = reference_logits(hidden, weight, bias, fp32_logits)
         logits = reference.transformed(logits, logit_scale, softcap)
@@ -499,7 +520,8 @@ def loss_of_head(
         return loss, reference.softmax_entropy(logits.detach())
 
     if max_chunk_rows is None:
-        max_chunk_rows = max(1, LOGITS_BUDGET // (weight.shape[0] * (4 if fp32_logits else hidden.itemsize)))
+        widest = weight.shape[0] if sharding is None else max(sharding.sizes)  # the chunks are the same on every rank
+        max_chunk_rows = max(1, LOGITS_BUDGET // (widest * (4 if fp32_logits else hidden.itemsize)))
     like = hidden.new_empty(0, dtype=reference.working_dtype(hidden.dtype))
     scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
     temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
@@ -522,6 +544,8 @@ def loss_of_head(
         ignore_index,
         logit_scale,
         softcap,
+        None if sharding is None else sharding.group_name,
+        0 if sharding is None else sharding.first,
         max_chunk_rows,
         fp32_logits,
         wanted,

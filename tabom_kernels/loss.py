@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tabom_kernels import reference
-from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import (
+from tabom_kernels.arguments import (
     check_denominators,
     check_form,
     check_labels,
@@ -16,6 +15,7 @@ from tabom_kernels.checks import (
     check_sequences,
     check_token_weights,
 )
+from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.ranking import Form, as_scalar
 from tabom_kernels.vocabulary import logits_gradient

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tabom_kernels.checks import INTEGERS, check_dtype
+from tabom_kernels.arguments import INTEGERS, check_dtype
 
 # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit integers, whose products wrap around.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64

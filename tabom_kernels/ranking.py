@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tabom_kernels import reference
+from tabom_kernels.arguments import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 
 Form = Literal["logistic", "hinge", "plackett_luce"]

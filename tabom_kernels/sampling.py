@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tabom_kernels import reference
+from tabom_kernels.arguments import check_logits, check_rows, check_scalar
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_logits, check_rows, check_scalar
 from tabom_kernels.noise import row_keys
 
 

@@ -1,7 +1,8 @@
 """Closed forms in PyTorch, without autograd: for the CPU and every other device.
 
 The vocabulary is read a chunk of rows at a time, in buffers that are used again, so that the fp32 copies of a chunk
-stay in the cache. With d = z - max z, S' = sum exp(d) without the best token and U = sum exp(d) * d of a row z,
+stay in the cache; on a CPU each thread has chunks of its own. With d = z - max z, S' = sum exp(d) without the best
+token and U = sum exp(d) * d of a row z,
 
     lse = max z + log1p(S')        E = log1p(S') - U / (1 + S')        ce = log1p(S') - d_y
     dz  = p * (a - g * (log p + E)) - a * [column == y]        for a = dL/dce, g = dL/dE.
@@ -10,7 +11,8 @@ stay in the cache. With d = z - max z, S' = sum exp(d) without the best token an
 is small, as the difference of 1 + 1e-12 and 1 is nothing in fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tabom_kernels.reference import draw, working_dtype
+from tabom_kernels.threads import in_threads, thread_count
 
-CHUNK_ELEMENTS = 2**17
-"""Of a chunk of logits, or of pairs, for each thread: two fp32 buffers take 1 MiB, which fits most L2 caches."""
+CHUNK_ELEMENTS = 2**19
+"""Of a chunk of logits, or of pairs, for each core: two fp32 buffers take 4 MiB, still in a cache; with smaller ones
+threads would wait for the GIL as long as they compute."""
 
 NUCLEUS = 1024
 """Of the most probable tokens, how many top-p looks at before it sorts them all."""
@@ -47,15 +51,15 @@ class LogitTransform(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def apply_(self, z: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Over z; `slope`, of the same shape, is given the derivative."""
+    def apply_(self, z: Tensor, derivative: Tensor | None = None) -> Tensor:
+        """Over z; `derivative`, of the same shape, is written."""
         if self.softcap is None:
-            if slope is not None:
-                slope.fill_(self.scale)
+            if derivative is not None:
+                derivative.fill_(self.scale)
             return z.mul_(self.scale)
         z.mul_(self.scale / self.softcap).tanh_()
-        if slope is not None:
-            torch.mul(z, z, out=slope).neg_().add_(1.0).mul_(self.scale)
+        if derivative is not None:
+            torch.mul(z, z, out=derivative).neg_().add_(1.0).mul_(self.scale)
         return z.mul_(self.softcap)
 
 
@@ -66,21 +70,25 @@ def vocabulary_statistics(
     rows, dtype = logits.shape[0], working_dtype(logits.dtype)
     maximum, rest, weighted, below_best = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
     label = None if labels is None else labels.masked_fill(labels == ignore_index, 0)
-    for chunk, d, p in row_chunks(logits):
-        d.copy_(logits[chunk])
-        if transform is not None:
-            transform.apply_(d)
-        torch.amax(d, -1, out=maximum[chunk])
-        d.sub_(maximum[chunk, None])
-        if label is not None:
-            below_best[chunk] = d.gather(1, label[chunk, None]).squeeze(1)
-        torch.exp(d.clamp_(min=LOWEST), out=p)
-        total = p.sum(-1) - 1
-        certain = total < CERTAIN
-        if certain.any():
-            total = torch.where(certain, p.masked_fill_(d == 0, 0.0).sum(-1), total)
-        rest[chunk] = total
-        torch.sum(p.mul_(d), -1, out=weighted[chunk])
+
+    def read(chunks: Iterator[RowChunk]) -> None:
+        for chunk, d, p in chunks:
+            d.copy_(logits[chunk])
+            if transform is not None:
+                transform.apply_(d)
+            torch.amax(d, -1, out=maximum[chunk])
+            d.sub_(maximum[chunk, None])
+            if label is not None:
+                below_best[chunk] = d.gather(1, label[chunk, None]).squeeze(1)
+            torch.exp(d.clamp_(min=LOWEST), out=p)
+            total = p.sum(-1) - 1
+            certain = total < CERTAIN
+            if not logits.is_cpu or certain.any():  # another device would wait for the host
+                total = torch.where(certain, p.masked_fill_(d == 0, 0.0).sum(-1), total)
+            rest[chunk] = total
+            torch.sum(p.mul_(d), -1, out=weighted[chunk])
+
+    in_threads(read, row_chunks(logits))
     log_sum = rest.log1p()
     entropy = log_sum - weighted / (1 + rest)
     if labels is None:
@@ -111,33 +119,34 @@ def vocabulary_gradient(
     g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
     if upstream is not None:
         a, g = a * upstream, g * upstream
-    label = None
     if labels is not None:
         a.masked_fill_(labels == ignore_index, 0.0)
         label = labels.masked_fill(labels == ignore_index, 0)
+        # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
+        z, derivative = logits.gather(1, label[:, None]).squeeze(1).to(a.dtype), torch.ones_like(a)
+        if transform is not None:
+            transform.apply_(z, derivative)
+        log_p = (z - statistics.maximum - statistics.log_sum).clamp(min=LOWEST)
+        dz_label = (a * log_p.expm1() - g * log_p.exp() * (log_p + statistics.entropy)) * derivative
+    slope, at_zero = -g, a - g * statistics.entropy
+
+    def write(chunks: Iterator[RowChunk]) -> None:
+        for chunk, log_p, dz, *derivative in chunks:
+            log_p.copy_(logits[chunk])
+            if transform is not None:
+                transform.apply_(log_p, *derivative)
+            log_p.sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
+            torch.exp(log_p.clamp_(min=LOWEST), out=dz)
+            dz.mul_(log_p.mul_(slope[chunk, None]).add_(at_zero[chunk, None]))
+            if transform is not None:
+                dz.mul_(*derivative)
+            if labels is not None:
+                dz.scatter_(1, label[chunk, None], dz_label[chunk, None])
+            out[chunk] = dz
+
+    in_threads(write, row_chunks(logits, buffers=2 if transform is None else 3))
     unused = (a == 0) & (g == 0)
-    for chunk, log_p, dz, *slope in row_chunks(logits, buffers=2 if transform is None else 3):
-        log_p.copy_(logits[chunk])
-        if transform is not None:
-            transform.apply_(log_p, *slope)
-        log_p.sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None]).clamp_(min=LOWEST)
-        torch.exp(log_p, out=dz)
-        if label is not None:
-            # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
-            log_p_label = log_p.gather(1, label[chunk, None])
-            dz_label = dz_of_label(log_p_label, *(x[chunk, None] for x in (a, g, statistics.entropy)))
-        dz.mul_(log_p.add_(statistics.entropy[chunk, None]).mul_(-g[chunk, None]).add_(a[chunk, None]))
-        if label is not None:
-            dz.scatter_(1, label[chunk, None], dz_label)
-        if transform is not None:
-            dz.mul_(*slope)
-        out[chunk] = dz
     return out.index_fill_(0, unused.nonzero().squeeze(1), 0.0)  # their logits may be NaN
-
-
-def dz_of_label(log_p: Tensor, a: Tensor, g: Tensor, entropy: Tensor) -> Tensor:
-    """dL/dz of the label's column, exact where p is near 1."""
-    return a * log_p.expm1() - g * log_p.exp() * (log_p + entropy)
 
 
 class RankLoss(NamedTuple):
@@ -231,23 +240,27 @@ def pairwise_sums(
     e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
-    total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
-    count = torch.zeros(e.shape[0], dtype=torch.int64, device=e.device)
-    grad = torch.zeros_like(e)
-    for first in pair_chunks(e):
-        is_pair = ordered_pairs(steps, first)
-        x = e[:, first, None] - e[:, None, :] + margin
-        if form == "hinge":
-            loss, slope = x.relu(), (x > 0).to(e.dtype)
-        else:
-            loss, slope = -F.logsigmoid(-x / temperature), (x / temperature).sigmoid() / temperature
-            grad_temperature -= (slope * x).masked_fill(~is_pair, 0.0).sum((1, 2)) / temperature
-        slope = slope.masked_fill(~is_pair, 0.0)
-        total += loss.masked_fill(~is_pair, 0.0).sum((1, 2))
-        grad[:, first] += slope.sum(2)
-        grad -= slope.sum(1)
-        count += is_pair.sum((1, 2))
-    return total, grad, grad_temperature, count
+
+    def sums(chunks: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
+        count = torch.zeros(e.shape[0], dtype=torch.int64, device=e.device)
+        grad = torch.zeros_like(e)
+        for first in chunks:
+            is_pair = ordered_pairs(steps, first)
+            x = e[:, first, None] - e[:, None, :] + margin
+            if form == "hinge":
+                loss, slope = x.relu(), (x > 0).to(e.dtype)
+            else:
+                loss, slope = -F.logsigmoid(-x / temperature), (x / temperature).sigmoid() / temperature
+                grad_temperature -= (slope * x).masked_fill(~is_pair, 0.0).sum((1, 2)) / temperature
+            slope = slope.masked_fill(~is_pair, 0.0)
+            total += loss.masked_fill(~is_pair, 0.0).sum((1, 2))
+            grad[:, first] += slope.sum(2)
+            grad -= slope.sum(1)
+            count += is_pair.sum((1, 2))
+        return total, grad, grad_temperature, count
+
+    return added(in_threads(sums, pair_chunks(e)))
 
 
 def plackett_luce_sums(
@@ -259,22 +272,33 @@ def plackett_luce_sums(
     their differences matter.
     """
     ranked = steps >= 0
-    total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
-    chosen = ranked.to(e.dtype)  # 1 for each row's own turn, less its probability at every turn it could have had
-    for turn in pair_chunks(e):
-        is_turn = ranked[:, turn]
-        at_risk = is_turn[:, :, None] & (steps[:, turn, None] <= steps[:, None, :])
-        lowest = e[:, None, :].masked_fill(~at_risk, torch.inf).amin(2)
-        distance = (e[:, None, :] - lowest[:, :, None]).masked_fill(~at_risk, torch.inf)
-        probability = (-distance / temperature).exp()
-        sums = probability.sum(2).masked_fill(~is_turn, 1.0)
-        probability /= sums[:, :, None]
-        chosen = chosen - probability.sum(1)
-        own = (e[:, turn] - lowest).masked_fill(~is_turn, 0.0)
-        total += (own / temperature + sums.log()).sum(1)
-        expected = (probability * distance.masked_fill(~at_risk, 0.0)).sum(2)
-        grad_temperature += (expected - own).sum(1) / temperature**2
-    return total, chosen / temperature, grad_temperature, ranked.sum(1)
+
+    def sums(turns: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        total, grad_temperature = e.new_zeros(e.shape[0]), e.new_zeros(e.shape[0])
+        probabilities = torch.zeros_like(e)
+        for turn in turns:
+            is_turn = ranked[:, turn]
+            at_risk = is_turn[:, :, None] & (steps[:, turn, None] <= steps[:, None, :])
+            lowest = e[:, None, :].masked_fill(~at_risk, torch.inf).amin(2)
+            distance = (e[:, None, :] - lowest[:, :, None]).masked_fill(~at_risk, torch.inf)
+            probability = (-distance / temperature).exp()
+            normalizer = probability.sum(2).masked_fill(~is_turn, 1.0)
+            probability /= normalizer[:, :, None]
+            probabilities += probability.sum(1)
+            own = (e[:, turn] - lowest).masked_fill(~is_turn, 0.0)
+            total += (own / temperature + normalizer.log()).sum(1)
+            expected = (probability * distance.masked_fill(~at_risk, 0.0)).sum(2)
+            grad_temperature += (expected - own).sum(1) / temperature**2
+        return total, probabilities, grad_temperature
+
+    total, probabilities, grad_temperature = added(in_threads(sums, pair_chunks(e)))
+    # 1 for each row's own turn, less its probability at every turn it could have had
+    return total, (ranked.to(e.dtype) - probabilities) / temperature, grad_temperature, ranked.sum(1)
+
+
+def added(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The sums of threads as one, always in the same order."""
+    return tuple(sum(of_threads) for of_threads in zip(*parts, strict=True))
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -298,21 +322,25 @@ def unmask_statistics(
     rows, dtype = logits.shape[0], working_dtype(logits.dtype)
     token = logits.new_empty(rows, dtype=torch.int64)
     probability, margin, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
-    for chunk, d, p in row_chunks(logits):
-        best, best_token = d.copy_(logits[chunk]).max(-1, keepdim=True)
-        token[chunk] = best_token.squeeze(1)
-        if temperature > 0:
-            weight = torch.exp(torch.sub(d, best, out=p).div_(temperature), out=p)
-            thresholds = filter_thresholds(d, temperature, top_k, top_p)
-            if thresholds is not None:
-                weight.masked_fill_(d < thresholds[:, None], 0.0)
-            token[chunk] = draw(weight, keys[chunk])
-        torch.exp(d.sub_(best).clamp_(min=LOWEST), out=p)
-        rest = p.scatter_(1, best_token, 0.0).sum(-1)
-        second = p.amax(-1)  # relative to the best
-        margin[chunk] = (1 - second) / (1 + rest)
-        probability[chunk] = d.gather(1, token[chunk, None]).squeeze(1).exp_() / (1 + rest)
-        entropy[chunk] = rest.log1p() - p.mul_(d).sum(-1) / (1 + rest)
+
+    def read(chunks: Iterator[RowChunk]) -> None:
+        for chunk, d, p in chunks:
+            best, best_token = d.copy_(logits[chunk]).max(-1, keepdim=True)
+            token[chunk] = best_token.squeeze(1)
+            if temperature > 0:
+                weight = torch.exp(torch.sub(d, best, out=p).div_(temperature), out=p)
+                thresholds = filter_thresholds(d, temperature, top_k, top_p)
+                if thresholds is not None:
+                    weight.masked_fill_(d < thresholds[:, None], 0.0)
+                token[chunk] = draw(weight, keys[chunk])
+            torch.exp(d.sub_(best).clamp_(min=LOWEST), out=p)
+            rest = p.scatter_(1, best_token, 0.0).sum(-1)
+            second = p.amax(-1)  # relative to the best
+            margin[chunk] = (1 - second) / (1 + rest)
+            probability[chunk] = d.gather(1, token[chunk, None]).squeeze(1).exp_() / (1 + rest)
+            entropy[chunk] = rest.log1p() - p.mul_(d).sum(-1) / (1 + rest)
+
+    in_threads(read, row_chunks(logits))
     return token, probability, margin, entropy
 
 
@@ -336,25 +364,53 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
     return ordered.masked_fill(dropped, torch.inf).amin(-1)
 
 
-def row_chunks(logits: Tensor, buffers: int = 2) -> Iterator[tuple[slice | Tensor, ...]]:
-    """Slices of rows, and buffers of the working dtype for them, the same memory every time."""
+RowChunk = tuple[slice | Tensor, ...]
+"""Rows, and buffers of the working dtype for them."""
+
+
+def row_chunks(logits: Tensor, buffers: int = 2) -> list[Iterator[RowChunk]]:
+    """The chunks of (N, V) logits, for each thread: each takes the next one, in the same memory every time."""
     rows, columns = logits.shape
-    size = max(1, round(chunk_elements(logits.device) / columns))
-    memory = [logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype)) for _ in range(buffers)]
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
-        yield slice(start, stop), *(buffer[: stop - start] for buffer in memory)
+    threads = threads_for(logits.device, logits.numel(), rows)
+    size = max(1, min(round(chunk_elements(logits.device, threads) / columns), ceil_div(rows, threads)))
+    starts = iter(range(0, rows, size))
+
+    def chunks(*memory: Tensor) -> Iterator[RowChunk]:
+        for start in starts:
+            stop = min(start + size, rows)
+            yield slice(start, stop), *(buffer[: stop - start] for buffer in memory)
+
+    def buffer() -> Tensor:
+        return logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype))
+
+    return [chunks(*(buffer() for _ in range(buffers))) for _ in range(threads)]
 
 
-def pair_chunks(padded: Tensor) -> Iterator[slice]:
-    """Slices of the first index of the (B, T, T) pairs."""
-    size = max(1, chunk_elements(padded.device) // max(padded.numel(), 1))
-    return (slice(start, start + size) for start in range(0, padded.shape[1], size))
+def pair_chunks(padded: Tensor) -> list[list[slice]]:
+    """Slices of the first index of the (B, T, T) pairs, for each thread its own."""
+    rows = padded.shape[1]
+    threads = threads_for(padded.device, padded.numel() * rows, rows)
+    size = max(1, chunk_elements(padded.device, threads) // max(padded.numel(), 1))
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    return [
+        [slice(start, min(start + size, end)) for start in range(begin, end, size)] for begin, end in pairwise(bounds)
+    ]
 
 
-def chunk_elements(device: torch.device) -> int:
-    """Of a chunk: what suits the threads' caches on a CPU, and 64 MiB of fp32 elsewhere."""
-    return CHUNK_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 2**24
+def threads_for(device: torch.device, elements: int, rows: int) -> int:
+    """How many threads take chunks of their own; one off the CPU, and for little work, whose ops all cores share."""
+    is_much = device.type == "cpu" and elements > CHUNK_ELEMENTS and rows >= thread_count()
+    return thread_count() if is_much else 1
+
+
+def chunk_elements(device: torch.device, threads: int) -> int:
+    """Of a chunk for one of so many threads: what suits its cores' caches on a CPU, and 64 MiB of fp32 elsewhere."""
+    return CHUNK_ELEMENTS * (torch.get_num_threads() // threads) if device.type == "cpu" else 2**24
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def ordered_pairs(steps: Tensor, first: slice) -> Tensor:

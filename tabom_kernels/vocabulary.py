@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tabom_kernels import reference
+from tabom_kernels.arguments import check_labels, check_logits, check_overlap
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.checks import check_labels, check_logits, check_overlap
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.torch_backend import VocabularyStatistics
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine, kernels, loss, pictures, sampler, scaling, trainer
+from benchmarks import busy, engine, kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
 
@@ -115,6 +115,14 @@ def test_scaling_varies_one_quantity_at_a_time():
         for quantity, shapes in scaling.sweeps(128, 16, 512, on_gpu).items():
             others = {shape._replace(**{quantity: 0}) for shape in shapes}
             assert len(others) == 1 and len({getattr(shape, quantity) for shape in shapes}) == len(shapes) > 3
+
+
+def test_two_processes_are_busy_at_once(capsys):
+    records = busy.measure(loss.Shape(2, 8, 4, 16, 60), turns=2, seconds=0.01)
+    assert [record["mode"] for record in records] == ["alone", "busy"] * 5
+    assert all(0 < record["seconds"]["fastest"] <= record["seconds"]["low"] for record in records)
+    busy.print_table(records)
+    assert "fused loss" in capsys.readouterr().out
 
 
 def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):

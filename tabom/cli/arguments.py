@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -27,7 +27,8 @@ def parse_arguments(
         ValueError: the file is not a mapping, or has a field that no dataclass knows.
         SystemExit: the command line is wrong (argparse has printed why).
     """
-    parser = Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+    usage = f"{prog} [--config FILE.yaml]{' [--recipe NAME]' if takes_recipe else ''} [--FIELD VALUE ...]"
+    parser = Parser(dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Fields and their values; the command line wins.")
     files = {"config": parser.parse_option("--config", argv)}
     if takes_recipe:
@@ -48,6 +49,20 @@ def parse_arguments(
 
 class Parser(HfArgumentParser):
     """Says what is wrong in one line; the usage of a hundred fields would push it off the screen."""
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """In groups: its own fields, then those that it has from transformers."""
+        own = self.add_argument_group((dtype.__doc__ or dtype.__name__).partition("\n")[0].rstrip("."))
+        inherited: dict[str, argparse._ArgumentGroup] = {}
+        for base in dtype.__mro__:
+            if dataclasses.is_dataclass(base) and not base.__module__.startswith("tabom"):
+                group = self.add_argument_group(f"{base.__name__} of {base.__module__.partition('.')[0]}")
+                inherited |= dict.fromkeys((field.name for field in dataclasses.fields(base)), group)
+        types = get_type_hints(dtype)
+        for field in dataclasses.fields(dtype):
+            if field.init:
+                field.type = types[field.name]
+                self._parse_dataclass_field(inherited.get(field.name, own), field)
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:

@@ -31,6 +31,8 @@ def run(argv: Sequence[str]) -> None:
     else:
         prompts = arguments.read(arguments.prompts)
     report = collect(load_to_sample(model_arguments), prompts, sampler, config, engine)
+    if report is None:
+        return  # the first process speaks for all
     print(f"{config.output}: {report.correct} right of {report.attempts} attempts ({report.new_attempts} made now)")
     if report.unverified:
         print(f"{report.unverified} more had no answer to be checked against: kept, with `correct: null`")

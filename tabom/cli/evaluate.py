@@ -1,11 +1,8 @@
 """`tabom evaluate`: accuracy, pass@k, order of certainty and cost of one or several models."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_to_sample
@@ -15,6 +12,7 @@ from tabom.evaluation.compare import compare, comparison_table, draw, results_ta
 from tabom.evaluation.evaluate import Cell, EvaluateConfig, evaluate, write_json
 from tabom.lab.tasks import make_task
 from tabom.sampling.engine import EngineConfig
+from tabom.sampling.policies import check_at_least
 from tabom.sampling.sampler import SamplerConfig, parse_sampler
 
 
@@ -38,6 +36,10 @@ class EvaluateArguments(ReadingArguments):
     compare: list[str] | None = field(
         default=None, metadata={"help": "Two models, base and tuned: evaluates both and compares them in pairs."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("num_prompts", self.num_prompts, 1)
 
     def prompt_sets(self) -> list[PromptSet]:
         """The tasks', then the files' prompts."""
@@ -68,8 +70,6 @@ def run(argv: Sequence[str]) -> None:
     models = list(dict.fromkeys([*(arguments.models or []), *(arguments.compare or [])])) or [model_arguments.model]
     samplers = {text: parse_sampler(text, sampler) for text in arguments.samplers or []} or {"default": sampler}
     prompt_sets = arguments.prompt_sets()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
     results = []
     for name in models:
@@ -79,8 +79,7 @@ def run(argv: Sequence[str]) -> None:
                 cell = Cell(name or "shipped", prompts.name, label)
                 results.append(evaluate(family, prompts, settings, config, cell, engine))
     if None in results:
-        print(f"{config.output_dir}: this process is done; the last one writes the results")
-        return
+        return  # the first process writes the results
     folder = Path(config.output_dir)
     write_json(folder / "results.json", results)
     tables = results_table(results)

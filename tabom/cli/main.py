@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tabom {name}: error: needs {package}; pip install 'tabom[{EXTRAS[package]}]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(printable(f"tabom {name}: error: {error}"), file=sys.stderr)
+        print(printable(f"tabom {name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The model of a command line."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,7 +44,9 @@ def load_model(arguments: ModelArguments) -> DiffusionModel:
 
 
 def load_to_sample(arguments: ModelArguments) -> DiffusionModel:
-    """The same, on the GPU where there is one; a trainer moves it to its own."""
+    """The same, on this process's GPU where there is one; a trainer moves it to its own."""
     family = load_model(arguments)
-    family.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        family.model.cuda()
     return family

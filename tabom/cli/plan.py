@@ -9,7 +9,7 @@ from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
 from tabom.lab.plan import PlanConfig, architecture, plan
-from tabom.training.trainer import TabomConfig
+from tabom.training.config import TabomConfig
 
 
 def run(argv: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
+from tabom.sampling.policies import check_at_least
 
 
 @dataclass
@@ -44,6 +45,10 @@ class ReadingArguments:
     )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip records that do not parse."})
 
+    def __post_init__(self) -> None:
+        if self.verifier_timeout is not None and not self.verifier_timeout > 0:
+            raise ValueError(f"verifier_timeout={self.verifier_timeout}: expected above 0 seconds")
+
     def read(self, source: str) -> PromptSet:
         """The prompts of a file, a folder or the hub; says what was left out."""
         template = Path(self.prompt_template).read_text(encoding="utf-8") if self.prompt_template else None
@@ -82,3 +87,9 @@ class PromptArguments(ReadingArguments):
             "help": "JSONL, JSON, Parquet or CSV file, folder of `datasets`, or hub name: prompts, with answers."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("num_prompts", self.num_prompts, 1)
+        if not 0 <= self.givens <= 16:
+            raise ValueError(f"givens={self.givens}: expected 0 to 16 cells of a sudoku of 4x4")

@@ -12,6 +12,7 @@ from tabom.evaluation.report.gather import Source, describe_record, gather
 from tabom.evaluation.report.page import render
 from tabom.lab.model import BASE_PATH
 from tabom.models.loading import load_tokenizer
+from tabom.sampling.policies import check_at_least
 
 
 @dataclass
@@ -28,6 +29,9 @@ class ReportArguments:
         default=False,
         metadata={"help": "Replay the responses with the model that made them, for probabilities and alternatives."},
     )
+
+    def __post_init__(self) -> None:
+        check_at_least("limit", self.limit, 1)
 
 
 def name_inputs(argv: Sequence[str]) -> list[str]:

@@ -14,8 +14,10 @@ from tabom.data.prompts import PromptReader, PromptSet, read_prompts
 from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.policies import check_at_least
 from tabom.sampling.sampler import SamplerConfig, parse_sampler
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.config import TabomConfig
+from tabom.training.trainer import TabomTrainer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,6 +51,12 @@ class DataArguments:
         metadata={"help": "Dry run: the model's architecture with random weights, on made-up data, to see its cost."},
     )
     scale: Literal["full", "tiny"] = field(default="full", metadata={"help": "Size of the dry run's model."})
+
+    def __post_init__(self) -> None:
+        for name in ("early_stopping_patience", "lora_r", "lora_alpha"):
+            check_at_least(name, getattr(self, name), 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: expected a share in [0, 1)")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -87,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model()
     trainer.create_model_card()
-    print(f"saved to {config.output_dir}")
+    print(f"saved to {config.output_dir}" + (f", pushed to {trainer.hub_model_id}" if config.push_to_hub else ""))
 
 
 def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:

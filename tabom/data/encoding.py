@@ -1,5 +1,7 @@
 """From text to token ids: prompts and responses, through the chat template where the tokenizer has one."""
 
+from collections.abc import Sequence
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -57,6 +59,14 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response
     if token_ids[: len(prompt_ids)] != prompt_ids:
         raise ValueError("this chat template writes a prompt differently when a response follows: give token ids")
     return token_ids[len(prompt_ids) :]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of a response up to its first end token."""
+    token_ids = list(token_ids)
+    if tokenizer.eos_token_id in token_ids:
+        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

@@ -1,8 +1,8 @@
 """`tabom evaluate`: models on prompt sets under sampler settings; every answer is kept, a restart repeats none.
 
 A cell is one model on one prompt set under one sampler. Its folder holds `settings.json` and a file of answers a rank,
-which are trajectories with their verdict and what their decoding showed. Ranks share nothing but the folder: each
-answers every n-th attempt that no file holds, whoever wrote it, so a run may go on with another number of ranks.
+which are trajectories with their verdict and what their decoding showed. Ranks take one attempt after another that no
+file holds, whoever wrote it, so a run may go on with another number of ranks.
 """
 
 import json
@@ -12,19 +12,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import Progress
 
-from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.evaluation.measured import Measured, decode_measured
 from tabom.evaluation.metrics import Estimate, estimate, pass_at_k
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.collect import (
     JUDGED_AT_ONCE,
+    Attempt,
+    answer,
     attempt_id,
     check_samples,
     drop_torn_line,
@@ -34,7 +35,9 @@ from tabom.sampling.collect import (
     write_line,
     write_to_disk,
 )
-from tabom.sampling.engine import EngineConfig, Request
+from tabom.sampling.engine import EngineConfig
+from tabom.sampling.policies import check_at_least
+from tabom.sampling.ranks import Ranks
 from tabom.sampling.sampler import SamplerConfig, response_length
 
 
@@ -51,8 +54,8 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
+        for name in ("samples_per_prompt", "max_prompt_length"):
+            check_at_least(name, getattr(self, name), 1)
 
 
 class Cell(NamedTuple):
@@ -67,11 +70,6 @@ class Cell(NamedTuple):
         return Path(output_dir).joinpath(*(re.sub(r"[^\w.=,-]+", "-", name).strip("-.") for name in self))
 
 
-def rank_and_size() -> tuple[int, int]:
-    """This process among those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def evaluate(
     model: DiffusionModel,
     prompts: PromptSet,
@@ -80,7 +78,7 @@ def evaluate(
     cell: Cell,
     engine: EngineConfig | None = None,
 ) -> dict[str, Any] | None:
-    """Makes this rank's missing answers, then measures the cell; None while other ranks are still at work.
+    """Makes this rank's share of the missing answers; the first rank waits for all and measures the cell, else None.
 
     Raises:
         ValueError: the cell was begun with other settings, or several samples of a prompt would be the same.
@@ -96,16 +94,14 @@ def evaluate(
         "max_prompt_length": config.max_prompt_length,
     }
     keep_settings(folder, settings)
-    rank, size = rank_and_size()
-    own = folder / f"answers-{rank}.jsonl"
+    ranks = Ranks()
+    own = folder / f"answers-{ranks.rank}.jsonl"
     drop_torn_line(own)
     wanted = [(i, k) for k in range(config.samples_per_prompt) for i in range(len(prompts.prompts))]
-    done = {record["id"] for record in read_answers(folder)}
-    missing = [attempt for attempt in wanted[rank::size] if attempt_id(*attempt) not in done]
-    make_answers(model, prompts, sampler, config, missing, own, str(cell.prompts), engine)
-    answers = {record["id"]: record for record in read_answers(folder)}
-    if any(attempt_id(*attempt) not in answers for attempt in wanted):
+    make_answers(model, prompts, sampler, config, wanted, own, str(cell.prompts), engine, ranks)
+    if not ranks.is_first:
         return None
+    answers = {record["id"]: record for record in read_answers(folder)}
     return {**cell._asdict(), "settings": settings, **summarise([answers[attempt_id(*each)] for each in wanted])}
 
 
@@ -129,37 +125,35 @@ def make_answers(
     prompts: PromptSet,
     sampler: SamplerConfig,
     config: EvaluateConfig,
-    attempts: Sequence[tuple[int, int]],
+    wanted: Sequence[Attempt],
     path: Path,
     title: str,
     engine: EngineConfig | None,
+    ranks: Ranks,
 ) -> None:
-    """Answers the attempts (prompt, repeat), has them judged and appends a record of each."""
-    verdicts: list[bool | None] = []
-    requests = (
-        Request(
-            encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length),
-            response_length(model, sampler),
-            sampler.seed + repeat,
-        )
-        for index, repeat in attempts
-    )
-    with Progress() as progress, path.open("a") as lines:
-        bar = progress.add_task(title, total=len(attempts))
+    """Makes this rank's share of those attempts that no file beside `path` holds, and appends a record of each."""
+    done = {record["id"] for record in read_answers(path.parent)}
+    decode = partial(decode_measured, model, config=sampler, engine=engine)
+    with ranks.progress(title, len(wanted)) as advance, path.open("a") as lines:
+
+        def missing() -> Iterator[Attempt]:
+            for number in ranks.take(len(wanted)):
+                if attempt_id(*wanted[number]) not in done:
+                    yield wanted[number]
+                else:
+                    advance(1, title)
+
         begun = time.perf_counter()
-        for finished in in_groups(decode_measured(model, requests, sampler, engine), JUDGED_AT_ONCE):
+        answers = answer(model, prompts, sampler, config.max_prompt_length, missing(), decode)
+        for finished in in_groups(answers, JUDGED_AT_ONCE):
             seconds = (time.perf_counter() - begun) / len(finished)
-            batch = [attempts[number] for number, _ in finished]
-            records = [
-                answer_record(model, prompts, sampler, index, measured)
-                for (index, _), (_, measured) in zip(batch, finished, strict=True)
-            ]
-            judged = prompts.verdicts([index for index, _ in batch], [record["response"] for record in records])
-            for attempt, record, verdict in zip(batch, records, judged, strict=True):
-                verdicts.append(verdict.correct)
+            records = [answer_record(model, prompts, sampler, index, measured) for (index, _), measured in finished]
+            judged = prompts.verdicts([index for (index, _), _ in finished], [record["response"] for record in records])
+            for (attempt, _), record, verdict in zip(finished, records, judged, strict=True):
                 write_line(lines, {"id": attempt_id(*attempt), **record, "seconds": seconds, **verdict._asdict()})
             write_to_disk(lines)
-            progress.update(bar, advance=len(batch), description=f"{title}: {hit_rate(verdicts)}")
+            counts = ranks.count(verdict.correct for verdict in judged)
+            advance(len(finished), f"{title}: {hit_rate(counts)}")
             begun = time.perf_counter()
 
 

@@ -23,8 +23,9 @@ from tabom.data.trajectories import Trajectory
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.families import FAMILIES, native_config
+from tabom.training.config import TabomConfig
 from tabom.training.released import released_loss
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.trainer import TabomTrainer
 
 DREAM_7B = {
     "model_type": "Dream",

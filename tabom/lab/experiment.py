@@ -19,7 +19,8 @@ from tabom.models.loading import load
 from tabom.sampling.collect import to_trajectory
 from tabom.sampling.sampler import Completion, SamplerConfig
 from tabom.training.collator import Example, TrajectoryDataset
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.config import TabomConfig
+from tabom.training.trainer import TabomTrainer
 from tabom.training.windows import example_rng
 
 SHIPPED = "shipped"
@@ -113,6 +114,10 @@ class ShuffledPairs(Dataset):
         ranked = steps >= 0
         steps[ranked] = example_rng(self.dataset.seed + 1, *key).permutation(steps[ranked])
         return prompt, response, target._replace(steps=steps)
+
+    def asks_anything(self) -> bool:
+        """As before: no token loses its label."""
+        return self.dataset.asks_anything()
 
 
 class AfterStep(TrainerCallback):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -52,8 +53,11 @@ def load(
         ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is
             known.
     """
-    check_is_there(Path(model_name_or_path))
-    check_is_safetensors(Path(model_name_or_path))
+    path = Path(model_name_or_path)
+    check_is_there(path)
+    check_is_safetensors(path)
+    if path.is_dir():
+        model_name_or_path = str(path.resolve())  # one model has one name, wherever it is called from
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if find_adapter_config_file(model_name_or_path) is not None:
         return load_with_adapter(model_name_or_path, adapt=adapt, trust_remote_code=trust_remote_code, **options)
@@ -78,6 +82,29 @@ def load(
     return describe(model.eval(), tokenizer)
 
 
+def as_diffusion_model(
+    model: str | Path | DiffusionModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> DiffusionModel:
+    """A model by its name, as `load` gave it, or as transformers did.
+
+    Args:
+        tokenizer: default: that of the model's name or folder.
+
+    Raises:
+        ValueError: a model without a name and without a tokenizer, or one that `load` or `describe` refuses.
+    """
+    if isinstance(model, str | Path):
+        model = load(model)
+    if isinstance(model, DiffusionModel):
+        return model if tokenizer is None else describe(model.model, tokenizer)
+    if tokenizer is None and not model.name_or_path:
+        raise ValueError(
+            "processing_class=None, and the model was not loaded from a folder that would have one: pass the "
+            "tokenizer; it says what masks, pads and ends a response"
+        )
+    return describe(model, load_tokenizer(model.name_or_path) if tokenizer is None else tokenizer)
+
+
 def check_is_there(path: Path) -> None:
     """Says at once what the hub would deny after a minute: `runs/typo`, beside models that are in runs/.
 
@@ -96,8 +123,15 @@ def check_is_safetensors(path: Path) -> None:
     """Pickled weights can run code; of a name on the hub transformers is told the same.
 
     Raises:
-        ValueError: a folder with pickled weights alone.
+        ValueError: a folder with pickled weights alone, or with safetensors that are not whole.
     """
+    for weights in sorted(path.glob("*.safetensors")):
+        try:
+            safe_open(weights, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"model={path}: {weights.name} is not whole ({error}): save or download it again"
+            ) from error
     pickled = sorted(each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in path.glob(pattern))
     if pickled and not list(path.glob("*.safetensors")):
         raise ValueError(

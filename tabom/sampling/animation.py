@@ -2,18 +2,26 @@
 
 import math
 import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_prompt
 from tabom.data.text import printable
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.sampler import DecodingState, SamplerConfig, denoise, response_length
 
+SECONDS = 3.0
 SECONDS_PER_STEP = 0.15
+"""An animation takes at least the one, and each of its steps at least the other."""
+
+NOT_WHOLE = "▯"
+"""For tokens whose character is not whole yet."""
 
 
 def animate(
@@ -30,7 +38,7 @@ def animate(
     with Live(console=console, auto_refresh=False) as live:
         for state in denoise(model, [encoded], length, config):
             live.update(render(model, prompt, state, steps, color_by), refresh=True)
-            time.sleep(SECONDS_PER_STEP)
+            time.sleep(max(SECONDS_PER_STEP, SECONDS / steps))
 
 
 def render(
@@ -45,14 +53,33 @@ def render(
     drawing.append(printable(prompt if isinstance(prompt, str) else prompt[-1]["content"]), style="dim")
     drawing.append(" ")
     most_uncertain = math.log(model.model.config.vocab_size)
-    responses = zip(state.tokens[0].tolist(), state.decoding_order[0].tolist(), state.entropy[0].tolist(), strict=True)
-    for token, step, entropy in responses:
-        if step < 0:
-            drawing.append("·", style="dim")
-            continue
-        share = step / max(steps - 1, 1) if color_by == "step" else math.sqrt(entropy / most_uncertain)
-        drawing.append(printable(model.tokenizer.decode([token])), style=f"bold {heat(share)}")
+    order, entropy = state.decoding_order[0].tolist(), state.entropy[0].tolist()
+    for i, piece in enumerate(pieces(model.tokenizer, state.tokens[0].tolist(), order)):
+        share = order[i] / max(steps - 1, 1) if color_by == "step" else math.sqrt(entropy[i] / most_uncertain)
+        drawing.append(printable(piece), style="dim" if order[i] < 0 else f"bold {heat(share)}")
     return drawing
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], order: Sequence[int]) -> Iterator[str]:
+    """The text that each token adds to the unmasked ones before it, a dot for every masked token.
+
+    Byte-level tokens may end inside a character: it belongs to the one that completes it.
+    """
+    for is_masked, run in groupby(zip(tokens, order, strict=True), key=lambda token: token[1] < 0):
+        token_ids = [token for token, _ in run]
+        if is_masked:
+            yield from "·" * len(token_ids)
+            continue
+        shown, waiting = 0, 0
+        for end in range(1, len(token_ids) + 1):
+            text = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
+            if text.endswith("\ufffd"):
+                waiting += 1
+                continue
+            yield from [""] * waiting
+            yield text[shown:].replace("\ufffd", NOT_WHOLE)
+            shown, waiting = len(text), 0
+        yield from [NOT_WHOLE] * waiting
 
 
 def heat(share: float) -> str:

@@ -4,20 +4,22 @@ Two files grow side by side: `<output>` gets the right answers and those that no
 `<output>.rejected` the wrong ones, under a first line that holds the settings. Every record says why. Every finished
 attempt is a line of exactly one of them, written as soon as it is judged, so a process killed at any moment loses no
 more than what is in flight, and a restart repeats nothing.
+
+Of several processes each writes such a pair of its own, a shard (`<output>.rank0`), and the first process moves the
+shards into the output: at the end, and at the start those that a killed job has left.
 """
 
 import fcntl
+import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
-
-from rich.progress import Progress
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
@@ -25,9 +27,14 @@ from tabom.data.sources import read_json_lines
 from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.engine import Engine, EngineConfig, Request
-from tabom.sampling.sampler import Completion, Cost, SamplerConfig, decode_response, response_length
+from tabom.sampling.policies import check_at_least
+from tabom.sampling.ranks import Ranks
+from tabom.sampling.sampler import Completion, Cost, SamplerConfig, cost_of, decode_response, response_length
 
 T = TypeVar("T")
+
+Attempt = tuple[int, int]
+"""Index of the prompt, and repeat."""
 
 JUDGED_AT_ONCE = 16
 """Answers; verifiers work on several at a time."""
@@ -51,8 +58,8 @@ class CollectConfig:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: expected at least 1")
+        for name in ("samples_per_prompt", "max_prompt_length"):
+            check_at_least(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,16 @@ def collect(
     sampler: SamplerConfig,
     config: CollectConfig,
     engine: EngineConfig | None = None,
-) -> CollectReport:
+) -> CollectReport | None:
     """Makes the attempts that are not yet finished and appends the right ones to `config.output`.
 
+    Under torchrun or accelerate the processes share the attempts, whatever their number was before; the first one
+    returns the report when all is done, the others None.
+
     Raises:
-        ValueError: `config.output` was begun with other settings or weights, or another process writes to it.
+        ValueError: `config.output` was begun with other settings or weights, or another job writes to it.
     """
     output = Path(config.output)
-    rejected = output.with_name(output.name + ".rejected")
     settings = {
         "model": model.model.config.name_or_path,
         "weights": model.fingerprint(),
@@ -92,60 +101,91 @@ def collect(
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": config.max_prompt_length,
     }
-    with locked(output):
-        return collect_into(output, rejected, settings, model, prompts, sampler, config, engine)
+    ranks = Ranks()
+    with locked(output, ranks):
+        if ranks.is_first:
+            verdicts = start_or_resume(output, settings, config.overwrite)
+            merge(shards_of(output), output, settings, verdicts)
+            ranks.say("begun")
+        else:
+            ranks.hear("begun", 0)
+            verdicts = read_verdicts(output)
+        attempts = [
+            (index, repeat)
+            for index in range(len(prompts.prompts))
+            for repeat in range(config.samples_per_prompt)
+            if attempt_id(index, repeat) not in verdicts
+        ]
+        before = Counter(verdicts.values())
+        own = output
+        if ranks.size > 1:
+            own = shard_of(output, ranks.rank)
+            start_or_resume(own, settings)
+        counts = make_attempts(model, prompts, sampler, config, engine, attempts, own, ranks, before)
+        if not ranks.is_first:
+            return None
+        if ranks.size > 1:
+            merge([shard_of(output, rank) for rank in range(ranks.size)], output, settings, verdicts)
+    cost = Cost(ranks.add("positions", 0), ranks.add("tokens", 0))
+    return CollectReport(counts.total(), counts[True], counts[None], len(attempts), cost.positions_per_token)
 
 
-def collect_into(
-    output: Path,
-    rejected: Path,
-    settings: dict[str, Any],
+def make_attempts(
     model: DiffusionModel,
     prompts: PromptSet,
     sampler: SamplerConfig,
     config: CollectConfig,
     engine: EngineConfig | None,
-) -> CollectReport:
-    """`collect` as the only writer of both files."""
-    verdicts = start_or_resume(output, rejected, settings, config.overwrite)
-    attempts = [
-        (index, repeat)
-        for index in range(len(prompts.prompts))
-        for repeat in range(config.samples_per_prompt)
-        if attempt_id(index, repeat) not in verdicts
-    ]
+    attempts: Sequence[Attempt],
+    own: Path,
+    ranks: Ranks,
+    before: Counter[bool | None],
+) -> Counter[bool | None]:
+    """Makes this process's share of the attempts and appends them to its own files.
 
-    requests = (
-        Request(
-            encode_prompt(model.tokenizer, prompts.prompts[index], config.max_prompt_length),
-            response_length(model, sampler),
-            sampler.seed + repeat,
-        )
-        for index, repeat in attempts
-    )
-    cost = Cost()
-    with Progress() as progress, output.open("a") as kept_lines, rejected.open("a") as rejected_lines:
-        bar = progress.add_task("collecting", total=len(attempts))
-        for finished in in_groups(Engine(model, sampler, engine).run(requests), JUDGED_AT_ONCE):
-            batch = [attempts[number] for number, _ in finished]
+    Returns the verdicts of all processes so far, counted on top of those `before`; on the first process, of all.
+    """
+    decode = Engine(model, sampler, engine).run
+    share = (attempts[number] for number in ranks.take(len(attempts)))
+    answers = answer(model, prompts, sampler, config.max_prompt_length, share, decode)
+    with ranks.progress("collecting", len(attempts)) as advance, appending(own) as append:
+        for finished in in_groups(answers, JUDGED_AT_ONCE):
             trajectories = [
                 to_trajectory(model, prompts, index, completion, sampler.policy, sampler.cache_name)
-                for (index, _), (_, completion) in zip(batch, finished, strict=True)
+                for (index, _), completion in finished
             ]
-            judged = prompts.verdicts([index for index, _ in batch], [each.response for each in trajectories])
-            for attempt, trajectory, verdict in zip(batch, trajectories, judged, strict=True):
-                name = attempt_id(*attempt)
-                verdicts[name] = verdict.correct
-                lines = rejected_lines if verdict.correct is False else kept_lines
-                write_line(lines, {"id": name, **trajectory.to_record(), **verdict._asdict()})
-            write_to_disk(kept_lines)
-            write_to_disk(rejected_lines)
-            for _, completion in finished:
-                cost.add(completion)
-            progress.update(bar, advance=len(batch), description=hit_rate(verdicts.values()))
+            judged = prompts.verdicts([index for (index, _), _ in finished], [each.response for each in trajectories])
+            append(
+                {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict()}
+                for (attempt, _), trajectory, verdict in zip(finished, trajectories, judged, strict=True)
+            )
+            cost = cost_of(completion for _, completion in finished)
+            ranks.add("positions", cost.positions)
+            ranks.add("tokens", cost.tokens)
+            counts = before + ranks.count(verdict.correct for verdict in judged)
+            advance(len(finished), hit_rate(counts))
+    return before + ranks.count([])
 
-    counts = Counter(verdicts.values())
-    return CollectReport(len(verdicts), counts[True], counts[None], len(attempts), cost.positions_per_token)
+
+def answer(
+    model: DiffusionModel,
+    prompts: PromptSet,
+    sampler: SamplerConfig,
+    max_prompt_length: int | None,
+    attempts: Iterable[Attempt],
+    decode: Callable[[Iterable[Request]], Iterator[tuple[int, T]]],
+) -> Iterator[tuple[Attempt, T]]:
+    """Yields attempts with what `decode` made of them, as they finish; they are taken when there is room for them."""
+    taken: list[Attempt] = []
+
+    def requests() -> Iterator[Request]:
+        for index, repeat in attempts:
+            taken.append((index, repeat))
+            prompt = encode_prompt(model.tokenizer, prompts.prompts[index], max_prompt_length)
+            yield Request(prompt, response_length(model, sampler), sampler.seed + repeat)
+
+    for number, made in decode(requests()):
+        yield taken[number], made
 
 
 def in_groups(stream: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -156,24 +196,32 @@ def in_groups(stream: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keeps other processes off an output; the lock ends with its process, however that ends.
+def locked(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Keeps other jobs off an output; the lock ends with the last process of its job, however that ends.
+
+    The first process has the lock alone for a moment, then every process of the job shares it.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another job has it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_name(output.name + ".lock").open("w") as lock:
+    with output.with_name(output.name + ".lock").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if ranks.is_first:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                ranks.hear("locked", 0)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"output={output}: another process is collecting into it; wait for it, or choose another output"
             ) from error
+        ranks.say("locked")
+        ranks.hear("locked")
         yield
 
 
-def hit_rate(verdicts: Collection[bool | None]) -> str:
+def hit_rate(verdicts: Iterable[bool | None] | Mapping[bool | None, int]) -> str:
     """How many of the attempts so far were right, of those that could be checked."""
     counts = Counter(verdicts)
     checked = counts[True] + counts[False]
@@ -212,12 +260,28 @@ def attempt_id(index: int, repeat: int) -> str:
     return f"{index}-{repeat}"
 
 
-def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, bool | None]:
+def rejected_of(output: Path) -> Path:
+    """The file of the wrong answers."""
+    return output.with_name(output.name + ".rejected")
+
+
+def shard_of(output: Path, rank: int) -> Path:
+    """Where one of several processes writes."""
+    return output.with_name(f"{output.name}.rank{rank}")
+
+
+def shards_of(output: Path) -> list[Path]:
+    """What a killed job has left, of however many processes."""
+    files = output.parent.glob(f"{glob.escape(output.name)}.rank*.rejected")
+    return sorted(file.with_suffix("") for file in files)
+
+
+def start_or_resume(output: Path, settings: dict[str, Any], overwrite: bool = False) -> dict[str, bool | None]:
     """Readies both files for appending and returns the verdicts on the attempts that are finished."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    rejected = rejected_of(output)
     if overwrite:
-        output.unlink(missing_ok=True)
-        rejected.unlink(missing_ok=True)
+        for path in (*shards_of(output), output):
+            delete(path)
     if output.exists() and not rejected.exists():
         raise ValueError(f"output={output}: exists, but not from `tabom collect`; choose another, or --overwrite")
     for path in (rejected, output):  # in this order: an output without its companion is taken for somebody else's
@@ -228,17 +292,61 @@ def start_or_resume(output: Path, rejected: Path, settings: dict[str, Any], over
             write_line(lines, settings)
             write_to_disk(lines)
 
-    begun_with, *wrong = read_lines(rejected)
+    begun_with = next(stream_lines(rejected))
     for name, value in settings.items():
         if begun_with.get(name) != value:
             raise ValueError(
                 f"output={output} was begun with {name}={begun_with.get(name)!r}, now {name}={value!r}; "
                 "continue with the same settings, choose another output, or --overwrite"
             )
-    finished = [*read_lines(output), *wrong]
-    if any(not isinstance(record.get("id"), str) or "correct" not in record for record in finished):
-        raise ValueError(f"output={output}: holds records without id and verdict, so not from `tabom collect`")
-    return {record["id"]: record["correct"] for record in finished}
+    return read_verdicts(output)
+
+
+def delete(output: Path) -> None:
+    """Both files, in this order, so that one alone is never taken for somebody else's."""
+    output.unlink(missing_ok=True)
+    rejected_of(output).unlink(missing_ok=True)
+
+
+def merge(shards: Iterable[Path], output: Path, settings: dict[str, Any], verdicts: dict[str, bool | None]) -> None:
+    """Moves the attempts of shards into the output and adds their verdicts.
+
+    Killed in the middle, it can be done again: what the output holds already is left out.
+    """
+    for shard in shards:
+        start_or_resume(shard, settings)
+        with appending(output) as append:
+            append(record for record in read_attempts(shard) if record["id"] not in verdicts)
+        verdicts |= read_verdicts(shard)
+        delete(shard)
+
+
+def read_attempts(output: Path) -> Iterator[dict[str, Any]]:
+    """The records of both files, one at a time."""
+    wrong = islice(stream_lines(rejected_of(output)), 1, None)  # after the settings
+    for record in chain(stream_lines(output), wrong):
+        if not isinstance(record.get("id"), str) or "correct" not in record:
+            raise ValueError(f"output={output}: holds records without id and verdict, so not from `tabom collect`")
+        yield record
+
+
+def read_verdicts(output: Path) -> dict[str, bool | None]:
+    """Whether each finished attempt is right."""
+    return {record["id"]: record["correct"] for record in read_attempts(output)}
+
+
+@contextmanager
+def appending(output: Path) -> Iterator[Callable[[Iterable[dict[str, Any]]], None]]:
+    """Gives a function that appends records to the file that each belongs in, and through to the disk."""
+    with output.open("a") as kept, rejected_of(output).open("a") as rejected:
+
+        def append(records: Iterable[dict[str, Any]]) -> None:
+            for record in records:
+                write_line(rejected if record["correct"] is False else kept, record)
+            write_to_disk(kept)
+            write_to_disk(rejected)
+
+        yield append
 
 
 def drop_torn_line(path: Path) -> None:
@@ -258,12 +366,15 @@ def drop_torn_line(path: Path) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that `write_line` wrote."""
-    records = []
+    return list(stream_lines(path))
+
+
+def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one at a time."""
     for number, record in read_json_lines(path):
         if isinstance(record, ValueError):
             raise ValueError(f"{path}, line {number}: {record}")
-        records.append(record)
-    return records
+        yield record
 
 
 def write_line(lines: TextIO, record: dict[str, Any]) -> None:

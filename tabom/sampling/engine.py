@@ -24,7 +24,14 @@ from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.caches import RowCache, computed_positions
 from tabom.sampling.policies import Candidates, Step, check_at_least, choose, time_shares
-from tabom.sampling.sampler import Completion, SamplerConfig, is_decided, read_candidates, response_length
+from tabom.sampling.sampler import (
+    Completion,
+    SamplerConfig,
+    check_positions,
+    is_decided,
+    read_candidates,
+    response_length,
+)
 from tabom_kernels import mix_keys
 
 MOST_POSITIONS = {"cpu": 2**12, "cuda": 2**14}
@@ -147,7 +154,7 @@ class Engine:
         """Yields the number of a request (from 0, as they come) and its completion, in the order they finish.
 
         Raises:
-            ValueError: a response's length does not fit the blocks and steps of the config.
+            ValueError: a response's length does not fit the blocks and steps of the config, or the model's positions.
         """
         waiting = iter(enumerate(requests))
         following = next(waiting, None)
@@ -156,6 +163,7 @@ class Engine:
             admitted: list[Slot] = []
             used = sum(self.slots[i].length for i in staying)
             while following:
+                check_positions(self.model, len(following[1].prompt), following[1].length)
                 slot = Slot(*following, self.config.plan(following[1].length))
                 if used and used + slot.length > self.compute_budget:
                     break

@@ -174,6 +174,8 @@ class PolicySettings:
             check_at_least(name, getattr(self, name), 1)
         for name in ("alg_temp", "entropy_bound"):
             check_at_least(name, getattr(self, name), 0)
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold}: expected a probability in [0, 1]")
         if not 0 < self.eps < 1:
             raise ValueError(f"eps={self.eps}: expected a time in (0, 1)")
         if self.tokens_per_step is not None and self.steps is not None:
@@ -194,7 +196,7 @@ class PolicySettings:
 
 def check_at_least(name: str, value: float | None, least: int) -> None:
     """Raises a ValueError that names the setting, unless it is None."""
-    if value is not None and value < least:
+    if value is not None and not value >= least:  # NaN neither
         raise ValueError(f"{name}={value}: expected at least {least}")
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import yaml
 from torch import Tensor
 
+from tabom.data.encoding import decode
 from tabom.models.diffusion_model import DiffusionModel, logits_at
 from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
 from tabom_kernels import mix_keys, unmask_statistics
@@ -105,14 +106,46 @@ def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
     Raises:
         ValueError: a field that the sampler does not know.
     """
-    known = {each.name for each in fields(SamplerConfig)}
+    known = get_type_hints(SamplerConfig)
     changes = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in known:
             raise ValueError(f"sampler {text!r}: {name!r} is none of {', '.join(sorted(known))}")
-        changes[name] = yaml.safe_load(value)
+        changes[name] = parse_value(name, value, known[name])
     return replace(base, **changes)
+
+
+def parse_value(name: str, text: str, annotation: Any) -> Any:
+    """A value of a setting, as YAML spells it.
+
+    Raises:
+        ValueError: not a value of this type.
+    """
+    kinds = get_args(annotation) or (annotation,)  # of a Literal, its values
+    types = tuple((int, float) if kind is float else kind for kind in kinds if isinstance(kind, type))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if value not in kinds and not isinstance(value, types):
+        expected = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"{name}={text}: expected one of {expected}")
+    return value
+
+
+def check_positions(model: DiffusionModel, prompt_length: int, length: int) -> None:
+    """Refuses what a model has no positions for.
+
+    Raises:
+        ValueError: prompt and response are longer than its `max_position_embeddings`.
+    """
+    positions = getattr(model.model.config, "max_position_embeddings", None)
+    if positions is not None and prompt_length + length > positions:
+        raise ValueError(
+            f"max_new_tokens={length}: with a prompt of {prompt_length} tokens more than the {positions} positions of "
+            "the model (max_position_embeddings); ask for fewer, or set max_prompt_length"
+        )
 
 
 class Completion(NamedTuple):
@@ -209,6 +242,7 @@ def denoise(
     """
     if config.cache != "none":
         raise ValueError(f"cache={config.cache!r}: step by step, decoding is exact; leave the cache out")
+    check_positions(model, max(map(len, prompts)), length)
     inputs = left_pad(model, prompts, length)
     positions = inputs["input_ids"].shape[1]
     tokens = inputs["input_ids"][:, -length:]  # a view: what is unmasked here is what the model sees next
@@ -280,7 +314,4 @@ def response_length(model: DiffusionModel, config: SamplerConfig) -> int:
 
 def decode_response(model: DiffusionModel, token_ids: Sequence[int]) -> str:
     """The text of a response up to its first end token."""
-    token_ids = list(token_ids)
-    if model.eos_token_id in token_ids:
-        token_ids = token_ids[: token_ids.index(model.eos_token_id)]
-    return model.tokenizer.decode(token_ids, skip_special_tokens=True)
+    return decode(model.tokenizer, token_ids)

@@ -67,6 +67,12 @@ class TrajectoryDataset(Dataset):
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
         return self.prompts[index], trajectory.response_token_ids, target
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        pairs = zip(self.prompts, self.trajectories, strict=True)
+        return max((len(prompt) + len(trajectory.response_token_ids) for prompt, trajectory in pairs), default=0)
+
     def asks_anything(self) -> bool:
         """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""
         keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))

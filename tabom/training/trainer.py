@@ -5,16 +5,16 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from math import ceil, isfinite
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -22,181 +22,17 @@ from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.answers import count_right
 from tabom.evaluation.metrics import count_pairs_in_order
-from tabom.models.diffusion_model import describe
+from tabom.models.diffusion_model import DiffusionModel, describe
+from tabom.models.loading import as_diffusion_model
 from tabom.sampling.sampler import SamplerConfig
 from tabom.training.card import model_card
 from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
 from tabom.training.collator import DENOMINATORS, FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
+from tabom.training.config import TabomConfig
 from tabom.training.finite import check_step, check_weights
 from tabom.training.forward import LossOutput, add_loss_to_forward
-from tabom.training.objectives import Objective, ObjectiveSettings
-from tabom.training.windows import WindowSize, WindowUnit
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TabomConfig(TrainingArguments):
-    """Settings of the trainer, on top of transformers' `TrainingArguments`.
-
-    Raises:
-        ValueError: a window or length below one, a ratio outside (0, 1], or padding up to no length.
-    """
-
-    objective: Objective = field(
-        default="tabom",
-        metadata={
-            "help": "tabom: window cross-entropy and ranking. window: without the ranking. nelbo: each token masked "
-            "with probability t, weight 1/t. nelbo_exact: k of T tokens masked, weight T/k. fixed_ratio: a fixed share "
-            "masked."
-        },
-    )
-    supervised_window: int | str = field(
-        default="all", metadata={"help": "M: what follows the cut with cross-entropy, or `all`: every later token."}
-    )
-    rank_window: int | str = field(
-        default="all", metadata={"help": "W: what follows the cut whose pairs are ranked, or `all`. NELBO ranks all."}
-    )
-    window_unit: WindowUnit = field(default="steps", metadata={"help": "What supervised_window and rank_window count."})
-    rank_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the rank loss. Default: 1 for tabom, 0 for the other objectives."}
-    )
-    form: Literal["logistic", "hinge", "plackett_luce"] = field(
-        default="logistic", metadata={"help": "Form of the rank loss."}
-    )
-    margin: float = field(default=0.0, metadata={"help": "Of logistic and hinge, nats."})
-    temperature: float = field(default=1.0, metadata={"help": "tau of logistic and plackett_luce, nats."})
-    mask_ratio: float = field(default=0.5, metadata={"help": "Share of tokens that fixed_ratio masks."})
-    cut_among_non_ltr: bool = field(
-        default=False, metadata={"help": "Draw the cut among the steps of the record's non_ltr_positions."}
-    )
-    skip_last_step: bool = field(
-        default=False, metadata={"help": "Draw the cut up to s_max - M, as released: the last step is never learnt."}
-    )
-    rank_ties: bool = field(
-        default=False,
-        metadata={"help": "Rank tokens of one step as if unmasked one by one: by entropy, else left to right."},
-    )
-    drop_short: bool = field(
-        default=False, metadata={"help": "Learn nothing from trajectories of no more than supervised_window steps."}
-    )
-    loss_average: Literal["global_batch", "micro_batch"] = field(
-        default="global_batch",
-        metadata={
-            "help": "Of tokens and of sequences: over all micro-batches and ranks of a step, or over each micro-batch "
-            "and then over micro-batches and ranks."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
-    )
-    max_response_length: int | None = field(
-        default=None, metadata={"help": "Tokens; longer responses lose their end. Default: no limit."}
-    )
-    pad_response: bool = field(
-        default=False,
-        metadata={"help": "Fill responses up to max_response_length with padding to be learnt, decoded last."},
-    )
-    loss_backend: Literal["triton", "torch", "reference"] | None = field(
-        default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
-    )
-    fused_linear: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the head together with the loss and never hold its logits. False for a model that does to "
-            "its logits what its config does not say."
-        },
-    )
-    eval_prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompts that are answered at every evaluation: the figure eval_accuracy, by which the best "
-            "checkpoint is then chosen."
-        },
-    )
-    eval_verifier: str | None = field(
-        default=None, metadata={"help": "Judges these answers. Default: by the shape of the data."}
-    )
-    eval_num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many of eval_prompts."})
-    eval_sampler: str | None = field(
-        default=None, metadata={"help": "How they are decoded, as field=value,field=value of the sampler."}
-    )
-    # Only the loss is evaluated, never (B, L, V) logits; and the collator reads whole trajectories.
-    prediction_loss_only: bool = True
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False  # what is not finite ends the training
-
-    def __post_init__(self) -> None:
-        if self.eval_prompts is not None and self.metric_for_best_model is None:
-            self.metric_for_best_model = "accuracy"
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
-        super().__post_init__()
-        self.supervised_window = window_size("supervised_window", self.supervised_window)
-        self.rank_window = window_size("rank_window", self.rank_window)
-        if self.rank_weight is None:
-            self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
-        for name in ("max_prompt_length", "max_response_length"):
-            length = getattr(self, name)
-            if length is not None and length < 1:
-                raise ValueError(f"{name}={length}: expected at least 1 token")
-        if self.pad_response and self.max_response_length is None:
-            raise ValueError("pad_response=True with max_response_length=None: give the length to fill up to")
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, float) and not isfinite(value):
-                raise ValueError(f"{each.name}={value}: expected a finite number")
-        if not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: expected a share in (0, 1]")
-
-    @property
-    def objective_settings(self) -> ObjectiveSettings:
-        """The part that makes examples from trajectories."""
-        return ObjectiveSettings(**{each.name: getattr(self, each.name) for each in fields(ObjectiveSettings)})
-
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """The part that `tabom.training.forward.add_loss_to_forward` takes."""
-        return {
-            "rank_weight": self.rank_weight,
-            "form": self.form,
-            "margin": self.margin,
-            "temperature": self.temperature,
-            "backend": self.loss_backend,
-            "fused_linear": self.fused_linear,
-        }
-
-    def run_settings(self, processes: int) -> dict[str, Any]:
-        """What an interrupted run must not change: all that decides the weights, but its length."""
-        own = {each.name for each in fields(TabomConfig)} - {each.name for each in fields(TrainingArguments)}
-        settings = {name: getattr(self, name) for name in sorted(own - {"loss_backend", "fused_linear"})}
-        for name in SAME_IN_A_RUN:
-            settings[name] = getattr(self, name)
-        together = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
-        return json.loads(json.dumps({**settings, "records_a_step": together}, default=str))
-
-
-SAME_IN_A_RUN = (
-    "seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-    "train_sampling_strategy",
-)
-"""Fields of `TrainingArguments` that decide the weights."""
-
-
-def window_size(name: str, value: int | str) -> WindowSize:
-    """A window as the command line, a file or Python gives it."""
-    if value == "all":
-        return "all"
-    if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}={value}: expected a number of at least 1, or all")
-    return int(value)
 
 
 class FollowEpoch(TrainerCallback):
@@ -218,27 +54,28 @@ class TabomTrainer(Trainer):
     and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy).
 
     Args:
-        model: with bidirectional attention; see `tabom.load`.
-        args: a `TabomConfig`.
+        model: a name or folder, what `tabom.load` makes of it (for another dtype or attention), or a model of
+            transformers with bidirectional attention.
+        args: a `TabomConfig`; default: its defaults, into the folder `<model>-TABOM`.
         train_dataset: trajectories.
         eval_dataset: trajectories.
         eval_prompts: answered and judged at every evaluation, for the figure `eval_accuracy`; every process answers its
             share.
         eval_sampler: how they are decoded; default: greedily, one token a step.
-        processing_class: the tokenizer; saved beside the model.
+        processing_class: the tokenizer; default: that of the model's name or folder. Saved beside the model.
         peft_config: trains an adapter of the model instead of its weights (needs peft). A model that was loaded with
             an adapter trains that one.
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: several GPUs in one process, no tokenizer, a second adapter, or a model that
-            `describe` refuses.
+        ValueError: several GPUs in one process, a tokenizer that is neither given nor to be found, a second adapter,
+            or a model that `load` or `describe` refuses.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TabomConfig,
+        model: str | Path | DiffusionModel | PreTrainedModel,
+        args: TabomConfig | None = None,
         train_dataset: Sequence[Trajectory] | None = None,
         eval_dataset: Sequence[Trajectory] | None = None,
         eval_prompts: PromptSet | None = None,
@@ -247,19 +84,19 @@ class TabomTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        family = as_diffusion_model(model, processing_class)
+        model, processing_class = family.model, family.tokenizer
+        args = args or TabomConfig(f"{Path(model.name_or_path).name or model.config.model_type}-TABOM")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
-        if processing_class is None:
-            raise ValueError("processing_class=None: pass the tokenizer; it says what masks, pads and ends a response")
         if peft_config is not None and model._hf_peft_config_loaded:
             raise ValueError(
                 "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "
                 "merge this one into its base and save that (peft's merge_and_unload)"
             )
-        family = describe(model, processing_class)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:
             from peft import get_peft_model
@@ -288,6 +125,8 @@ class TabomTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        for name, data in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():
+            check_positions(name, data, model)
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
@@ -379,15 +218,28 @@ class TabomTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             publish(written, final, self._describe_run())
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
         self.accelerator.wait_for_everyone()
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As transformers', with the model card, and of whole checkpoints: not of one that is being written."""
+        if self._saving_in is None:
+            self.create_model_card()
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model as it loads back, whole; a checkpoint of a sharded run may hold shards instead."""
+        """Saves the model as it loads back, whole, and pushes it if `push_to_hub` is set.
+
+        A checkpoint of a sharded run may hold shards instead.
+        """
         check_weights(self.model, self.accelerator)
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -485,7 +337,7 @@ class TabomTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         base = model.config.name_or_path or "random weights"
-        name = model_name or Path(self.args.output_dir).name
+        name = model_name or Path(self.hub_model_id or self.args.output_dir).name
         trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
         card = model_card(name, base, self.args, trajectories, self.state.log_history)
         card.save(Path(self.args.output_dir) / "README.md")
@@ -508,6 +360,16 @@ class TabomTrainer(Trainer):
         if total.get("pairs"):
             terms["order_accuracy"] = total["in_order"] / total["pairs"]
         return terms
+
+
+def check_positions(name: str, data: TrajectoryDataset | None, model: PreTrainedModel) -> None:
+    """Raises a ValueError for records that the model has no positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if data is not None and positions is not None and data.longest > positions:
+        raise ValueError(
+            f"{name}: prompt and response of a record are {data.longest} tokens, more than the {positions} positions "
+            "of the model (max_position_embeddings); set max_prompt_length and max_response_length"
+        )
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tabom.evaluation.answers import count_right
 from tabom.lab.model import BASE_PATH, character_tokenizer
 from tabom.models.loading import load
 from tabom.sampling.sampler import SamplerConfig
-from tabom.training.trainer import TabomConfig
+from tabom.training.config import TabomConfig
 from tests.conftest import random_model
 
 
@@ -64,7 +64,7 @@ def test_generate(capsys, model_folder):
 
 @pytest.mark.parametrize("color_by", ["step", "certainty"])
 def test_generate_animated(capsys, monkeypatch, model_folder, color_by):
-    monkeypatch.setattr("tabom.sampling.animation.SECONDS_PER_STEP", 0)
+    monkeypatch.setattr("tabom.sampling.animation.time.sleep", lambda seconds: None)
     plain, animated = (
         (run("generate", "--model", model_folder, "--prompt", "1+2=", *options), capsys.readouterr().out)
         for options in ([], ["--animate", "--color_by", color_by])

@@ -16,7 +16,7 @@ from tabom.data.sources import MAX_LINE
 from tabom.data.trajectories import read_trajectories
 from tabom.lab.model import character_tokenizer
 from tabom.sampling.collect import drop_torn_line, start_or_resume
-from tabom.training.trainer import TabomConfig
+from tabom.training.config import TabomConfig
 
 TOKENIZER = character_tokenizer()
 TOKENIZER.chat_template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }}.{% endfor %}"
@@ -165,8 +165,8 @@ def test_configs_of_any_kind_raise_nothing_else(tmp_path, content):
 
 
 def test_a_collected_file_that_was_damaged_is_named(tmp_path):
-    output, rejected = tmp_path / "o.jsonl", tmp_path / "o.jsonl.rejected"
-    assert start_or_resume(output, rejected, {"a": 1}, False) == {}
+    output = tmp_path / "o.jsonl"
+    assert start_or_resume(output, {"a": 1}) == {}
     for damage, problem in (
         (b"{\n", "line 1: not valid JSON"),
         (b"\xff\n", "line 1: not UTF-8"),
@@ -174,7 +174,7 @@ def test_a_collected_file_that_was_damaged_is_named(tmp_path):
     ):
         output.write_bytes(damage)
         with pytest.raises(ValueError, match=rf"o\.jsonl.*{problem}"):
-            start_or_resume(output, rejected, {"a": 1}, False)
+            start_or_resume(output, {"a": 1})
 
 
 @pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"a\nb", b"\n", b"a\n" + b"x" * 200_000, b"x" * 200_000])

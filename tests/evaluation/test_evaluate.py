@@ -1,5 +1,6 @@
 """Evaluation: the figures against other ways to them, restarts, ranks, and pairs of models."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -8,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from tabom import PromptSet, SamplerConfig, read_trajectories, sample
 from tabom.data.encoding import encode_prompt
@@ -133,17 +135,20 @@ def test_a_restart_after_any_torn_write_gives_the_same_result(tmp_path, cut):
     assert again == whole
 
 
-def test_ranks_share_the_work_and_the_last_one_has_the_result(tmp_path, monkeypatch):
+def test_what_another_rank_has_taken_is_not_answered_again_and_the_first_has_the_result(tmp_path, monkeypatch):
     model = random_model(0)
     alone = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "alone"), CELL)
+    store = HashStore()
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(store, None, None)]))
+    monkeypatch.setattr("tabom.sampling.ranks._jobs", itertools.repeat(0))
     results = []
-    for rank in (2, 0, 1):
+    for rank in (2, 1, 0):
         monkeypatch.setenv("RANK", str(rank))
         results.append(evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared"), CELL))
     assert results[:2] == [None, None] and results[2]["accuracy"] == alone["accuracy"]
     files = sorted(CELL.folder(tmp_path / "shared").glob("answers-*.jsonl"))
-    assert [len(path.read_text().splitlines()) for path in files] == [10, 10, 10]
+    assert [len(path.read_text().splitlines()) for path in files] == [0, 0, 30]
 
 
 def test_other_settings_are_refused_and_more_samples_are_not(tmp_path, model):

@@ -147,8 +147,8 @@ def test_terms_for_logs_are_detached_and_inplace_gives_the_same_gradient(rng):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_in_place_nothing_of_the_size_of_the_logits_is_allocated(rng, monkeypatch, backend):
-    on_a_cpu = torch_backend.chunk_elements(torch.device("cpu"))  # on a GPU a chunk would hold all of these logits
-    monkeypatch.setattr(torch_backend, "chunk_elements", lambda device: on_a_cpu)
+    on_a_cpu = torch_backend.chunk_elements(torch.device("cpu"), 1)  # on a GPU it would hold all of these logits
+    monkeypatch.setattr(torch_backend, "chunk_elements", lambda *_: on_a_cpu)
     logits, *batch = draw_batch([40, 24], columns=40_000)
     logits = logits.float().requires_grad_() * 1
 

@@ -30,7 +30,7 @@ def test_every_op_passes_opcheck(rng, backend):
     keys = torch.arange(9)
     one = torch.ones(())
     batch = (one, one, one, labels, steps, cu_seqlens, torch.rand(9), one, one)
-    cross_entropy = (labels, None, None, None, one, one, None, "hinge", -100, 1.0, 3.0)
+    cross_entropy = (labels, None, None, None, one, one, None, "hinge", -100, 1.0, 3.0, None, 0)
     energy, temperature = torch.rand(9, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     calls = [
         (OPS.vocabulary_statistics, (logits.requires_grad_(), labels, -100, False, backend)),
@@ -55,7 +55,10 @@ def test_every_op_passes_opcheck(rng, backend):
             )
         ),
         *(
-            (OPS.fused_linear_tabom_loss, (*head, *batch, lengths, "hinge", -100, *rest, False, [True] * 3, backend))
+            (
+                OPS.fused_linear_tabom_loss,
+                (*head, *batch, lengths, "hinge", -100, *rest[:2], None, 0, rest[2], False, [True] * 3, backend),
+            )
             for head, lengths, rest in (
                 (draw_head(bias=True), None, (1.0, None, 5)),
                 (draw_head(bias=False), [5, 4], (0.5, 3.0, 9)),

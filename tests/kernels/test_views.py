@@ -14,7 +14,7 @@ from tabom_kernels import (
     trajectory_rank_loss,
     unmask_statistics,
 )
-from tabom_kernels.checks import check_overlap
+from tabom_kernels.arguments import check_overlap
 from tests.kernels.inputs import draw_labels, draw_sequences, gaussian
 
 BACKENDS = ["torch", "triton"]

@@ -19,7 +19,7 @@ from tabom.training.collator import TrajectoryDataset
 from tabom.training.objectives import ObjectiveSettings
 
 TINY = {
-    "methods": ["NELBO", "TABOM, whole path"],
+    "methods": ["NELBO", "TABOM, whole path", "whole path, pairs shuffled"],
     "learning_rates": [3e-4],
     "seeds": [0, 1],
     "max_steps": 2,
@@ -51,8 +51,10 @@ def test_a_study_makes_every_run_of_its_grid_once(finished):
         (BASE, 0),
         ("NELBO", 0),
         ("TABOM, whole path", 0),
+        ("whole path, pairs shuffled", 0),
         ("NELBO", 1),
         ("TABOM, whole path", 1),
+        ("whole path, pairs shuffled", 1),
     ]
     for result in results[1:]:
         assert list(result["path"]) == ["1"] and 0 < result["kept"] < 24
@@ -81,11 +83,11 @@ def test_a_killed_study_goes_on_to_the_same_results(finished, tmp_path, pytestco
     process.kill()
     process.wait()
     done = path.read_text()
-    assert done.count("\n") < 5, "it was killed too late to show anything"
+    assert done.count("\n") < 7, "it was killed too late to show anything"
     path.write_text(done[: done.rindex("\n") + 1] + '{"run": {"base": "ship')
     study(StudyConfig(output_dir=str(tmp_path), processes=2, **TINY))
     assert path.read_text().startswith(done[: done.rindex("\n") + 1])
-    assert by_run(path) == by_run(finished) and len(read_lines(path)) == 5
+    assert by_run(path) == by_run(finished) and len(read_lines(path)) == 7
 
 
 def test_unknown_names_are_refused():

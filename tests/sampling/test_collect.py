@@ -61,6 +61,25 @@ def test_a_restart_after_any_torn_write_gives_the_same_file(tmp_path, cut_right,
     assert by_id[0] == by_id[1]
 
 
+def test_what_a_killed_job_left_in_shards_is_taken_over_once(tmp_path, rng):
+    """Killed while the first process moved shards into the output: some records are in both, and lines are torn."""
+    model, whole, output = random_model(0), tmp_path / "whole.jsonl", tmp_path / "t.jsonl"
+    collect(model, keep_some(), SAMPLER, CollectConfig(str(whole)))
+    for name in ("t.jsonl", "t.jsonl.rank0", "t.jsonl.rank11"):
+        for end in ("", ".rejected"):
+            content = (tmp_path / f"whole.jsonl{end}").read_bytes()
+            (tmp_path / (name + end)).write_bytes(content[: rng.randrange(len(content))])
+    (tmp_path / "t.jsonl.rank11").unlink()  # killed while it was deleted
+    collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
+    by_id = [sorted(records(path), key=lambda r: r["id"]) for path in (whole, output)]
+    assert by_id[0] == by_id[1]
+    assert not list(tmp_path.glob("t.jsonl.rank*"))
+    (tmp_path / "t.jsonl.rank0.rejected").write_text('{"model": "another"}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl\.rank0 was begun with"):
+        collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
+    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True)).new_attempts == 20
+
+
 def test_every_record_says_its_verdict_and_the_unverified_are_counted_apart(tmp_path):
     """Right and unverified answers are kept, marked; wrong ones are rejected with the reason."""
     model, output = random_model(0), tmp_path / "t.jsonl"
@@ -130,7 +149,8 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path):
 
 def test_one_process_at_a_time_writes_to_an_output(tmp_path):
     model, output = random_model(0), tmp_path / "t.jsonl"
-    hold = f"from tabom.sampling.collect import *\nwith locked(Path({str(output)!r})): print(1, flush=True); input()"
+    hold = f"""from tabom.sampling.collect import *\nwith locked(Path({str(output)!r}), Ranks()):
+        print(1, flush=True); input()"""
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(ValueError, match=r"t\.jsonl: another process is collecting into it"):

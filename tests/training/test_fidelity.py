@@ -11,8 +11,9 @@ import torch
 from tabom import load
 from tabom.data.encoding import encode_prompt
 from tabom.data.trajectories import Trajectory
+from tabom.training.config import TabomConfig
 from tabom.training.released import released_loss
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.trainer import TabomTrainer
 from tabom.training.windows import draw_cut, example_rng
 from tabom_kernels import tabom_loss
 from tests.models.test_families import write_dream, write_llada

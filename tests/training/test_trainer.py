@@ -13,9 +13,10 @@ from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
 from tabom.models.loading import load
 from tabom.training.collator import FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
+from tabom.training.config import TabomConfig
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.objectives import ObjectiveSettings
-from tabom.training.trainer import TabomConfig, TabomTrainer
+from tabom.training.trainer import TabomTrainer
 from tabom_kernels import count_ordered_pairs, softmax_entropy, tabom_loss
 from tests.conftest import random_model
 

@@ -1,0 +1,157 @@
+"""Trajectories out of what other tools record: canvases after every step, or the step of every token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tabom.data.encoding import Prompt, decode, encode_prompt
+from tabom.data.trajectories import Trajectory, non_ltr_positions
+
+
+def from_histories(
+    histories: Sequence[Tensor | Sequence],
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token_id: int | None = None,
+    max_new_tokens: int | None = None,
+    method: str | None = None,
+    data_source: str | None = None,
+) -> list[Trajectory]:
+    """The trajectories of a batch whose sampler kept its canvas after every step, as dLLM's do with `return_dict`.
+
+    A position's step is when it was last written: what a remasking sampler masks again counts from its last
+    unmasking, what an editing one overwrites from its last token. Positions that are masked to the end get -1. The
+    response are the positions that the first canvas masks; where later canvases are wider, as blocks are appended,
+    the missing positions count as masked.
+
+    Args:
+        histories: token ids, (B, L) or (L,) each, prompts included: the canvas before the first step, then the one
+            after every step. A tool that keeps only the latter needs the prompt with its masks put before them.
+        prompts: the text or conversation of each row.
+        mask_token_id: default: the tokenizer's.
+        max_new_tokens: leaves out what a sampler of whole blocks decoded beyond them.
+        method: of the records, as is `data_source`.
+
+    Raises:
+        ValueError: no mask token is known, the first canvas masks nothing, a row is not its prompt's, or there are not
+            as many prompts as rows.
+    """
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    if mask is None:
+        raise ValueError("mask_token_id=None, and the tokenizer has no mask token: pass the model's")
+    canvases = [torch.atleast_2d(torch.as_tensor(canvas)).cpu() for canvas in histories]
+    width = max(canvas.shape[1] for canvas in canvases)
+    canvas = torch.stack([F.pad(each, (0, width - each.shape[1]), value=mask) for each in canvases])
+    if len(prompts) != canvas.shape[1]:
+        raise ValueError(f"prompts: {len(prompts)} for canvases of {canvas.shape[1]} rows; one a row expected")
+    steps = torch.arange(len(canvas) - 1)[:, None, None]
+    order = torch.where(canvas[1:] != canvas[:-1], steps, -1).amax(0)
+
+    trajectories = []
+    for row, prompt in enumerate(prompts):
+        masked = (canvas[0, row] == mask).nonzero().flatten()
+        if len(masked) == 0:
+            raise ValueError(f"histories[0] masks nothing in row {row}: expected the canvas before the first step")
+        start, end = int(masked[0]), int(masked[-1]) + 1
+        check_prompt(tokenizer, prompt, canvas[0, row, :start].tolist(), row)
+        response = slice(start, min(end, start + max_new_tokens) if max_new_tokens else end)
+        tokens, decoding_order = canvas[-1, row, response].tolist(), order[row, response].tolist()
+        trajectories.append(make_trajectory(tokenizer, prompt, tokens, decoding_order, mask, method, data_source))
+    return trajectories
+
+
+def from_step_map(
+    prompt: Prompt,
+    response: str,
+    step_map: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask_token_id: int | None = None,
+    first_step: int = 1,
+    method: str | None = None,
+    data_source: str | None = None,
+) -> Trajectory:
+    """A trajectory from the step of every token of a text, as TraceRL (dLLM-RL) writes them.
+
+    Args:
+        response: with its special tokens.
+        step_map: what is below `first_step` was never unmasked.
+        first_step: 1 as TraceRL's engine for SDAR and TraDo counts, 0 as its rollouts of LLaDA and Dream do. These
+            write 0 for never, too; of them, only tokens that are still masks count as never unmasked.
+        mask_token_id: default: the tokenizer's.
+
+    Raises:
+        ValueError: the text does not have as many tokens as the map has steps.
+    """
+    tokens = tokenizer(response, add_special_tokens=False).input_ids
+    if len(tokens) != len(step_map):
+        raise ValueError(
+            f"step_map has {len(step_map)} steps for {len(tokens)} tokens of the response; one a token expected, of "
+            "the text with its special tokens (skip_special_tokens=False)"
+        )
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    order = [step - first_step if step >= first_step else -1 for step in step_map]
+    return make_trajectory(tokenizer, prompt, tokens, order, mask, method, data_source)
+
+
+class DiffusersRecorder:
+    """Records the canvases of diffusers' block-wise text pipelines (LLaDA2), for `from_histories`.
+
+    `pipeline(..., callback_on_step_end=recorder, callback_on_step_end_tensor_inputs=recorder.tensor_inputs)`; one
+    recorder a call.
+    """
+
+    tensor_inputs = ("block_x", "active_block")
+
+    def __init__(self, mask_token_id: int) -> None:
+        self.mask_token_id = mask_token_id
+        self.histories: list[Tensor] = []
+
+    def __call__(self, pipeline: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keeps a copy of the canvas; before the first one, with the masks that it started from."""
+        canvas, was_masked = tensors["block_x"].clone(), tensors["active_block"]
+        if not self.histories:
+            start = canvas.clone()
+            start[:, -was_masked.shape[1] :].masked_fill_(was_masked, self.mask_token_id)
+            self.histories.append(start)
+        self.histories.append(canvas)
+        return tensors
+
+
+def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tokens: list[int], row: int) -> None:
+    """Training encodes the prompt anew, so it must give what stands before the response."""
+    expected = encode_prompt(tokenizer, prompt)
+    if tokens[len(tokens) - len(expected) :] != expected:
+        raise ValueError(
+            f"prompts[{row}] has {len(expected)} tokens that are not what stands before the response "
+            f"({tokenizer.decode(tokens)!r:.80}): pass the text or the conversation that it was made from"
+        )
+
+
+def make_trajectory(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    tokens: list[int],
+    order: list[int],
+    mask_token_id: int | None,
+    method: str | None,
+    data_source: str | None,
+) -> Trajectory:
+    """As the sampler here records it: what is masked to the end is padding, never unmasked."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = [-1 if token == mask_token_id else step for token, step in zip(tokens, order, strict=True)]
+    tokens = [pad if token == mask_token_id else token for token in tokens]
+    return Trajectory(
+        prompt=prompt,
+        response=decode(tokenizer, tokens),
+        response_token_ids=tokens,
+        decoding_order=order,
+        non_ltr_positions=non_ltr_positions(order),
+        method=method,
+        data_source=data_source,
+    )

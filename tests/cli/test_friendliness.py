@@ -1,0 +1,162 @@
+"""What costs a newcomer time: one model under two names, a number out of its range, a flag among a hundred."""
+
+import json
+import re
+import shutil
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from tabom.cli.main import main
+from tabom.lab.model import BASE_PATH
+from tabom.models.loading import load
+from tabom.sampling.animation import NOT_WHOLE, pieces
+from tests.conftest import random_model
+
+
+def run(*arguments):
+    """Status of a command line, whether it returns or exits."""
+    try:
+        return main(list(arguments))
+    except SystemExit as exit:
+        return exit.code
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    family = random_model(0)
+    family.model.save_pretrained(folder)
+    family.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "t.jsonl"
+    path.write_text('{"prompt": "1+2=", "response": "0003", "decoding_order": [0, 2, 1, 3]}\n')
+    return path
+
+
+def test_relative_and_absolute_paths_are_one_model(capsys, monkeypatch, tmp_path, model_folder):
+    prompts, output = tmp_path / "p.jsonl", str(tmp_path / "t.jsonl")
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": "2"}) + "\n" for i in range(4)))
+    monkeypatch.chdir(model_folder.parent)
+    link = tmp_path / "link"
+    link.symlink_to(model_folder)
+    for name in ("base", str(model_folder), "./base/", str(link)):
+        assert run("collect", "--model", name, "--prompts", str(prompts), "--output", output) == 0, name
+    assert capsys.readouterr().out.count("(0 made now)") == 3
+    settings = json.loads((tmp_path / "t.jsonl.rejected").read_text().splitlines()[0])
+    assert settings["model"] == load("base").model.name_or_path == str(model_folder)
+
+
+def test_help_lists_own_fields_before_those_of_transformers(capsys):
+    assert run("train", "--help") == 0
+    said = capsys.readouterr().out
+    own, theirs = said.split("TrainingArguments of transformers:")
+    for name in ("data", "model", "objective", "rank_weight", "eval_prompts"):
+        assert f"  --{name}" in own
+    for name in ("output_dir", "learning_rate", "report_to"):
+        assert f"  --{name}" in theirs
+    assert not re.search(rf"^  --({'|'.join(TrainingArguments.__dataclass_fields__)})\b", own, re.MULTILINE)
+    assert said.splitlines()[0].startswith("usage: tabom train [--config FILE.yaml]")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "--threshold", "7"], "threshold=7.0: expected a probability in [0, 1]"),
+        (["generate", "--temperature", "-1"], "temperature=-1.0: expected at least 0"),
+        (["generate", "--temperature", "nan"], "temperature=nan: expected at least 0"),
+        (["generate", "--top_p", "0"], "top_p=0.0: expected a probability mass in (0, 1]"),
+        (["generate", "--top_p", "2"], "top_p=2.0: expected a probability mass in (0, 1]"),
+        (["generate", "--top_k", "0"], "top_k=0: expected at least 1"),
+        (["generate", "--max_new_tokens", "0"], "max_new_tokens=0: expected at least 1"),
+        (
+            ["generate", "--max_new_tokens", "126"],
+            "max_new_tokens=126: with a prompt of 4 tokens more than the 128 pos",
+        ),
+        (["generate", "--max_new_tokens", "126", "--animate"], "max_new_tokens=126: with a prompt of 4 tokens more"),
+        (["collect", "--num_prompts", "0"], "num_prompts=0: expected at least 1"),
+        (["collect", "--samples_per_prompt", "0"], "samples_per_prompt=0: expected at least 1"),
+        (["collect", "--max_new_tokens", "200"], "max_new_tokens=200: with a prompt of"),
+        (["collect", "--verifier_timeout", "0"], "verifier_timeout=0.0: expected above 0 seconds"),
+        (["collect", "--givens", "17"], "givens=17: expected 0 to 16"),
+        (["evaluate", "--num_prompts", "0"], "num_prompts=0: expected at least 1"),
+        (["evaluate", "--max_prompt_length", "0"], "max_prompt_length=0: expected at least 1"),
+        (["evaluate", "--samplers", "steps=abc"], "steps=abc: expected one of int, NoneType"),
+        (["evaluate", "--samplers", "top_p=[1"], "top_p=[1: expected one of float, NoneType"),
+        (["evaluate", "--samplers", "threshold=7"], "threshold=7: expected a probability"),
+        (["report", "{data}", "--limit", "0"], "limit=0: expected at least 1"),
+        (["train", "--rank_weight", "-1"], "rank_weight=-1.0: expected at least 0"),
+        (["train", "--temperature", "0"], "temperature=0.0: expected above 0 nats"),
+        (["train", "--max_response_length", "0"], "max_response_length=0: expected at least 1"),
+        (["train", "--lora_r", "0"], "lora_r=0: expected at least 1"),
+        (["train", "--lora_dropout", "1"], "lora_dropout=1.0: expected a share in [0, 1)"),
+        (["train", "--eval_num_prompts", "0"], "eval_num_prompts=0: expected at least 1"),
+        (
+            ["train", "--pad_response", "true", "--max_response_length", "126"],
+            "train_dataset: prompt and response of a record are 130 tokens, more than the 128 positions",
+        ),
+        (["train", "--report_to", "wandb"], "report_to=wandb: not installed; pip install wandb"),
+        (["train", "--report_to", "tensorboard"], "report_to=tensorboard: not installed; pip install tensorboard"),
+        (["train", "--config", "{tmp}/broken.yaml"], "broken.yaml: not valid YAML: "),
+        (["train", "--model", "{tmp}/torn"], "model.safetensors is not whole"),
+        (["generate", "--model", "{tmp}/torn"], "model.safetensors is not whole"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(capsys, monkeypatch, tmp_path, model_folder, data, arguments, message):
+    monkeypatch.setattr("tabom.training.config.get_available_reporting_integrations", list)
+    (tmp_path / "broken.yaml").write_text("margin: [1,\nform: hinge\n")
+    if "{tmp}/torn" in arguments:
+        shutil.copytree(model_folder, tmp_path / "torn")
+        weights = tmp_path / "torn" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    filled = [argument.replace("{tmp}", str(tmp_path)).replace("{data}", str(data)) for argument in arguments]
+    if "--model" not in filled:
+        filled += ["--model", str(model_folder)]
+    output = str(tmp_path / "out")
+    filled += {
+        "generate": ["--prompt", "1+2="],
+        "collect": ["--task", "addition", "--output", f"{output}.jsonl"],
+        "evaluate": ["--tasks", "addition", "--output_dir", output],
+        "train": ["--data", str(data), "--output_dir", output],
+        "report": ["-o", f"{output}.html"],
+    }[filled[0]]
+    assert run(*filled) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"tabom {filled[0]}: error: ") and message in error
+
+
+def byte_level_tokenizer():
+    """One token a byte, as byte-level BPE has before any merge."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_the_animation_shows_characters_of_several_tokens_whole():
+    tokenizer = byte_level_tokenizer()
+    tokens = tokenizer("é → 中!").input_ids  # 2, 1, 3, 1, 3 and 1 bytes
+    decided = list(range(len(tokens)))
+    assert list(pieces(tokenizer, tokens, decided)) == ["", "é", " ", "", "", "→", " ", "", "", "中", "!"]
+    half_way = [0, 1, 2, 3, 4, -1, -1, -1, 8, 9, 10]  # inside the arrow, and inside the Chinese character
+    shown = list(pieces(tokenizer, tokens, half_way))
+    assert shown == ["", "é", " ", NOT_WHOLE, NOT_WHOLE, "·", "·", "·", "", "", NOT_WHOLE * 2 + "!"]
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_the_animation_is_slow_enough_to_see(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr("tabom.sampling.animation.time.sleep", slept.append)
+    for length in ("4", "40"):
+        slept.clear()
+        assert (
+            run("generate", "--model", str(BASE_PATH), "--prompt", "517-289=", "--animate", "--max_new_tokens", length)
+            == 0
+        )
+        assert sum(slept) >= 3 and min(slept) >= 0.15

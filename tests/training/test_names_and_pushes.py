@@ -1,0 +1,103 @@
+"""A model by its name, and what is pushed to the hub."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from tabom import TabomConfig, TabomTrainer, Trajectory, load
+from tabom.cli.main import main
+from tabom.lab.model import BASE_PATH
+from tests.conftest import random_model
+
+DATA = [Trajectory("1+1=", "2345", [6, 7, 8, 9], [0, 2, 1, 3])] * 4
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, seed):
+    """A model in `tmp_path`, which is the working directory."""
+    family = random_model(seed)
+    family.model.save_pretrained(tmp_path / "base")
+    family.tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "base"
+
+
+def by_name(folder):
+    return {"model": str(folder)}
+
+
+def by_path_from_here(folder):
+    return {"model": folder.relative_to(Path.cwd())}
+
+
+def loaded(folder):
+    return {"model": load(folder)}
+
+
+def without_its_tokenizer(folder):
+    return {"model": load(folder).model}
+
+
+def in_parts(folder):
+    family = load(folder)
+    return {"model": family.model, "processing_class": family.tokenizer}
+
+
+@pytest.mark.parametrize("how", [by_name, by_path_from_here, loaded, without_its_tokenizer, in_parts])
+def test_the_ways_to_name_a_model_train_the_same(folder, how):
+    trainer = TabomTrainer(**how(folder), train_dataset=DATA)
+    assert trainer.args.output_dir == "base-TABOM" and trainer.processing_class.mask_token == "<mask>"
+    assert type(trainer.args) is TabomConfig and trainer.args.objective == "tabom"
+    args = TabomConfig("run", max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    trainer = TabomTrainer(**how(folder), args=args, train_dataset=DATA)
+    trainer.train()
+    trainer.save_model()
+    again = load("run").model
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+def test_a_nameless_model_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="processing_class=None, and the model was not loaded from a folder"):
+        TabomTrainer(random_model(0).model)
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What a stub of the hub was sent: commit message, files."""
+    sent = []
+
+    def upload_folder(folder_path, commit_message, ignore_patterns=(), run_as_future=False, **_):
+        names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        sent.append((commit_message, {n for n in names if not any(fnmatch(n, each) for each in ignore_patterns)}))
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    api = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=f"somebody/{name}"), upload_folder=upload_folder
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    return sent
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_command_line_pushes_weights_tokenizer_and_card(tmp_path, capsys, uploads, use_peft):
+    data = tmp_path / "t.jsonl"
+    data.write_text('{"prompt": "1+2=", "response": "0003", "decoding_order": [0, 2, 1, 3]}\n')
+    arguments = ["--data", str(data), "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--save_steps", "1"]
+    pushing = ["--push_to_hub", "--hub_model_id", "tuned", "--hub_strategy", "every_save"]
+    peft = ["--use_peft", "true"] if use_peft else []
+    assert main(["train", "--model", str(BASE_PATH), *arguments, *pushing, *peft, "--report_to", "none"]) == 0
+    assert "pushed to somebody/tuned" in capsys.readouterr().out
+    assert [message for message, _ in uploads] == [f"Training in progress, step {n}" for n in (1, 2)] + ["Model save"]
+    weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    for message, files in uploads:
+        assert {weights, "tokenizer.json", "README.md"} <= files, message
+        unwanted = {name for name in files if re.search(r"optimizer|saving|checkpoint", name)}
+        assert not unwanted, f"{message}: {unwanted}"
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "# tuned" in card.text and str(BASE_PATH) in card.text
