@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench triton-newest gpu gpu-first gpu-peers gpu-models clean
+.PHONY: demo test lint format docs bench triton-newest gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -19,6 +19,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# docs/ and the API as a site, in build/site; a broken link is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # ARGS="--benchmark-save=NAME" keeps a run, ARGS="--benchmark-compare" shows the last one kept beside this one.
 bench: $(INSTALLED)

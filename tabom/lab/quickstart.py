@@ -3,6 +3,7 @@
 A small study (`tabom.lab.study`): one learning rate, eight attempts a prompt, two seeds.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tabom.lab import experiment
 from tabom.lab.experiment import SHIPPED, base_path
 from tabom.lab.report import draw_entropy_by_step, means_and_errors, print_table, print_verdicts
 from tabom.lab.study import BASE, StudyConfig, grid, study, trajectories_of
@@ -65,10 +67,17 @@ def report(config: QuickstartConfig, results: list[Result], console: Console) ->
     print_verdicts(console, found)
     draw_paths(results, groups_of(results)[0], output / "accuracy_retention.png")
     draw_entropy_by_step(found, output / "entropy_by_step.png")
-    document = {"config": asdict(config), "measures": means_and_errors(found)}
+    document = {"config": asdict(config), "inputs": inputs(config), "measures": means_and_errors(found)}
     (output / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     console.print(f"Everything is in {output}: results.json, two pictures, the trajectories, the models")
     return found
+
+
+def inputs(config: QuickstartConfig) -> dict[str, Any]:
+    """What the figures depend on beside the config, in JSON: the base's weights, and the settings of the methods."""
+    weights = (Path(base_path(config.model)) / "model.safetensors").read_bytes()
+    methods = {name: experiment.METHODS[name]._asdict() for name in METHODS}
+    return {"base": f"sha256 {hashlib.sha256(weights).hexdigest()}", "methods": methods}
 
 
 def as_study(config: QuickstartConfig) -> StudyConfig:

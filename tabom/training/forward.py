@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -44,10 +45,11 @@ class LinearWithLoss(torch.nn.Linear):
     request: Request | None = None
     answer: HeadLoss | None = None
     transform_is_known = False  # whether the model was seen to do to its logits what its config says
+    gathered_logits: Callable[[Tensor], Tensor] | None = None  # of a head that is sharded over the vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.request is None:
-            return super().forward(hidden)
+            return (self.gathered_logits or super().forward)(hidden)
         self.answer = self.request(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias)
         return torch.cat([self.answer.loss[None], self.answer.loss.new_tensor(PROBE)])
 
@@ -96,6 +98,8 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     head = model.get_output_embeddings()
     if fused_linear and type(head) is torch.nn.Linear:
         head.__class__ = LinearWithLoss
+        if isinstance(head.weight, DTensor) and "forward" in vars(head):  # so does transformers' tp_plan shard it
+            head.gathered_logits = vars(head).pop("forward")
 
     def forward(*args: Any, rows: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         if rows is None:

@@ -92,6 +92,11 @@ class TabomTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start with torchrun or accelerate launch, "
                 "or set CUDA_VISIBLE_DEVICES"
             )
+        if model.tp_size is not None and model.tp_size > 1:
+            raise ValueError(
+                f"model: sharded over {model.tp_size} processes by its tp_plan, and the trainer gives each process "
+                "records of its own; shard it by FSDP, or train it in a loop of your own with `add_loss_to_forward`"
+            )
         if peft_config is not None and model._hf_peft_config_loaded:
             raise ValueError(
                 "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "

@@ -116,10 +116,11 @@ def transformed(z, scale, softcap):
 @triton.jit
 def slope_of(z, scale, softcap):
     """The derivative of `transformed`, at a logit z that is transformed."""
+    slope = scale
     if softcap is not None:
         y = z / softcap
-        return scale * (1.0 - y * y)
-    return scale
+        slope = scale * (1.0 - y * y)
+    return slope
 
 
 @triton.jit
