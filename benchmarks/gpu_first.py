@@ -31,19 +31,22 @@ class Part(NamedTuple):
 
 
 KERNELS = [PYTHON, "-m", "benchmarks.kernels"]
+FIRST, THEN = ("statistics", "gradient", "greedy"), ("whole_loss", "drawn", "ranking")
+LOSS = [PYTHON, "-m", "benchmarks.loss"]
 CHECK = [PYTHON, "-m", "tabom_kernels.check"]
-PROFILE = ["ncu", "--set", "basic", "--kernel-name", "regex:_kernel$", "--launch-count", "40"]
+PROFILE = ["ncu", "--set", "basic", "--kernel-name", "regex:_kernel$"]
 PARTS = {
     "tests-gpu": Part([PYTHON, "-m", "pytest", "tests/kernels/test_gpu.py", "-q"], 300),
     "tests": Part([PYTHON, "-m", "pytest", "tests/kernels", "-q"], 420),
     "check": Part(CHECK, 120),
-    "kernels": Part([*KERNELS, "--rows", "64", "256", "2048"], 420),
-    "ncu": Part([*PROFILE, *KERNELS, "--rows", "64"], 240),
-    "loss": Part([PYTHON, "-m", "benchmarks.loss", "--ours", "--rows", "64", "256", "1024"], 240),
+    "kernels": Part([*KERNELS, "--ops", *FIRST, "--rows", "64", "256", "2048"], 240),
+    "ncu": Part([*PROFILE, *KERNELS, "--once", "--rows", "64"], 240),
+    "loss": Part([*LOSS, "--ours", "--rows", "64", "256", "1024"], 240),
+    "kernels-then": Part([*KERNELS, "--ops", *THEN, "--rows", "64", "256", "2048"], 240),
     "sampler": Part([PYTHON, "-m", "benchmarks.sampler"], 240),
     "sanitizer": Part(["compute-sanitizer", *CHECK], 240),
     "kernels-peers": Part([*KERNELS, "--peers", "--rows", "64", "2048"], 240),
-    "loss-peers": Part([PYTHON, "-m", "benchmarks.loss", "--rows", "64", "256"], 240),
+    "loss-peers": Part([*LOSS, "--rows", "64", "256"], 180),
 }
 """By name, the most worth knowing first; 45 minutes, if every part runs into its limit."""
 

@@ -1,9 +1,10 @@
 """Every kernel on a GPU, against its floor; with --peers also the reference, torch.compile of it and Liger-Kernel.
 
     python -m benchmarks.kernels [--peers]        (part of `make gpu`, with peers of `make gpu-peers`)
+    ncu python -m benchmarks.kernels --once       (every kernel, for a profiler)
 
-Writes benchmarks/results/kernels-<device>.json after every shape. The floor of a kernel is the bytes it must move over
-the copy bandwidth measured in the same run; benchmarks/NOTES.md derives them.
+Writes benchmarks/results/kernels-<device>.json after every op of every shape. The floor of a kernel is the bytes it
+must move over the copy bandwidth measured in the same run; benchmarks/NOTES.md derives them.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from tabom_kernels import trajectory_rank_loss as rank_loss
 
 SHAPES = [(64, 152064), (256, 152064), (2048, 152064), (4096, 126464)]
 RANK_LENGTHS = [[256] * 8, [8192]]
-SAMPLING = {"greedy": {}, "temperature": {"temperature": 0.8}, "top-p": {"temperature": 0.8, "top_p": 0.95}}
+FORMS = ("logistic", "hinge", "plackett_luce")
+DRAWN = {"temperature": {"temperature": 0.8}, "top-p": {"temperature": 0.8, "top_p": 0.95}}
 
 Batch = tuple[Tensor, Tensor]
 """Logits (N, V) and labels (N,)."""
@@ -113,18 +115,32 @@ def whole_loss(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]
     return contenders, 3 * batches[0][0].nbytes
 
 
-def sampling(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
-    """unmask_statistics: reads the logits once, filters read them again from the cache."""
+def greedy(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
+    """unmask_statistics at temperature 0: reads the logits once."""
+    return sampling(batches, peers, {"": {}})
+
+
+def drawn(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
+    """unmask_statistics above: reads the logits once, and filters read them again from the cache."""
+    return sampling(batches, peers, DRAWN)
+
+
+def sampling(batches: list[Batch], peers: bool, ways: dict[str, dict]) -> tuple[list[Contender], int]:
+    """unmask_statistics with some settings."""
     keys = torch.arange(len(batches[0][0]), device=batches[0][0].device)
     inputs = [(logits,) for logits, _ in batches]
     contenders = []
-    for name, options in SAMPLING.items():
+    for name, options in ways.items():
         call = partial(unmask_statistics, generator=keys, **options)
-        contenders.append(contender(f"ours, {name}", call, inputs))
+        suffix = name and f", {name}"
+        contenders.append(contender(f"ours{suffix}", call, inputs))
         if peers:
             naive = partial(call, backend="reference")
-            contenders.append(contender(f"reference, {name}", naive, inputs, capture=False))
+            contenders.append(contender(f"reference{suffix}", naive, inputs, capture=False))
     return contenders, batches[0][0].nbytes
+
+
+OPS = {op.__name__: op for op in (statistics, gradient, greedy, whole_loss, drawn)}
 
 
 def ranking(lengths: list[int], form: str, device: torch.device, peers: bool) -> list[Contender]:
@@ -141,24 +157,34 @@ def ranking(lengths: list[int], form: str, device: torch.device, peers: bool) ->
     return contenders
 
 
-def measure_rows(device: torch.device, rows: int, columns: int, peers: bool) -> list[dict]:
-    """Every op on logits of one shape."""
-    copies = copies_for(2 * rows * columns, device)
-    records = []
-    for op in (statistics, gradient, whole_loss, sampling):
-        batches = [
-            ((3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.randint(columns, (rows,), device=device))
-            for _ in range(copies)
-        ]
-        contenders, floor_bytes = op(batches, peers)
-        records += to_records(op.__name__, f"{rows} x {columns}", contenders, device, floor_bytes)
-    return records
+def draw_batches(device: torch.device, rows: int, columns: int, copies: int) -> list[Batch]:
+    """Copies of a problem."""
+    return [
+        ((3 * torch.randn(rows, columns, device=device)).bfloat16(), torch.randint(columns, (rows,), device=device))
+        for _ in range(copies)
+    ]
+
+
+def measure_op(op: str, device: torch.device, rows: int, columns: int, peers: bool) -> list[dict]:
+    """An op on logits of one shape."""
+    batches = draw_batches(device, rows, columns, copies_for(2 * rows * columns, device))
+    contenders, floor_bytes = OPS[op](batches, peers)
+    return to_records(op, f"{rows} x {columns}", contenders, device, floor_bytes)
+
+
+def call_once(device: torch.device, rows: int, columns: int) -> None:
+    """Every op on logits of one shape, and the pairs of every form."""
+    for op in OPS.values():
+        for contender in op(draw_batches(device, rows, columns, 1), peers=False)[0]:
+            contender.calls[0]()
+    for form in FORMS:
+        ranking(RANK_LENGTHS[0], form, device, peers=False)[0].calls[0]()
 
 
 def measure_ranking(device: torch.device, lengths: list[int], peers: bool) -> list[dict]:
     """Every form on sequences of some lengths."""
     records = []
-    for form in ("logistic", "hinge", "plackett_luce"):
+    for form in FORMS:
         size = f"{len(lengths)} x {lengths[0]} {form}"
         records += to_records("ranking", size, ranking(lengths, form, device, peers), device, None)
     return records
@@ -197,19 +223,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", action="store_true", help="the reference, torch.compile and Liger beside it")
     parser.add_argument("--rows", type=int, nargs="+", help="only shapes of so many rows")
+    parser.add_argument("--ops", nargs="+", choices=[*OPS, "ranking"], help="only these")
+    parser.add_argument("--once", action="store_true", help="call every op once, and time nothing")
     options = parser.parse_args(arguments)
     device = this_device()
     if not is_gpu(device):
         sys.exit("benchmarks.kernels: needs a CUDA GPU")
+    shapes = [shape for shape in SHAPES if options.rows is None or shape[0] in options.rows]
+    if options.once:
+        for shape in shapes:
+            call_once(device, *shape)
+        return
     limits = ceilings(device)
     found = environment(device) | {"ceilings": limits}
-    name = result_name("kernels-and-peers" if options.peers else "kernels", device)
+    ops = options.ops or [*OPS, "ranking"]
+    parts = ["kernels", *(options.ops or []), *(["and-peers"] if options.peers else [])]
+    name = result_name("-".join(parts).replace("_", "-"), device)
     records = []
-    for rows, columns in SHAPES:
-        if options.rows is None or rows in options.rows:
-            records += measure_rows(device, rows, columns, options.peers)
-            write_json(name, found | {"figures": records})
-    for lengths in RANK_LENGTHS:
+    for shape in shapes:
+        for op in ops:
+            if op in OPS:
+                records += measure_op(op, device, *shape, options.peers)
+                path = write_json(name, found | {"figures": records})
+    for lengths in RANK_LENGTHS if "ranking" in ops else []:
         records += measure_ranking(device, lengths, options.peers)
         path = write_json(name, found | {"figures": records})
     print_table(records, limits["copy_bytes_per_second"])

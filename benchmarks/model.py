@@ -67,10 +67,10 @@ class Kernel(NamedTuple):
 OPS = {
     ("statistics", "ours"): [Kernel("statistics", 1, 2)],
     ("gradient", "ours"): [Kernel("gradient", 2, 1)],
-    ("whole_loss", "ours"): [Kernel("statistics", 1, 5), Kernel("gradient", 2, 1)],
-    ("sampling", "ours, greedy"): [Kernel("unmask greedy", 1, 2)],
-    ("sampling", "ours, temperature"): [Kernel("unmask sampled", 1, 2)],
-    ("sampling", "ours, top-p"): [*[Kernel("masses top-p", 1, 2)] * 4, Kernel("unmask sampled", 1, 2)],
+    ("whole_loss", "ours"): [Kernel("statistics", 1, 4), Kernel("gradient", 2, 1)],
+    ("greedy", "ours"): [Kernel("unmask greedy", 1, 2)],
+    ("drawn", "ours, temperature"): [Kernel("unmask sampled", 1, 2)],
+    ("drawn", "ours, top-p"): [*[Kernel("masses top-p", 1, 2)] * 4, Kernel("unmask sampled", 1, 2)],
 }
 """By the op and contender of `benchmarks.kernels`. Launches that do not pass over the logits go with one that does."""
 

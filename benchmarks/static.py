@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, vector width, instructions.
 
     python -m benchmarks.static > benchmarks/results/static.md
+    python -m benchmarks.static --smallest        # compile what one row alone launches, and print nothing
 
 Every launch of `tabom_kernels.triton_backend` is recorded as its launcher makes it, on tensors that have a shape and no
 memory, and compiled for each architecture by Triton's own ptxas. The committed table shows a change in review, and a
@@ -9,9 +10,11 @@ test holds it.
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +72,7 @@ class Figures(NamedTuple):
 def launches() -> list[tuple[str, str, Launch]]:
     """(name, dtype, launch) of every kernel in the ways that it is really used."""
     found = []
-    scalar = torch.empty((), device="meta")
+    scalar, number = torch.empty((), device="meta"), torch.ones(())
     for dtype in (torch.bfloat16, torch.float32):
         logits = torch.empty(ROWS, COLUMNS, dtype=dtype, device="meta")
         rowwise = torch.empty(ROWS, device="meta")
@@ -91,17 +94,43 @@ def launches() -> list[tuple[str, str, Launch]]:
     offsets = torch.empty(9, dtype=torch.int32, device="meta")
     for form in ("logistic", "hinge", "plackett_luce"):
         recorded = record(
-            lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, scalar, scalar)
+            lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, number, number)
         )
         found += [(launch, f" {form}" if "pairs" in launch.kernel.__name__ else "", "float32") for launch in recorded]
-    rank = triton_backend.RankLoss(entropy, steps, entropy, entropy)
-    recorded = record(lambda: triton_backend.weighted_loss(entropy, steps, -100, entropy, scalar, rank, scalar, scalar))
-    found += [(launch, "", "float32") for launch in recorded]
+    terms = (entropy, entropy, steps, -100, entropy, scalar, steps, offsets, "hinge", number, number, number, scalar)
+    recorded = record(lambda: triton_backend.weighted_loss(*terms))
+    found.append((recorded[-1], "", "float32"))
     named = {}
     for launch, suffix, dtype in found:
         name = launch.kernel.__name__.removesuffix("_kernel") + suffix.rstrip()
         named.setdefault((name, dtype), (name, dtype, launch))
     return list(named.values())
+
+
+def smallest_launches() -> list[Launch]:
+    """Of one row, as sizes of 1 are constants to Triton; settings are numbers or in memory, and options left out."""
+    entropy, steps = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
+    labels, offsets = steps.long(), torch.empty(2, dtype=torch.int64, device="meta")
+    statistics = VocabularyStatistics(None, entropy, entropy, entropy)
+    calls = []
+    for dtype in POINTERS:
+        if dtype.is_floating_point:
+            logits = torch.empty(1, 7, dtype=dtype, device="meta")
+            for grads in ((entropy, None), (None, entropy)):
+                arguments = (logits, labels, -100, statistics, *grads, logits)
+                calls.append(partial(triton_backend.vocabulary_gradient, *arguments))
+            calls.append(partial(triton_backend.vocabulary_statistics, logits, None, -100))
+            calls.append(partial(triton_backend.vocabulary_statistics, logits, labels, -100))
+            calls.append(partial(triton_backend.unmask_statistics, logits, 0.0, None, None, None))
+            calls.append(partial(triton_backend.unmask_statistics, logits, 0.8, 3, 0.9, labels))
+    for number in (torch.ones(()), torch.empty((), device="meta")):
+        for form in ("logistic", "hinge", "plackett_luce"):
+            ranking = (steps, offsets, form, number, number)
+            calls.append(partial(triton_backend.trajectory_rank_loss, entropy, *ranking))
+            for weight, count in ((number, None), (None, number)):
+                arguments = (entropy, entropy, labels, -100, None, count, *ranking, weight, count)
+                calls.append(partial(triton_backend.weighted_loss, *arguments))
+    return [launch for call in calls for launch in record(call)]
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
@@ -203,4 +232,8 @@ def cell(value: str | float | None) -> str:
 
 
 if __name__ == "__main__":
-    print(table(all_figures()))
+    if sys.argv[1:] == ["--smallest"]:
+        for launch in smallest_launches():
+            triton.compile(source_of(launch), target=GPUTarget("cuda", 90, 32), options=launch.options)
+    else:
+        print(table(all_figures()))

@@ -1,8 +1,13 @@
 """The closed forms are first derivatives: what asks for more is told so, and never given zeros."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import CustomOpDef
+from torch.nn import Parameter
 
 MESSAGE = "first derivatives only; backend='reference' has all of them"
 
@@ -30,3 +35,29 @@ def refuse_forward_mode(backend: str, *arguments: object) -> None:
             continue
         if forward_ad.unpack_dual(tensor).tangent is not None or torch._C._functorch.is_gradtrackingtensor(tensor):
             raise NotImplementedError(f"forward mode and torch.func: {MESSAGE}")
+
+
+def differentiable(op: CustomOpDef, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
+    """Registers the derivative of `op`, and returns what calls it, which is the op only for what traces or compiles.
+
+    In eager mode the dispatcher's Python and the schema of a custom op take longer than to launch all of its kernels.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = op._init_fn(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(op._name, (torch.autograd.Function,), methods)
+
+    def call(first: Tensor, *arguments: Any) -> Any:
+        return function.apply(first, *arguments) if is_eager(first) else op(first, *arguments)
+
+    return call
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether an op on `tensor` computes at once: it has memory, and is nothing that traces, compiles or counts."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, Parameter) and not tensor.is_meta

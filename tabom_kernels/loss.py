@@ -16,8 +16,8 @@ from tabom_kernels.arguments import (
     check_token_weights,
 )
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
-from tabom_kernels.ranking import Form, as_scalar
+from tabom_kernels.derivatives import differentiable, refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.ranking import Form, as_setting
 from tabom_kernels.vocabulary import logits_gradient
 
 
@@ -82,14 +82,13 @@ def tabom_loss(
     counts = (token_weights, num_tokens, num_sequences)
     if backend == "reference":
         return reference_loss(logits, *batch, rank_weight, form, margin, temperature, *counts, ignore_index)
-    like = logits.new_empty(0, dtype=reference.working_dtype(logits.dtype))
-    temperature, margin = (as_scalar(x, like) for x in (temperature, margin))
-    rank_weight, num_tokens, num_sequences = (
-        None if x is None else as_scalar(x, like)
-        for x in (None if rank_weight == 0 else rank_weight, num_tokens, num_sequences)
+    dtype = reference.working_dtype(logits.dtype)
+    temperature, margin, rank_weight, num_tokens, num_sequences = (
+        None if x is None else as_setting(x, dtype, logits.device)
+        for x in (temperature, margin, rank_weight or None, num_tokens, num_sequences)
     )
     settings = (rank_weight, form, margin, token_weights, num_tokens, num_sequences, ignore_index)
-    return TabomLoss(*loss_op(logits, temperature, *batch, *settings, inplace_backward, backend)[:3])
+    return TabomLoss(*whole_loss(logits, temperature, *batch, *settings, inplace_backward, backend)[:3])
 
 
 @torch.library.custom_op("tabom_kernels::tabom_loss", mutates_args=())
@@ -114,12 +113,10 @@ def loss_op(
         check_overlap(logits)
     forms = closed_forms(backend)
     statistics = forms.vocabulary_statistics(logits, labels, ignore_index)
-    rank = None
-    if rank_weight is not None:
-        rank = forms.trajectory_rank_loss(statistics.entropy, steps, cu_seqlens, form, margin, temperature)
-    counts = (token_weights, num_tokens, rank, rank_weight, num_sequences)
-    whole = forms.weighted_loss(statistics.cross_entropy, labels, ignore_index, *counts)
-    grad_entropy = logits.new_empty(0, dtype=whole.loss.dtype) if rank is None else whole.grad_entropy
+    counts = (token_weights, num_tokens)
+    ranking = (steps, cu_seqlens, form, margin, temperature, rank_weight, num_sequences)
+    whole = forms.weighted_loss(*statistics[:2], labels, ignore_index, *counts, *ranking)
+    grad_entropy = logits.new_empty(0, dtype=whole.loss.dtype) if rank_weight is None else whole.grad_entropy
     return *whole[:3], *statistics[1:], whole.grad_ce, grad_entropy, whole.grad_temperature
 
 
@@ -154,7 +151,7 @@ def loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     return by_logits, by_temperature, *[None] * 12
 
 
-loss_op.register_autograd(loss_backward, setup_context=save_for_gradient)
+whole_loss = differentiable(loss_op, save_for_gradient, loss_backward)
 
 
 def reference_loss(

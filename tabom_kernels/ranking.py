@@ -8,7 +8,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.arguments import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.derivatives import differentiable, refuse_forward_mode, refuse_second_derivatives
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
@@ -51,7 +51,7 @@ def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     return by_entropy, by_temperature, None, None, None, None, None
 
 
-rank_loss_op.register_autograd(scale_gradients, setup_context=save_gradients)
+rank_loss = differentiable(rank_loss_op, save_gradients, scale_gradients)
 
 
 @torch.library.custom_op("tabom_kernels::count_ordered_pairs", mutates_args=())
@@ -107,19 +107,26 @@ def trajectory_rank_loss(
     entropy = entropy.to(reference.working_dtype(entropy.dtype))
     if backend == "reference":
         return reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-    temperature, margin = (as_scalar(x, entropy) for x in (temperature, margin))
-    return rank_loss_op(entropy, temperature, margin, steps, cu_seqlens, form, backend)[0]
+    temperature, margin = (as_setting(x, entropy.dtype, entropy.device) for x in (temperature, margin))
+    return rank_loss(entropy, temperature, margin, steps, cu_seqlens, form, backend)[0]
 
 
-def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """() of the dtype and device of `like`; a number gets there without a copy that waits for the host.
+def as_setting(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """() of a setting for an op: of a number on the CPU, from where it goes to a kernel as an argument of the launch.
 
     To an op, a setting is a tensor: for each new number torch.compile would compile anew, and for torch.full too.
     """
     if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype)
+        return value.to(device, dtype)
     if torch.compiler.is_compiling():
-        return like.new_zeros(()) + value
+        return torch.zeros((), dtype=dtype, device=device) + value
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """() of the dtype and device of `like`; a number gets there without a copy that waits for the host."""
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return as_setting(value, like.dtype, like.device)
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 

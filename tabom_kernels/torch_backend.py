@@ -189,23 +189,29 @@ class WeightedLoss(NamedTuple):
 
 def weighted_loss(
     cross_entropy: Tensor,
+    entropy: Tensor,
     labels: Tensor,
     ignore_index: int,
     token_weights: Tensor | None,
     num_tokens: Tensor | None,
-    rank: RankLoss | None,
+    steps: Tensor,
+    cu_seqlens: Tensor,
+    form: str,
+    margin: Tensor,
+    temperature: Tensor,
     rank_weight: Tensor | None,
     num_sequences: Tensor | None,
 ) -> WeightedLoss:
-    """Both means and their sum. A denominator of None is counted; one of 0 counts as 1."""
+    """Both means and their sum, CE alone without a `rank_weight`. A denominator of None is counted, 0 counts as 1."""
     is_used = labels != ignore_index
     weights = cross_entropy.new_ones(()) if token_weights is None else token_weights.to(cross_entropy.dtype)
     weights = weights.expand_as(cross_entropy).masked_fill(~is_used, 0.0)
     tokens = not_zero(is_used.sum() if num_tokens is None else num_tokens).to(cross_entropy.dtype)
     mean = (cross_entropy * weights).sum() / tokens
     grad_ce = weights / tokens
-    if rank is None:
+    if rank_weight is None:
         return WeightedLoss(mean.clone(), mean, torch.zeros_like(mean), grad_ce, None, torch.zeros_like(mean))
+    rank = trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
     sequences = not_zero((rank.pairs > 0).sum() if num_sequences is None else num_sequences).to(mean.dtype)
     rank_mean, factor = rank.loss.sum() / sequences, rank_weight / sequences
     grads = (grad_ce, rank.grad_entropy * factor, rank.grad_temperature.sum() * factor)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.arguments import check_labels, check_logits, check_overlap
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.derivatives import differentiable, is_eager, refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.torch_backend import VocabularyStatistics
 
 
@@ -99,13 +99,17 @@ def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor |
 
 def logits_gradient(inplace: bool, logits: Tensor, *arguments: Any) -> Tensor:
     """(N, V) dL/dlogits, over the logits or beside them."""
-    if inplace:
+    if not inplace:
+        return (gradient_op._init_fn if is_eager(logits) else gradient_op)(logits, *arguments)
+    if is_eager(logits):
+        inplace_gradient_op._init_fn(logits, *arguments)
+        torch.autograd.graph.increment_version(logits)
+    else:
         inplace_gradient_op(logits, *arguments)
-        return logits
-    return gradient_op(logits, *arguments)
+    return logits
 
 
-statistics_op.register_autograd(statistics_backward, setup_context=save_statistics)
+statistics = differentiable(statistics_op, save_statistics, statistics_backward)
 
 
 def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -127,7 +131,7 @@ def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor
     refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.softmax_entropy(logits)
-    return statistics_op(logits, None, 0, False, backend)[1]
+    return statistics(logits, None, 0, False, backend)[1]
 
 
 def cross_entropy_with_entropy(
@@ -161,4 +165,4 @@ def cross_entropy_with_entropy(
     refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.cross_entropy_with_entropy(logits, labels, ignore_index)
-    return statistics_op(logits, labels, ignore_index, inplace_backward, backend)[:2]
+    return statistics(logits, labels, ignore_index, inplace_backward, backend)[:2]

@@ -2,11 +2,14 @@
 
 import os
 import random
+import shutil
+import tempfile
 
 import pytest
 import torch
 from hypothesis import settings
 
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tabom-")  # before `datasets` is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
@@ -18,6 +21,10 @@ from tabom.models.diffusion_model import DiffusionModel, describe
 torch.set_num_threads(1)
 settings.register_profile("tabom", deadline=None)  # the first example may compile a kernel
 settings.load_profile("tabom")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -32,14 +32,31 @@ INSTRUCTIONS_A_LOGIT = {
 
 
 @pytest.fixture(scope="module", params=["pinned", "newest"])
-def static_table(request) -> str:
+def compile_kernels(request):
+    """Runs benchmarks.static with a version of Triton, and returns what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if request.param == "newest":
         if not NEWEST_TRITON.exists():
             pytest.skip(f"no other Triton in {NEWEST_TRITON}: make triton-newest")
         environment["PYTHONPATH"] = os.pathsep.join([str(NEWEST_TRITON), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "benchmarks.static"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    def run(*arguments):
+        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def static_table(compile_kernels) -> str:
+    return compile_kernels()
+
+
+def test_the_smallest_batch_compiles(compile_kernels):
+    """A size of 1 is a constant to the compiler, where the interpreter has a number."""
+    compile_kernels("--smallest")
 
 
 def test_the_committed_static_figures_are_those_of_the_code(static_table):
@@ -69,9 +86,25 @@ def test_the_hot_path_compiles_as_it_must(static_table):
                 assert float(row["per element"]) <= INSTRUCTIONS_A_LOGIT[row["kernel"]], row
 
 
+def test_the_time_of_the_host_needs_no_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host", "--rounds", "1"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"^.+: \d+ µs \(\d+ to \d+\)$", out, re.MULTILINE)) == 5
+
+
 def test_every_kernel_benchmark_runs(capsys):
-    records = kernels.measure_rows(CPU, 32, 50, peers=True) + kernels.measure_ranking(CPU, [4, 4], peers=True)
-    assert {record["op"] for record in records} == {"statistics", "gradient", "whole_loss", "sampling", "ranking"}
+    records = kernels.measure_ranking(CPU, [4, 4], peers=True)
+    for op in kernels.OPS:
+        records += kernels.measure_op(op, CPU, 32, 50, peers=True)
+    assert {record["op"] for record in records} == {
+        "statistics",
+        "gradient",
+        "greedy",
+        "whole_loss",
+        "drawn",
+        "ranking",
+    }
     assert all(record["seconds"]["low"] <= record["seconds"]["median"] for record in records)
     kernels.print_table(records, 1e9)
     assert "of copy bandwidth" in capsys.readouterr().out

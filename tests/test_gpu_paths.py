@@ -87,10 +87,28 @@ def test_kernels(gpu, monkeypatch, capsys):
     figures = {(f["op"], f["contender"], f["mode"]): f["seconds"]["median"] for f in result["figures"]}
     assert figures["statistics", "ours", "eager"] == 5e-4
     assert figures["statistics", "ours", "graph"] == pytest.approx(1e-3 / 20)  # 1 ms more than the empty graph before
+    kernels.main(["--rows", "32", "--ops", "whole_loss", "ranking"])
+    assert {f["op"] for f in read(gpu, "kernels-whole-loss-ranking")["figures"]} == {"whole_loss", "ranking"}
     kernels.main(["--rows", "32", "--peers"])
     peers = read(gpu, "kernels-and-peers")["figures"]
     assert "64 x 40" not in {figure["size"] for figure in peers}
     assert {("reference", "eager")} == {(f["contender"], f["mode"]) for f in peers if f["contender"] == "reference"}
+
+
+def test_a_profiler_gets_every_op_once(gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "SHAPES", [(32, 50)])
+    monkeypatch.setattr(kernels, "RANK_LENGTHS", [[4, 4]])
+    called = []
+    contender = kernels.contender
+
+    def named(name, call, inputs, capture=True):
+        return contender(name, lambda *batch: called.append(name), inputs, capture)
+
+    monkeypatch.setattr(kernels, "contender", named)
+    kernels.main(["--once"])
+    once = ["ours", "entropy alone", "ours", "ours", "ours", "ours, temperature", "ours, top-p"]
+    assert called == [*once, *["ours"] * len(kernels.FORMS)]
+    assert not list(gpu.glob("*.json"))
 
 
 def test_what_was_measured_before_a_crash_is_kept(gpu, monkeypatch):

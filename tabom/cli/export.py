@@ -29,7 +29,8 @@ def run(argv: Sequence[str]) -> None:
     import datasets
 
     records = [record for source in arguments.data for record in valid(source)]
-    table = datasets.Dataset.from_list(records)
+    names = {name: None for record in records for name in record}  # from_list takes the first record's for all
+    table = datasets.Dataset.from_list([names | record for record in records])
     if arguments.output is not None:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         writers = {"parquet": table.to_parquet, "jsonl": table.to_json, "csv": table.to_csv}

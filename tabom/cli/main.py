@@ -1,5 +1,6 @@
 """Finds the command that is asked for and runs it; a command's module is imported only then."""
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -88,4 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
         return 130
+    if "LOCAL_RANK" in os.environ:
+        atexit.register(leave_process_group)
     return 0
+
+
+def leave_process_group() -> None:
+    """Ends torch.distributed while Python still runs; left to the interpreter's end, gloo's threads can abort it."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -6,12 +6,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_model
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
-from tabom.data.trajectories import Trajectory, read_trajectories
+from tabom.data.tokenized import tokenize
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.policies import check_at_least
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
 class DataArguments:
     """What is learnt from, and whether by an adapter."""
 
-    data: str | None = field(default=None, metadata={"help": "JSONL file of trajectories."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Trajectories: JSONL, JSON, Parquet or CSV file, folder of `datasets`, or hub name."},
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Trajectories whose loss is evaluated; see --eval_strategy."}
     )
+    split: str | None = field(default=None, metadata={"help": "Split of a folder or hub name. Default: train."})
+    eval_split: str | None = field(default=None, metadata={"help": "The same, of eval_data."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub name, such as `main`."})
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better one; needs --load_best_model_at_end."},
@@ -83,8 +90,9 @@ def run(argv: Sequence[str]) -> None:
     trainer = TabomTrainer(
         model=family.model,
         args=config,
-        train_dataset=read_data(arguments.data, arguments, family),
-        eval_dataset=read_data(arguments.eval_data, arguments, family) if arguments.eval_data else None,
+        train_dataset=read_data(arguments.data, arguments.split, arguments, family, config),
+        eval_dataset=arguments.eval_data
+        and read_data(arguments.eval_data, arguments.eval_split, arguments, family, config),
         eval_prompts=read_eval_prompts(config),
         eval_sampler=parse_sampler(config.eval_sampler, SamplerConfig()) if config.eval_sampler else None,
         callbacks=callbacks,
@@ -128,17 +136,23 @@ def read_eval_prompts(config: TabomConfig) -> PromptSet | None:
     return prompts.first(config.eval_num_prompts) if config.eval_num_prompts else prompts
 
 
-def read_data(path: str, arguments: DataArguments, family: DiffusionModel) -> list[Trajectory]:
-    """The trajectories of a file; says how many, and how many were left out."""
-    trajectories, invalid = read_trajectories(
-        path,
-        family.tokenizer,
-        family.model.config.vocab_size,
-        method=arguments.method,
-        skip_invalid=arguments.skip_invalid,
-    )
-    print(f"{path}: {len(trajectories)} trajectories, {invalid} invalid lines left out")
-    return trajectories
+def read_data(
+    source: str, split: str | None, arguments: DataArguments, family: DiffusionModel, config: TabomConfig
+) -> Dataset:
+    """The trajectories of a source, tokenized; says how many, and how many were left out."""
+    with config.main_process_first(desc="tokenizing"):  # the others find them in the cache
+        table, invalid = tokenize(
+            source,
+            family.tokenizer,
+            family.model.config.vocab_size,
+            split=split,
+            config_name=arguments.config_name,
+            method=arguments.method,
+            skip_invalid=arguments.skip_invalid,
+            **config.tokenizing_settings(family.pad_token_id),
+        )
+    print(f"{source}: {len(table)} trajectories, {invalid} invalid lines left out")
+    return table
 
 
 def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 from tabom.data.encoding import Prompt, as_messages
 from tabom.data.sources import read_records
-from tabom.data.trajectories import PROMPT_FIELDS, RecordError, conversation, parse_prompt, text, texts
+from tabom.data.trajectories import (
+    PROMPT_FIELDS,
+    RecordError,
+    conversation,
+    is_finite_number,
+    number_text,
+    parse_prompt,
+    text,
+    texts,
+)
 from tabom.data.verifiers import Answer, Check, Verdict, as_verifier, make_verifier, settings_of, verifier_for
 
 TEST_FIELDS = ("tests", "test_list", "test", "input_output")
@@ -114,6 +123,8 @@ class PromptReader:
             prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(texts(record, "test_list")))
         elif "problem" in record and not any(name in record for name in PROMPT_FIELDS):
             prompt = parse_prompt({"prompt": record["problem"]})
+        elif record.get("starter_code") and isinstance(record.get("question"), str):  # APPS
+            prompt = f"{record['question']}\n\n{text(record, 'starter_code')}"
         else:
             prompt = parse_prompt(record)
         if tests is not None:
@@ -156,15 +167,15 @@ def is_tests(answer: Answer) -> bool:
 
 
 def as_text(answer: Answer) -> str | None:
-    """Numbers as text; Parquet and CSV keep them as numbers, and whole ones beside missing ones as floats."""
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
+    """Whatever an answer is, as text."""
+    if is_finite_number(answer):
+        return number_text(answer)
     return None if answer is None else str(answer)
 
 
 def closing_solution(record: dict[str, Any]) -> str | None:
     """The closing message of the assistant, if it is a solution with a marked final answer."""
-    closing = conversation(record)[-1] if "messages" in record else None
+    closing = conversation(record, "messages")[-1] if "messages" in record else None
     if closing is None or closing["role"] != "assistant":
         return None
     return closing["content"] if verifier_for([closing["content"]]) == "math" else None

@@ -1,40 +1,136 @@
-"""Records from anywhere: JSON lines; and through `datasets` JSON, Parquet, CSV, saved data sets and the hub."""
+"""Records from anywhere: JSON lines; through `datasets` JSON, Parquet, CSV, saved data sets and the hub; and lists."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MAX_LINE = 2**24
 """Bytes of a line of JSON."""
 
+BATCH = 100
+"""Records of a table that are held at once."""
+
 READERS = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """How `datasets` calls the format of a file."""
 
+Placed = tuple[str, dict[str, Any] | ValueError]
+"""Where a record stands ("line 3") and the record, or what is wrong with it."""
 
-def read_records(
-    source: str | Path, split: str | None = None, config_name: str | None = None, default_split: str = "test"
-) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Pairs of a place ("line 3") and a record, or the error that this line gives.
 
-    A field that Arrow fills with None because other records have it is left out.
+class JsonLines:
+    """The records of a JSONL file by index, blank lines left out. Holds where the lines are, not what they say."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = ((number, start, len(line)) for number, start, line in read_lines(path))
+        self.lines = np.fromiter(chain.from_iterable(lines), dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Placed]:
+        """The records of these indices."""
+        with open(self.path, "rb") as file:
+            for number, start, size in self.lines[indices].tolist():
+                file.seek(start)
+                record = parse_json_object(file.read(size))
+                yield f"line {number}", record if isinstance(record, ValueError) else present(record)
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one when the file has changed."""
+        status = self.path.stat()
+        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+class Table:
+    """The records of a `datasets.Dataset` by index. A field that Arrow fills with None is not there."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table.with_format(None)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Placed]:
+        """The records of these indices."""
+        columns = self.table[indices]
+        for index, values in zip(indices, zip(*columns.values(), strict=True), strict=True):
+            yield f"record {index + 1}", present(dict(zip(columns, values, strict=True)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one when the data set is another."""
+        return self.table._fingerprint
+
+
+class Listed:
+    """Records that are in memory."""
+
+    fingerprint = None
+    """Nothing to know them by in another process."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """The records of these indices."""
+        for index in indices:
+            record = self.records[index]
+            yield f"record {index + 1}", present(record) if isinstance(record, dict) else record
+
+
+Records = JsonLines | Table | Listed
+
+
+def open_records(
+    source: Any, split: str | None = None, config_name: str | None = None, default_split: str = "test"
+) -> Records:
+    """The records of a source, by index.
 
     Args:
-        source: a file (.jsonl, .json, .parquet, .csv, .tsv), a folder that `datasets` saved or can load, or a hub name.
+        source: a file (.jsonl, .json, .parquet, .csv, .tsv), a folder that `datasets` saved or can load, a hub name,
+            a `datasets.Dataset`, or a sequence.
         split: of a folder or a hub name; default: `default_split`, else the only one there is.
         config_name: of a hub name.
 
     Raises:
-        ValueError: no such split.
-        ModuleNotFoundError: a source that needs `datasets`, and it is not installed.
+        ValueError: no such split, or several and none is chosen.
+        TypeError: none of these.
     """
-    path = Path(source)
-    if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in READERS):
-        for number, record in read_json_lines(path):
-            yield f"line {number}", record if isinstance(record, ValueError) else present(record)
-        return
-    for number, record in enumerate(load_table(path, str(source), split, config_name, default_split), start=1):
-        yield f"record {number}", present(record)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in READERS):
+            return JsonLines(path)
+        return Table(load_table(path, str(source), split, config_name, default_split))
+
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        return Table(source)
+    if isinstance(source, datasets.DatasetDict):
+        raise ValueError(
+            f"a DatasetDict of {', '.join(source)}: pass one of them, such as data[{next(iter(source))!r}]"
+        )
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or isinstance(source, dict):
+        raise TypeError(f"{type(source).__name__}: expected a datasets.Dataset, or a list of records or trajectories")
+    return Listed(source)
+
+
+def read_records(
+    source: str | Path, split: str | None = None, config_name: str | None = None, default_split: str = "test"
+) -> Iterator[Placed]:
+    """The records of a source one after the other; the arguments are those of `open_records`."""
+    records = open_records(source, split, config_name, default_split)
+    for start in range(0, len(records), BATCH):
+        yield from records.read(range(start, min(start + BATCH, len(records))))
 
 
 def load_table(path: Path, name: str, split: str | None, config_name: str | None, default_split: str) -> Any:
@@ -64,22 +160,30 @@ def present(record: dict[str, Any]) -> dict[str, Any]:
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out.
 
-    Whatever the bytes are, nothing else is raised, and no more than one line of at most `MAX_LINE` bytes is held.
+    Whatever the bytes are, nothing else is raised.
+    """
+    return ((number, parse_json_object(line)) for number, _, line in read_lines(path))
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """Lines that are not blank: their number (from 1), the byte where they start, and no more of them than needed.
+
+    Of a line that is too long only the first `MAX_LINE` + 1 bytes are held.
     """
     with open(path, "rb") as lines:
-        number = 0
+        number, start = 1, 0
         while line := lines.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(MAX_LINE)
-                yield number, ValueError(f"longer than {MAX_LINE} bytes")
-            elif line.strip():
-                yield number, parse_json_object(line)
+            if len(line) > MAX_LINE or line.strip():
+                yield number, start, line
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):  # passes over the rest
+                line = lines.readline(MAX_LINE + 1)
+            number, start = number + 1, lines.tell()
 
 
 def parse_json_object(line: bytes) -> dict[str, Any] | ValueError:
     """The object in a line, or what is wrong with it."""
+    if len(line) > MAX_LINE:
+        return ValueError(f"longer than {MAX_LINE} bytes")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ STEPS_BELOW = 2**31
 """Steps are int32 in the kernels."""
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
-RESPONSE_FIELDS = ("response", "output", "gen_text", "answer")
+RESPONSE_FIELDS = ("response", "completion", "output", "gen_text", "answer")
 
 
 class RecordError(ValueError):
@@ -55,13 +55,13 @@ class Trajectory:
         return record
 
 
-def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Trajectory:
+def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> Trajectory:
     """Reads a record in any of the published spellings (see PROMPT_FIELDS and RESPONSE_FIELDS).
 
     Without `response_token_ids` the response is tokenized; without `decoding_order` it decodes left to right.
 
     Args:
-        vocab_size: token ids must be below it.
+        vocab_size: token ids must be below it; None: any will do.
 
     Raises:
         RecordError: a field is missing, of the wrong type or length, or out of range.
@@ -103,8 +103,8 @@ def parse_prompt(record: dict[str, Any]) -> Prompt:
     """The prompt under any of its names; a closing assistant message is the response, not the prompt."""
     field = first_present(record, PROMPT_FIELDS)
     if field != "messages":
-        return text(record, field)
-    messages = conversation(record)
+        return conversation(record, field) if isinstance(record[field], list) else text(record, field)
+    messages = conversation(record, field)
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not prompt:
         raise RecordError(field, "has an answer, but nothing before it")
@@ -112,27 +112,40 @@ def parse_prompt(record: dict[str, Any]) -> Prompt:
 
 
 def parse_response(record: dict[str, Any]) -> str:
-    """The response under any of its names, or the closing assistant message."""
+    """The response under any of its names, or the closing assistant message. Numbers are taken as text."""
     if "messages" in record and not any(field in record for field in RESPONSE_FIELDS):
-        messages = conversation(record)
+        messages = conversation(record, "messages")
         if messages[-1]["role"] == "assistant":
             return messages[-1]["content"]
-    return text(record, first_present(record, RESPONSE_FIELDS))
+    field = first_present(record, RESPONSE_FIELDS)
+    if is_finite_number(record[field]):
+        return number_text(record[field])
+    if not isinstance(record[field], list):
+        return text(record, field)
+    messages = conversation(record, field)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RecordError(field, f"expected one message of the assistant, got {messages!r:.60}")
+    return messages[0]["content"]
 
 
-def conversation(record: dict[str, Any]) -> list[dict[str, str]]:
-    """The `messages` field."""
-    messages = record["messages"]
+def number_text(number: float) -> str:
+    """A number as people write it; Parquet and CSV keep whole ones beside missing ones as floats."""
+    return str(int(number) if isinstance(number, float) and number.is_integer() else number)
+
+
+def conversation(record: dict[str, Any], field: str) -> list[dict[str, str]]:
+    """A field that must be a conversation. What Arrow fills with None in a message is not there."""
+    messages = record[field]
     is_conversation = isinstance(messages, list) and all(
         isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
         for message in messages
     )
     if not is_conversation or not messages:
-        raise RecordError("messages", 'expected a list of {"role": ..., "content": ...} messages')
+        raise RecordError(field, 'expected a list of {"role": ..., "content": ...} messages')
     for message in messages:
-        check_unicode("messages", message["content"])
-        check_unicode("messages", message["role"])
-    return messages
+        check_unicode(field, message["content"])
+        check_unicode(field, message["role"])
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:
@@ -194,7 +207,7 @@ def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
         raise RecordError(field, f"expected a list of finite numbers, got {values!r:.60}")
     if len(values) != count:
         raise RecordError(field, f"has {len(values)} numbers for {count} response tokens; one a token expected")
-    return values
+    return [float(value) for value in values]
 
 
 def is_finite_number(value: Any) -> bool:
@@ -205,16 +218,18 @@ def is_finite_number(value: Any) -> bool:
 
 
 def read_trajectories(
-    path: str | Path,
+    source: Any,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     *,
     method: Sequence[str] | None = None,
     skip_invalid: bool = False,
 ) -> tuple[list[Trajectory], int]:
-    """Reads trajectories from a JSONL, JSON, Parquet or CSV file, a folder of `datasets` or the hub.
+    """Reads trajectories into memory; `TabomTrainer` and `tokenize` take the same sources without doing so.
 
     Args:
+        source: a JSONL, JSON, Parquet or CSV file, a folder of `datasets`, a hub name, a `datasets.Dataset`, or a list
+            of dicts.
         vocab_size: the model's; token ids must be below it.
         method: keep only the records whose `method` field is one of these; None, or "all" among them: every record.
         skip_invalid: count and leave out the lines that do not parse, instead of raising.
@@ -228,25 +243,41 @@ def read_trajectories(
     trajectories: list[Trajectory] = []
     invalid = 0
     others: Counter[str] = Counter()
-    for place, record in read_records(path, default_split="train"):
+    for place, record in read_records(source, default_split="train"):
         try:
             if isinstance(record, ValueError):
                 raise record
-            if method is None or "all" in method or record.get("method") in method:
+            if is_of(method, record):
                 trajectories.append(parse_trajectory(record, tokenizer, vocab_size))
             else:
                 others[str(record.get("method"))] += 1
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{path}, {place}: {error} (--skip-invalid leaves such lines out)") from error
+                raise misplaced(source, place, error) from error
             invalid += 1
     if not trajectories:
-        found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
-        chosen = (
-            "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
-        )
-        raise ValueError(f"{path}: no valid trajectory{chosen} ({invalid} invalid lines)")
+        raise none_left(source, method, others, invalid)
     return trajectories, invalid
+
+
+def is_of(method: Sequence[str] | None, record: dict[str, Any]) -> bool:
+    """Whether a record is of one of these methods; None, or "all" among them: every one is."""
+    return method is None or "all" in method or record.get("method") in method
+
+
+def misplaced(source: Any, place: str, error: ValueError) -> ValueError:
+    """What is wrong with a record, and where it stands."""
+    if isinstance(source, str | Path):
+        return ValueError(f"{source}, {place}: {error} (--skip-invalid leaves such lines out)")
+    return ValueError(f"{place}: {error}")
+
+
+def none_left(source: Any, method: Sequence[str] | None, others: Counter[str], invalid: int) -> ValueError:
+    """No record is left: which there were."""
+    name = source if isinstance(source, str | Path) else "data"
+    found = ", ".join(f"{count} {name}" for name, count in others.items()) or "none"
+    chosen = "" if not others else f" with method {' or '.join(method)}, but {found} (--method all keeps every record)"
+    return ValueError(f"{name}: no valid trajectory{chosen} ({invalid} invalid lines)")
 
 
 def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None = None) -> Trajectory:

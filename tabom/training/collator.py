@@ -1,18 +1,19 @@
 """From trajectories to the batches that the model's forward takes."""
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from tabom.data.encoding import encode_prompt
-from tabom.data.trajectories import Trajectory, fit_response
+from tabom.data.tokenized import TokenizedTrajectory, tokenize
 from tabom.training.objectives import ObjectiveSettings, Target, make_target
 from tabom.training.windows import example_rng
 from tabom_kernels import count_ordered_pairs
@@ -28,50 +29,45 @@ FILLER = -1
 
 
 class TrajectoryDataset(Dataset):
-    """Examples by (epoch, index).
+    """Examples by (epoch, index), from a table that is mapped from a file.
 
     The epoch is part of the key, not a state of the dataset, so a worker that was started in another epoch, another
     rank or a resumed run draws the same cut.
 
     Args:
-        max_prompt_length: tokens; see `tabom.data.encoding.encode_prompt` for what is cut.
-        max_response_length: tokens; the end is cut.
-        pad_token_id: fills responses up to `max_response_length`; None: they stay as long as they are.
+        source: see `tabom.data.tokenized.tokenize`, which takes the options as well.
     """
 
     def __init__(
         self,
-        trajectories: Sequence[Trajectory],
+        source: Any,
         tokenizer: PreTrainedTokenizerBase,
         settings: ObjectiveSettings,
         seed: int,
-        max_prompt_length: int | None = None,
-        max_response_length: int | None = None,
-        pad_token_id: int | None = None,
+        **options: Any,
     ) -> None:
-        self.trajectories = trajectories
-        if max_response_length is not None:
-            self.trajectories = [fit_response(each, max_response_length, pad_token_id) for each in trajectories]
-        self.prompts = [encode_prompt(tokenizer, trajectory.prompt, max_prompt_length) for trajectory in trajectories]
+        self.table, _ = tokenize(source, tokenizer, **options)
+        self.rows = self.table.select_columns([each.name for each in fields(TokenizedTrajectory)])
         self.settings = settings
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.trajectories)
+        return len(self.table)
 
     def __getitem__(self, key: tuple[int, int]) -> Example | None:
         epoch, index = key
         if index == FILLER:
             return None
-        trajectory = self.trajectories[index]
+        trajectory = TokenizedTrajectory(**self.rows[index])
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
-        return self.prompts[index], trajectory.response_token_ids, target
+        return trajectory.prompt_token_ids, trajectory.response_token_ids, target
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its response."""
-        pairs = zip(self.prompts, self.trajectories, strict=True)
-        return max((len(prompt) + len(trajectory.response_token_ids) for prompt, trajectory in pairs), default=0)
+        tables = self.table.select_columns(["prompt_token_ids", "response_token_ids"]).with_format("arrow")
+        lengths = (pc.add(*map(pc.list_value_length, table.columns)) for table in tables.iter(batch_size=1000))
+        return max((pc.max(each).as_py() for each in lengths), default=0)
 
     def asks_anything(self) -> bool:
         """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""
@@ -81,10 +77,12 @@ class TrajectoryDataset(Dataset):
     @cached_property
     def digest(self) -> str:
         """Of all that the examples are made from, and their order."""
-        digest = hashlib.sha256()
-        for prompt, trajectory in zip(self.prompts, self.trajectories, strict=True):
-            digest.update(json.dumps([prompt, trajectory.to_record()]).encode())
+        digest = hashlib.sha256(b"".join(self.table["digest"]))
         return f"{len(self)} trajectories, sha256 {digest.hexdigest()[:16]}"
+
+    def count_origins(self) -> Counter[tuple[str | None, str | None]]:
+        """How many trajectories there are of each data source and method."""
+        return Counter(zip(self.table["data_source"], self.table["method"], strict=True))
 
 
 class EpochSampler(Sampler):

@@ -80,6 +80,9 @@ class TabomConfig(TrainingArguments):
         default=False,
         metadata={"help": "Fill responses up to max_response_length with padding to be learnt, decoded last."},
     )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the data. Default: one."}
+    )
     loss_backend: Literal["triton", "torch", "reference"] | None = field(
         default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
     )
@@ -138,6 +141,15 @@ class TabomConfig(TrainingArguments):
         """The part that makes examples from trajectories."""
         return ObjectiveSettings(**{each.name: getattr(self, each.name) for each in fields(ObjectiveSettings)})
 
+    def tokenizing_settings(self, pad_token_id: int) -> dict[str, Any]:
+        """The part that `tabom.data.tokenized.tokenize` takes, with what the model's family pads with."""
+        return {
+            "max_prompt_length": self.max_prompt_length,
+            "max_response_length": self.max_response_length,
+            "pad_token_id": pad_token_id if self.pad_response else None,
+            "num_proc": self.dataset_num_proc,
+        }
+
     @property
     def loss_settings(self) -> dict[str, Any]:
         """The part that `tabom.training.forward.add_loss_to_forward` takes."""
@@ -153,7 +165,8 @@ class TabomConfig(TrainingArguments):
     def run_settings(self, processes: int) -> dict[str, Any]:
         """What an interrupted run must not change: all that decides the weights, but its length."""
         own = {each.name for each in fields(TabomConfig)} - {each.name for each in fields(TrainingArguments)}
-        settings = {name: getattr(self, name) for name in sorted(own - {"loss_backend", "fused_linear"})}
+        own -= {"loss_backend", "fused_linear", "dataset_num_proc"}
+        settings = {name: getattr(self, name) for name in sorted(own)}
         for name in SAME_IN_A_RUN:
             settings[name] = getattr(self, name)
         together = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes

@@ -5,10 +5,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from tabom.data.tokenized import TokenizedTrajectory
 from tabom.data.trajectories import Trajectory
 from tabom.training.windows import WindowSize, WindowUnit, draw_cut, last_cut, one_by_one, window_at
 
 Objective = Literal["tabom", "window", "nelbo", "nelbo_exact", "fixed_ratio"]
+
+Replayable = Trajectory | TokenizedTrajectory
 
 MINIMUM_MASK_PROBABILITY = 1e-3
 """Keeps NELBO's weight 1/t finite (LLaDA, arXiv 2502.09992, uses the same floor)."""
@@ -43,7 +46,7 @@ class Target(NamedTuple):
     num_tokens: int
 
 
-def make_target(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
+def make_target(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
     """Draws the target of one trajectory: of what the model sees, the objective decides.
 
     `tabom` and `window` replay the decoding at a random cut (`replayed`); `nelbo`, `nelbo_exact` and `fixed_ratio`
@@ -54,7 +57,7 @@ def make_target(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.ran
     return randomly_masked(trajectory, settings, rng)
 
 
-def replayed(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
+def replayed(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
     """A moment of the decoding: the windows of `windows.py` at a random cut, supervised tokens weighted alike.
 
     With M = "all" the cut is any step and every later token is supervised, each weighted n/k where k of the n decoded
@@ -87,7 +90,7 @@ def replayed(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random
     )
 
 
-def randomly_masked(trajectory: Trajectory, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
+def randomly_masked(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
     """Random tokens masked, all of them supervised and ranked.
 
     `nelbo` masks each of T tokens with probability t ~ U(0, 1) and weighs by 1/t (LLaDA, arXiv 2502.09992, eq. 3).
@@ -111,7 +114,7 @@ def randomly_masked(trajectory: Trajectory, settings: ObjectiveSettings, rng: np
     )
 
 
-def ranked_steps(trajectory: Trajectory, ranked: np.ndarray, settings: ObjectiveSettings) -> np.ndarray:
+def ranked_steps(trajectory: Replayable, ranked: np.ndarray, settings: ObjectiveSettings) -> np.ndarray:
     """(T,) the decoding steps where `ranked`, elsewhere -1."""
     steps = np.asarray(trajectory.decoding_order)
     ranks = np.where(steps >= 0, one_by_one(steps, trajectory.entropy), -1) if settings.rank_ties else steps

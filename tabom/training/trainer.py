@@ -3,13 +3,14 @@
 import json
 import logging
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -57,8 +58,10 @@ class TabomTrainer(Trainer):
         model: a name or folder, what `tabom.load` makes of it (for another dtype or attention), or a model of
             transformers with bidirectional attention.
         args: a `TabomConfig`; default: its defaults, into the folder `<model>-TABOM`.
-        train_dataset: trajectories.
-        eval_dataset: trajectories.
+        train_dataset: trajectories: a `datasets.Dataset` or a list of records in any spelling that `parse_trajectory`
+            reads, or of `Trajectory`. A data set is tokenized once; other ranks and later runs find it in the cache.
+            What `tabom.data.tokenized.tokenize` made is taken as it is.
+        eval_dataset: the same.
         eval_prompts: answered and judged at every evaluation, for the figure `eval_accuracy`; every process answers its
             share.
         eval_sampler: how they are decoded; default: greedily, one token a step.
@@ -76,8 +79,8 @@ class TabomTrainer(Trainer):
         self,
         model: str | Path | DiffusionModel | PreTrainedModel,
         args: TabomConfig | None = None,
-        train_dataset: Sequence[Trajectory] | None = None,
-        eval_dataset: Sequence[Trajectory] | None = None,
+        train_dataset: datasets.Dataset | Sequence[dict[str, Any] | Trajectory] | None = None,
+        eval_dataset: datasets.Dataset | Sequence[dict[str, Any] | Trajectory] | None = None,
         eval_prompts: PromptSet | None = None,
         eval_sampler: SamplerConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -108,18 +111,18 @@ class TabomTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
 
-        def dataset(trajectories: Sequence[Trajectory] | None) -> TrajectoryDataset | None:
-            if trajectories is None:
+        def dataset(source: Any) -> TrajectoryDataset | None:
+            if source is None:
                 return None
-            return TrajectoryDataset(
-                trajectories,
-                processing_class,
-                args.objective_settings,
-                args.seed,
-                args.max_prompt_length,
-                args.max_response_length,
-                family.pad_token_id if args.pad_response else None,
-            )
+            with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
+                return TrajectoryDataset(
+                    source,
+                    processing_class,
+                    args.objective_settings,
+                    args.seed,
+                    vocab_size=family.model.config.vocab_size,
+                    **args.tokenizing_settings(family.pad_token_id),
+                )
 
         super().__init__(
             model=model,
@@ -196,7 +199,7 @@ class TabomTrainer(Trainer):
         """What decides the weights: JSON, the same on every rank and for any number of them."""
         adapters = getattr(self.model, "peft_config", {})
         return {
-            "data": self.train_dataset.digest,
+            "data": self.train_dataset.digest if self.train_dataset is not None else None,
             **self.args.run_settings(self.accelerator.num_processes),
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }
@@ -343,8 +346,16 @@ class TabomTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         base = model.config.name_or_path or "random weights"
         name = model_name or Path(self.hub_model_id or self.args.output_dir).name
-        trajectories = self.train_dataset.trajectories if self.train_dataset is not None else []
-        card = model_card(name, base, self.args, trajectories, self.state.log_history)
+        origins = self.train_dataset.count_origins() if self.train_dataset is not None else Counter()
+        card = model_card(
+            name,
+            base,
+            {**self._describe_run(), "epochs": self.state.epoch, "steps": self.state.global_step},
+            origins,
+            self.state.log_history,
+            self.state.best_global_step if self.args.load_best_model_at_end else None,
+            self.args.eval_prompts,
+        )
         card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

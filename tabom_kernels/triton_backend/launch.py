@@ -40,8 +40,9 @@ LONG = 4096
 """From so many rows on, a sequence may be long, and that many programs share the partners of each row."""
 
 SUM_BLOCK = 1024
+SUM_SEQUENCES = 16
 SUM_WARPS = 4
-"""Of the one program that sums over all rows."""
+"""Of the one program that sums over all rows: so many at a time, of at most so many sequences."""
 
 
 def options(warps: int) -> dict[str, int | bool]:
@@ -69,6 +70,11 @@ def alignment(start: int, row_stride: int, itemsize: int) -> int:
     """
     elements = 16 // itemsize
     return elements if start % 16 == 0 and row_stride % elements == 0 else 1
+
+
+def setting(value: torch.Tensor) -> torch.Tensor | float:
+    """What a kernel is given for a () setting: a number that the host knows, or the place of one that it does not."""
+    return value.item() if value.device.type == "cpu" else value
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,13 +7,34 @@ sequence. A second launch adds up and divides by the number of pairs of the sequ
 the turns of all rows must be known before the first gradient.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import RankLoss
-from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options, pair_tiles
+from tabom_kernels.triton_backend.launch import PAIR_BLOCK, PAIR_WARPS, on_its_device, options, pair_tiles, setting
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def interpreted_number(x):
+    return x if isinstance(x, float) else tl.load(x)
+
+
+@triton.jit
+def number_on_gpu(x):
+    """A setting: an argument of the launch, or in memory."""
+    if x.dtype.is_ptr():
+        return tl.load(x)
+    else:  # to the compiler there is one return, of the branch that it takes
+        return x
+
+
+number = interpreted_number if INTERPRETED else number_on_gpu
 
 
 @triton.jit
@@ -42,8 +63,8 @@ def pairs_kernel(
     entropy,  # (N,)
     steps,  # (N,)
     cu_seqlens,  # (B + 1,)
-    temperature,  # ()
-    margin,  # ()
+    temperature,  # a number, or () in memory
+    margin,  # the same
     loss_sum,  # (TILES, N) over the pairs in which a row comes first
     pairs,  # (TILES, N) number of them
     grad_entropy,  # (TILES, N) over all pairs of a row
@@ -59,8 +80,8 @@ def pairs_kernel(
     e = tl.load(entropy + row)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    inverse_tau = 1.0 / tl.load(temperature)
-    least_lead = tl.load(margin)
+    inverse_tau = 1.0 / number(temperature)
+    least_lead = number(margin)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     by_entropy = tl.zeros([BLOCK], tl.float32)
@@ -106,7 +127,7 @@ def turns_kernel(
     row = tl.program_id(0)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    inverse_tau = 1.0 / tl.load(temperature)
+    inverse_tau = 1.0 / number(temperature)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     for first in range(begin, end, BLOCK):
         other = first + tl.arange(0, BLOCK)
@@ -152,7 +173,7 @@ def turns_gradient_kernel(
     e = tl.load(entropy + row)
     step = tl.load(steps + row)
     begin, end = partners_of(row, step, cu_seqlens, sequences, BLOCK)
-    inverse_tau = 1.0 / tl.load(temperature)
+    inverse_tau = 1.0 / number(temperature)
     probability = tl.zeros([BLOCK], tl.float32)
     for first in range(begin, end, BLOCK):
         other = first + tl.arange(0, BLOCK)
@@ -166,50 +187,129 @@ def turns_gradient_kernel(
 
 
 @triton.jit
+def means_of(
+    sequence,
+    steps,
+    cu_seqlens,
+    row_loss,  # (TILES, N) sums to be added and divided, as the two that follow
+    row_pairs,
+    row_grad_temperature,
+    rows,
+    sequences,
+    PER_ROW: tl.constexpr,  # a mean over ranked rows, not over pairs
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each `sequence`: its loss, number of pairs, gradient by tau, and the factor of its rows' sums."""
+    inside = sequence < sequences
+    begin = tl.load(cu_seqlens + sequence, inside, other=0)
+    end = tl.load(cu_seqlens + sequence + 1, inside, other=0)
+    total = tl.zeros([sequence.shape[0], BLOCK], tl.float32)
+    by_temperature = tl.zeros([sequence.shape[0], BLOCK], tl.float32)
+    pair_count = tl.zeros([sequence.shape[0], BLOCK], tl.int64)
+    row_count = tl.zeros([sequence.shape[0], BLOCK], tl.int64)
+    for first in range(0, tl.max(end - begin), BLOCK):
+        row = begin[:, None].to(tl.int64) + first + tl.arange(0, BLOCK)[None, :]
+        is_row = row < end[:, None]
+        row_count += (tl.load(steps + row, is_row, other=-1) >= 0).to(tl.int64)
+        for tile in tl.static_range(TILES):
+            place = row + tile * rows
+            total += tl.load(row_loss + place, is_row, other=0.0)
+            by_temperature += tl.load(row_grad_temperature + place, is_row, other=0.0)
+            pair_count += tl.load(row_pairs + place, is_row, other=0)
+    pairs = tl.sum(pair_count, 1)
+    terms = tl.sum(row_count, 1) if PER_ROW else pairs
+    scale = 1.0 / tl.maximum(terms, 1).to(tl.float32)
+    # Without a pair all is 0, even if an entropy is NaN.
+    loss = tl.where(pairs > 0, tl.sum(total, 1) * scale, 0.0)
+    return loss, pairs, tl.where(pairs > 0, tl.sum(by_temperature, 1) * scale, 0.0), scale
+
+
+@triton.jit
+def store_entropy_gradients(
+    grad_entropy,  # (N,)
+    row_grad_entropy,  # (TILES, N)
+    sequence,
+    cu_seqlens,
+    pairs,  # of each `sequence`, as scale
+    scale,
+    rows,
+    sequences,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    begin = tl.load(cu_seqlens + sequence, sequence < sequences, other=0)
+    end = tl.load(cu_seqlens + sequence + 1, sequence < sequences, other=0)
+    for first in range(0, tl.max(end - begin), BLOCK):
+        row = begin[:, None].to(tl.int64) + first + tl.arange(0, BLOCK)[None, :]
+        is_row = row < end[:, None]
+        by_entropy = tl.zeros([sequence.shape[0], BLOCK], tl.float32)
+        for tile in tl.static_range(TILES):
+            by_entropy += tl.load(row_grad_entropy + row + tile * rows, is_row, other=0.0)
+        tl.store(grad_entropy + row, tl.where(pairs[:, None] > 0, by_entropy * scale[:, None], 0.0), is_row)
+
+
+@triton.jit
 def means_kernel(
     steps,
     cu_seqlens,
-    row_loss,  # (TILES, N) sums to be added and divided
-    row_pairs,  # (TILES, N)
-    row_grad_entropy,  # (TILES, N)
-    row_grad_temperature,  # (TILES, N)
+    row_loss,  # (TILES, N), as the three that follow
+    row_pairs,
+    row_grad_entropy,
+    row_grad_temperature,
     loss,  # (B,)
     pairs,  # (B,)
     grad_entropy,  # (N,)
     grad_temperature,  # (B,)
     rows,
-    PER_ROW: tl.constexpr,  # a mean over ranked rows, not over pairs
+    sequences,
+    PER_ROW: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sequence = tl.program_id(0)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    by_temperature = tl.zeros([BLOCK], tl.float32)
-    pair_count = tl.zeros([BLOCK], tl.int64)
-    row_count = tl.zeros([BLOCK], tl.int64)
-    for first in range(begin, end, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        row_count += (tl.load(steps + row, row < end, other=-1) >= 0).to(tl.int64)
-        for tile in tl.static_range(TILES):
-            place = row + tile * rows.to(tl.int64)
-            total += tl.load(row_loss + place, row < end, other=0.0)
-            by_temperature += tl.load(row_grad_temperature + place, row < end, other=0.0)
-            pair_count += tl.load(row_pairs + place, row < end, other=0)
-    number = tl.sum(pair_count)
-    terms = tl.sum(row_count) if PER_ROW else number
-    scale = 1.0 / tl.maximum(terms, 1).to(tl.float32)
-    # Without a pair all is 0, even if an entropy is NaN.
-    tl.store(loss + sequence, tl.where(number > 0, tl.sum(total) * scale, 0.0))
-    tl.store(pairs + sequence, number)
-    tl.store(grad_temperature + sequence, tl.where(number > 0, tl.sum(by_temperature) * scale, 0.0))
-    for first in range(begin, end, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        by_entropy = tl.zeros([BLOCK], tl.float32)
-        for tile in tl.static_range(TILES):
-            by_entropy += tl.load(row_grad_entropy + row + tile * rows.to(tl.int64), row < end, other=0.0)
-        tl.store(grad_entropy + row, tl.where(number > 0, by_entropy * scale, 0.0), row < end)
+    sequence = tl.program_id(0) + tl.arange(0, 1)
+    sums = row_loss, row_pairs, row_grad_temperature
+    mean, count, by_temperature, scale = means_of(
+        sequence, steps, cu_seqlens, *sums, rows, sequences, PER_ROW, TILES, BLOCK
+    )
+    tl.store(loss + sequence, mean)
+    tl.store(pairs + sequence, count)
+    tl.store(grad_temperature + sequence, by_temperature)
+    store_entropy_gradients(
+        grad_entropy, row_grad_entropy, sequence, cu_seqlens, count, scale, rows, sequences, TILES, BLOCK
+    )
+
+
+class RowSums(NamedTuple):
+    """(TILES, N) sums over the pairs of each row, by the programs that share it: a mean's numerators."""
+
+    loss: Tensor
+    pairs: Tensor
+    grad_entropy: Tensor
+    grad_temperature: Tensor
+
+
+def row_sums(
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
+) -> RowSums:
+    """One launch, or two; every argument that has rows is contiguous."""
+    rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
+    tiles = 1 if form == "plackett_luce" else pair_tiles(rows)
+    loss, grad_entropy, grad_temperature = (entropy.new_empty(tiles, rows) for _ in range(3))
+    sums = RowSums(
+        loss, torch.empty(tiles, rows, dtype=torch.int32, device=entropy.device), grad_entropy, grad_temperature
+    )
+    inputs = (entropy, steps, cu_seqlens, setting(temperature))
+    launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
+    if rows and form == "plackett_luce":
+        lowest, log_sum = (entropy.new_empty(rows) for _ in range(2))
+        turns_kernel[(rows,)](*inputs, lowest, log_sum, loss, sums.pairs, grad_temperature, sequences, **launch)
+        turns_gradient_kernel[(rows,)](*inputs, lowest, log_sum, grad_entropy, sequences, **launch)
+    elif rows:
+        pairs_kernel[(rows, tiles)](
+            *inputs, setting(margin), *sums, rows, sequences, HINGE=form == "hinge", TILES=tiles, **launch
+        )
+    return sums
 
 
 @on_its_device
@@ -219,29 +319,24 @@ def trajectory_rank_loss(
     """Loss and gradients over all pairs; see `torch_backend.trajectory_rank_loss`."""
     rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
     entropy, steps, cu_seqlens = entropy.contiguous(), steps.contiguous(), cu_seqlens.contiguous()
-    per_row = form == "plackett_luce"
-    tiles = 1 if per_row else pair_tiles(rows)
+    sums = row_sums(entropy, steps, cu_seqlens, form, margin, temperature)
     loss, grad_temperature = (entropy.new_empty(sequences) for _ in range(2))
     pairs = torch.empty(sequences, dtype=torch.int64, device=entropy.device)
-    grad_entropy = entropy.new_empty(rows)
-    row_loss, row_grad_entropy, row_grad_temperature = (entropy.new_empty(tiles, rows) for _ in range(3))
-    row_pairs = torch.empty(tiles, rows, dtype=torch.int32, device=entropy.device)
-    inputs = (entropy, steps, cu_seqlens, temperature)
-    launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
-    if rows and per_row:
-        lowest, log_sum = (entropy.new_empty(rows) for _ in range(2))
-        turns_kernel[(rows,)](*inputs, lowest, log_sum, row_loss, row_pairs, row_grad_temperature, sequences, **launch)
-        turns_gradient_kernel[(rows,)](*inputs, lowest, log_sum, row_grad_entropy, sequences, **launch)
-    elif rows:
-        sums = (row_loss, row_pairs, row_grad_entropy, row_grad_temperature)
-        pairs_kernel[(rows, tiles)](
-            *inputs, margin, *sums, rows, sequences, HINGE=form == "hinge", TILES=tiles, **launch
-        )
+    means = RankLoss(loss, pairs, entropy.new_empty(rows), grad_temperature)
     if sequences:
-        row_sums = (row_loss, row_pairs, row_grad_entropy, row_grad_temperature)
-        means = (loss, pairs, grad_entropy, grad_temperature)
-        means_kernel[(sequences,)](steps, cu_seqlens, *row_sums, *means, rows, PER_ROW=per_row, TILES=tiles, **launch)
-    return RankLoss(loss, pairs, grad_entropy, grad_temperature)
+        means_kernel[(sequences,)](
+            steps,
+            cu_seqlens,
+            *sums,
+            *means,
+            rows,
+            sequences,
+            PER_ROW=form == "plackett_luce",
+            TILES=len(sums.loss),
+            BLOCK=PAIR_BLOCK,
+            **options(PAIR_WARPS),
+        )
+    return means
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:

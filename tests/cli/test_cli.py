@@ -12,6 +12,7 @@ from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
 from tabom.cli.train import DataArguments
 from tabom.data.prompts import read_prompts
+from tabom.data.sources import read_records
 from tabom.data.trajectories import read_trajectories
 from tabom.evaluation.answers import count_right
 from tabom.lab.model import BASE_PATH, character_tokenizer
@@ -251,6 +252,31 @@ def test_exported_trajectories_read_back(capsys, tmp_path, data, to, suffix):
     assert "16 records" in capsys.readouterr().out
     before, after = (read_trajectories(path, tokenizer, len(tokenizer))[0] for path in (data, output))
     assert after == before * 2
+
+
+def test_figures_of_the_training_go_to_tensorboard(tmp_path, data, model_folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = ["--model", model_folder, "--data", data, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    evaluation = ["--eval_prompts", str(prompts), "--eval_sampler", "max_new_tokens=2", "--eval_strategy", "epoch"]
+    reporting = ["--report_to", "tensorboard", "--logging_steps", "1", "--save_strategy", "no"]
+    assert run("train", *arguments, *evaluation, *reporting) == 0
+    [events] = tmp_path.glob("run/**/events.out.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    assert {"train/loss", "train/rank", "train/order_accuracy", "eval/accuracy"} <= set(found.Tags()["scalars"])
+    assert [point.step for point in found.Scalars("train/rank")] == [1, 2]
+
+
+def test_an_exported_field_that_the_first_record_lacks_is_not_lost(tmp_path):
+    records = [{"prompt": "1", "response": "2"}, {"prompt": "1", "response": "2", "decoding_order": [0], "method": "a"}]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "t.parquet"
+    assert run("export", "--data", str(path), "--to", "parquet", "--output", str(output)) == 0
+    assert [record for _, record in read_records(output)] == records
 
 
 def test_the_model_card_says_method_data_settings_and_results(tmp_path, data, model_folder):

@@ -13,6 +13,7 @@ from tabom.cli.main import main
 from tabom.cli.model import ModelArguments
 from tabom.data.prompts import read_prompts
 from tabom.data.sources import MAX_LINE
+from tabom.data.tokenized import tokenize
 from tabom.data.trajectories import read_trajectories
 from tabom.lab.model import character_tokenizer
 from tabom.sampling.collect import drop_torn_line, start_or_resume
@@ -68,8 +69,12 @@ def test_a_line_that_is_no_record_is_named_and_can_be_left_out(tmp_path, line, p
     with pytest.raises(ValueError, match=r"t\.jsonl, line 2: ") as error:
         read(path)
     assert problem in str(error.value) and len(str(error.value)) < 400
-    kept, invalid = read(path, skip_invalid=True)
-    assert (len(kept), invalid) == (2, 1)
+    with pytest.raises(ValueError) as again:
+        tokenize(path, TOKENIZER, len(TOKENIZER))
+    assert str(again.value) == str(error.value)
+    for reader in (read_trajectories, tokenize):
+        kept, invalid = reader(path, TOKENIZER, len(TOKENIZER), skip_invalid=True)
+        assert (len(kept), invalid) == (2, 1)
 
 
 def test_other_messages_beside_a_prompt_and_a_response_are_nobody_s_business(tmp_path):
@@ -104,6 +109,9 @@ def test_thirty_thousand_mutated_lines_raise_nothing_else(tmp_path, rng):
     kept, invalid = read(path, skip_invalid=True)
     assert invalid > 10_000 and len(kept) > 100
     assert len(kept) + invalid == 1 + sum(bool(line.strip()) for line in lines)
+    table, also_invalid = tokenize(path, TOKENIZER, len(TOKENIZER), skip_invalid=True)
+    assert also_invalid >= invalid  # of some the chat template does not take the prompt
+    assert len(table) + also_invalid == len(kept) + invalid and len(table) > 100
     prompts, invalid = read_prompts(path, verifier_settings={"allow_code_execution": True}, skip_invalid=True)
     assert invalid > 10_000 and len(prompts.prompts) > 100
 

@@ -42,6 +42,16 @@ def test_messages_with_and_without_the_closing_answer():
     assert (closed.prompt, closed.response) == (MESSAGES, "abc")
 
 
+@pytest.mark.parametrize(
+    "response, expected",
+    [(42, "42"), (42.0, "42"), (0.5, "0.5"), (-3, "-3"), ([{"role": "assistant", "content": "z"}], "z")],
+)
+def test_numbers_and_a_message_of_the_assistant_are_responses(response, expected):
+    for name in ("completion", "answer", "response"):
+        assert parse({"prompt": "q", name: response}).response == expected
+        assert parse({"prompt": MESSAGES, name: response}).prompt == MESSAGES
+
+
 def test_without_ids_and_order_the_response_is_tokenized_and_decodes_left_to_right():
     trajectory = parse({"prompt": "q", "response": "abc"})
     assert trajectory.response_token_ids == IDS
@@ -61,6 +71,14 @@ BROKEN = [
     ('{"prompt": "q"}', "'response': missing"),
     ('{"prompt": 3, "response": "abc"}', "'prompt': expected text"),
     ('{"messages": "q", "response": "abc"}', "'messages': expected a list"),
+    ('{"prompt": ["q"], "response": "abc"}', "'prompt': expected a list of {"),
+    ('{"prompt": "q", "response": true}', "'response': expected text, got True"),
+    ('{"prompt": "q", "response": NaN}', "'response': expected text, got nan"),
+    ('{"prompt": "q", "completion": ["abc"]}', "'completion': expected a list of {"),
+    (
+        '{"prompt": "q", "completion": [{"role": "user", "content": "abc"}]}',
+        "'completion': expected one message of the assistant",
+    ),
     ('{"prompt": "q", "response": ""}', "'response_token_ids': is empty"),
     ('{"prompt": "q", "response": "abc", "decoding_order": [0, 1]}', "'decoding_order': has 2 steps for 3"),
     (

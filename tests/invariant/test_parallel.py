@@ -1,4 +1,4 @@
-"""One process, several processes, sharded or not, resumed or not: the same losses and the same weights."""
+"""Fused or not, accumulated or not, on one process or several, sharded, resumed: the same losses and weights."""
 
 import json
 
@@ -50,6 +50,10 @@ MODELS = {  # what one process trains as well
     "lora-bf16": {"use_peft": True, "lora_r": 4, "bf16": True},
     "nelbo-bf16": {"objective": "nelbo", "bf16": True},
 }
+ALONE = {  # on one process: the model, and how it is run in another way
+    "accumulated": ("fp32", {"batch_size": 4, "gradient_accumulation_steps": 3}),
+    "reference": ("fp32", {"fused_linear": False, "loss_backend": "reference"}),
+}
 FSDP = {"fsdp": None, "fsdp_config": FULL}
 RUNS = {  # on two processes: the model, how it is run there, and after which step it is interrupted
     "ddp": ("fp32", {}, 0),
@@ -69,7 +73,8 @@ RUNS = {  # on two processes: the model, how it is run there, and after which st
 @pytest.fixture(scope="module")
 def folder(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    launch(folder, [command(inputs, folder, name, **settings) for name, settings in MODELS.items()])
+    alone = MODELS | {name: MODELS[model] | settings for name, (model, settings) in ALONE.items()}
+    launch(folder, [command(inputs, folder, name, **settings) for name, settings in alone.items()])
     commands = []
     for name, (model, settings, interrupted) in RUNS.items():
         settings = {"batch_size": 6, **MODELS[model], **settings}
@@ -81,9 +86,8 @@ def folder(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one(folder, name):
-    model = RUNS[name][0]
+@pytest.mark.parametrize("name, model", [(name, run[0]) for name, run in (ALONE | RUNS).items()])
+def test_every_way_to_train_gives_the_same(folder, name, model):
     tolerance = 2e-2 if "bf16" in model else 1e-5
     expected, got = logs(folder / model), logs(folder / name)
     assert [log["loss"] for log in got] == pytest.approx([log["loss"] for log in expected], rel=tolerance)

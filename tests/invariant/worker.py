@@ -6,6 +6,7 @@ The file holds a list of command lines. `--fsdp` shards on a CPU as it would on 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from tabom.cli.main import main
+from tabom.data.tokenized import Tokenization
 from tabom.training.trainer import TabomTrainer
 
 
@@ -47,10 +49,22 @@ def watch_sharding():
     TabomTrainer.train = train
 
 
+def watch_tokenizing():
+    """Ranks other than the first must find in the cache what that one has tokenized."""
+    plain = Tokenization.rows
+
+    def rows(self, indices, records, source):
+        assert os.environ["RANK"] == "0", f"rank {os.environ['RANK']} tokenizes {source}"
+        return plain(self, indices, records, source)
+
+    Tokenization.rows = rows
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     shard_on_a_cpu()
     watch_sharding()
+    watch_tokenizing()
     for command_line in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state(reset_partial_state=True)
         if main(command_line) != 0:

@@ -1,0 +1,197 @@
+"""Trajectories as token ids in an Arrow table: made once, then mapped from the cache by later runs and other ranks."""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Features, List, Value
+from datasets.fingerprint import generate_random_fingerprint
+from transformers import PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+
+from tabom.data.encoding import encode_prompt
+from tabom.data.sources import BATCH, Listed, Records, open_records
+from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
+
+
+@dataclass(frozen=True)
+class TokenizedTrajectory:
+    """What a row teaches. `Trajectory` says what the fields are."""
+
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    decoding_order: list[int]
+    non_ltr_positions: list[int] | None
+    entropy: list[float] | None
+
+    def digest(self) -> bytes:
+        """8 bytes of the whole content."""
+        return hashlib.sha256(json.dumps(list(vars(self).values())).encode()).digest()[:8]
+
+
+FEATURES = Features(
+    {
+        "prompt_token_ids": List(Value("int32")),
+        "response_token_ids": List(Value("int32")),
+        "decoding_order": List(Value("int64")),
+        "non_ltr_positions": List(Value("int32")),
+        "entropy": List(Value("float64")),
+        "method": Value("string"),
+        "data_source": Value("string"),
+        "digest": Value("binary"),
+    }
+)
+"""Columns of a tokenized table: a `TokenizedTrajectory`, its digest, and where it comes from."""
+
+INVALID = {"invalid": Value("bool")}
+"""Of a table in the cache, which has a row for every record: invalid ones, and those of other methods, are empty."""
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How records become rows; the fields are arguments of `tokenize`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int | None
+    max_prompt_length: int | None
+    max_response_length: int | None
+    pad_token_id: int | None
+    method: Sequence[str] | None
+    skip_invalid: bool
+
+    def rows(self, indices: Sequence[int], records: Records, source: Any) -> dict[str, list[Any]]:
+        """The columns of these records.
+
+        Raises:
+            ValueError: a record is invalid, and is not to be skipped.
+        """
+        rows = []
+        for place, record in records.read(indices):
+            try:
+                rows.append(self.row(record))
+            except ValueError as error:
+                if not self.skip_invalid:
+                    raise misplaced(source, place, error) from error
+                rows.append({"invalid": True})
+        return {name: [row.get(name) for row in rows] for name in FEATURES | INVALID}
+
+    def row(self, record: Any) -> dict[str, Any]:
+        """The row of a record or trajectory.
+
+        Raises:
+            ValueError: the record is invalid.
+        """
+        if isinstance(record, ValueError):
+            raise record
+        if isinstance(record, dict):
+            if not is_of(self.method, record):
+                return {"method": str(record.get("method")).encode(errors="replace").decode()}
+            record = parse_trajectory(record, self.tokenizer, self.vocab_size)
+        if self.max_response_length is not None:
+            record = fit_response(record, self.max_response_length, self.pad_token_id)
+        tokenized = TokenizedTrajectory(
+            prompt_token_ids=encode_prompt(self.tokenizer, record.prompt, self.max_prompt_length),
+            response_token_ids=record.response_token_ids,
+            decoding_order=record.decoding_order,
+            non_ltr_positions=record.non_ltr_positions,
+            entropy=record.entropy,
+        )
+        origin = {"method": record.method, "data_source": record.data_source}
+        return {**vars(tokenized), **origin, "digest": tokenized.digest()}
+
+    def fingerprint(self) -> str:
+        """Another one when rows would be made in another way, by other settings or other code."""
+        settings = {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        digest = hashlib.sha256(json.dumps([settings, transformers_version]).encode())
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            for path in (*sorted(Path(folder).glob("*")), *sorted(Path(__file__).parent.glob("*.py"))):
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    *,
+    split: str | None = None,
+    config_name: str | None = None,
+    method: Sequence[str] | None = None,
+    skip_invalid: bool = False,
+    max_prompt_length: int | None = None,
+    max_response_length: int | None = None,
+    pad_token_id: int | None = None,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, int]:
+    """Trajectories as token ids, in a table that is mapped from a file, whatever its size.
+
+    The file is in the cache of `datasets`, in `tabom/`. It is made anew when the source, the tokenizer or an argument
+    has changed. Records in memory are tokenized in memory.
+
+    Args:
+        source, split, config_name: see `tabom.data.sources.open_records`; or a table that this function made, which is
+            returned as it is. Without a split: train.
+        vocab_size: the model's; token ids must be below it. None: any will do.
+        method: keep only the records whose `method` field is one of these; None, or "all" among them: every record.
+        skip_invalid: count and leave out the records that do not parse, instead of raising.
+        max_prompt_length: tokens; see `tabom.data.encoding.encode_prompt` for what is cut.
+        max_response_length: tokens; the end is cut.
+        pad_token_id: fills responses up to `max_response_length`; None: they stay as long as they are.
+        num_proc: processes that tokenize; default: this one.
+
+    Returns:
+        A table with the columns of `FEATURES`, and how many records were invalid.
+
+    Raises:
+        ValueError: a record is invalid (names file, line and field), or nothing is left.
+    """
+    if isinstance(source, datasets.Dataset) and set(FEATURES) <= set(source.column_names):
+        return source, 0
+    records = open_records(source, split, config_name, default_split="train")
+    lengths = (max_prompt_length, max_response_length, pad_token_id)
+    tokenization = Tokenization(tokenizer, vocab_size, *lengths, method, skip_invalid)
+    table = make_table(records, tokenization, source, num_proc)
+    kept = np.flatnonzero(pc.is_valid(table.data.column("digest")))
+    invalid = len(table) - table.data.column("invalid").null_count
+    if not len(kept) and not isinstance(records, Listed):
+        others = Counter(each["method"] for each in table if not each["invalid"])
+        raise none_left(source, method, others, invalid)
+    return table.select(kept).remove_columns(list(INVALID)), invalid
+
+
+def make_table(records: Records, tokenization: Tokenization, source: Any, num_proc: int | None) -> datasets.Dataset:
+    """One row a record, from the cache where it is there."""
+    features = Features(FEATURES | INVALID)
+    if not len(records):
+        return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    fingerprint, path = generate_random_fingerprint(), None
+    if records.fingerprint is not None:
+        whole = f"{records.fingerprint} {tokenization.fingerprint()}"
+        fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:32]
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "tabom"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = str(folder / f"{fingerprint}.arrow")
+    # A table of indices: whoever tokenizes some reads these records, and nobody holds them all.
+    return datasets.Dataset.from_dict({"index": range(len(records))}).map(
+        tokenization.rows,
+        batched=True,
+        batch_size=BATCH,
+        writer_batch_size=BATCH,
+        input_columns="index",
+        remove_columns="index",
+        fn_kwargs={"records": records, "source": source if isinstance(source, str | Path) else None},
+        features=features,
+        cache_file_name=path,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        desc="Tokenizing",
+    )
