@@ -3,33 +3,69 @@
 import json
 import re
 import shlex
+import shutil
+from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tabom import make_verifier
 from tabom.cli.main import main
+from tabom.data.sources import read_records
 from tabom.lab.model import BASE_PATH
 from tabom.lab.tasks import make_task
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
 
-TINY = {  # what a word of the page becomes here
-    "GSAI-ML/LLaDA-8B-Instruct": str(BASE_PATH),
-    "bfloat16": "float32",
-    "256": "4",
-    "100": "6",
-    "max_new_tokens=256,policy=llada_low_confidence": "max_new_tokens=4,policy=llada_low_confidence",
-}
-MORE = {  # what a command gets besides: the recipe is made for a GPU and for long responses
-    "train": ["--model", str(BASE_PATH), "--dtype", "float32", "--bf16", "false", "--num_train_epochs", "1"],
+SMALL = [  # what the page says, and what stands for it here
+    (r"GSAI-ML/LLaDA-8B-Instruct", "tiny"),
+    (r"bfloat16", "float32"),
+    (r"\b256\b", "4"),
+    (r"\b100\b", "6"),
+    (r"^gsm8k$", "gsm8k_here"),
+]
+MORE = {  # what a command gets besides: the recipe is made for a GPU, and lm-eval's own data is on the hub
+    "train": ["--model", "tiny", "--dtype", "float32", "--bf16", "false", "--num_train_epochs", "1"],
+    "lm_eval": ["--include_path", ".", "--output_path", "runs/lm_eval"],
 }
 
 
 def commands():
-    """The command lines of the page's first block."""
-    block = re.search(r"```bash\n(.*?)```", PAGE, re.DOTALL)[1].replace("\\\n", " ")
-    return [shlex.split(line) for line in block.splitlines() if line and not line.startswith("#")]
+    """The command lines of the page: the command's name, and its arguments made small."""
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line and not line.startswith("#"):
+                words = [reduce(lambda text, change: re.sub(*change, text), SMALL, word) for word in shlex.split(line)]
+                python = words[:3] == ["python", "-m", "tabom.evaluation.lm_eval"]
+                assert python or words[0] == "tabom"
+                name = "lm_eval" if python else words[1]
+                yield name, words[3 if python else 2 :] + MORE.get(name, [])
+
+
+def run(name, words, monkeypatch):
+    """Runs one command in this process."""
+    if name != "lm_eval":
+        assert main([name, *words]) == 0, name
+        return
+    from tabom.evaluation.lm_eval import cli_evaluate
+
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    cli_evaluate()
+
+
+def write_model(folder):
+    """The lab's model, with a chat template that adds nothing to a prompt of one message."""
+    shutil.copytree(BASE_PATH, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def write_task(folder):
+    """lm-eval's GSM8K on the files of this folder."""
+    bundled = Path(find_spec("lm_eval").origin).parent / "tasks/gsm8k/gsm8k.yaml"
+    files = f"{{train: {folder}/gsm8k_train.jsonl, test: {folder}/gsm8k_test.jsonl}}"
+    lines = [f"include: {bundled}", "task: gsm8k_here", "dataset_path: json", "dataset_name: null"]
+    (folder / "gsm8k_here.yaml").write_text("\n".join([*lines, f"dataset_kwargs: {{data_files: {files}}}"]) + "\n")
 
 
 def write_problems(folder):
@@ -51,14 +87,17 @@ def write_problems(folder):
 def test_the_page_from_a_gsm8k_file_to_an_evaluated_adapter(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("math_verify")
+    pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_problems(tmp_path)
+    write_model(tmp_path / "tiny")
+    write_task(tmp_path)
     done = []
-    for tabom, command, *words in commands():
-        assert tabom == "tabom"
-        assert main([command, *(TINY.get(word, word) for word in words), *MORE.get(command, [])]) == 0, command
-        done.append(command)
-    assert done == ["collect", "train", "evaluate", "report"]
+    for name, words in commands():
+        run(name, words, monkeypatch)
+        done.append(name)
+    assert done == ["collect", "train", "evaluate", "report", "export", "lm_eval"]
     said = capsys.readouterr().out
     assert "gsm8k_train.jsonl: verifier 'math', by the shape of the data" in said
 
@@ -70,6 +109,10 @@ def test_the_page_from_a_gsm8k_file_to_an_evaluated_adapter(tmp_path, monkeypatc
     assert {each["prompts"]: each["problems"] for each in comparison} == {"gsm8k_test.jsonl": 16, "math500.jsonl": 6}
     assert all(each["base"]["mean"] > 0.4 for each in comparison), "the lab's model knows sums"
     assert Path("runs/report.html").stat().st_size > 10_000
+    exported = [record for _, record in read_records("runs/gsm8k.parquet")]
+    assert [each["response_token_ids"] for each in exported] == [each["response_token_ids"] for each in records]
+    [results] = Path("runs/lm_eval").glob("**/results_*.json")
+    assert json.loads(results.read_text())["n-samples"]["gsm8k_here"]["effective"] == 16
 
 
 def test_the_page_s_python():

@@ -58,6 +58,10 @@ class PromptSet:
         verifier = as_verifier(self.check)
         return verifier.verify_all([(self.prompts[index], self.answers[index], text) for index, text in cases])
 
+    def is_hopeless(self, index: int, beginning: str) -> bool:
+        """Whether no response to prompt `index` that begins so can be right."""
+        return as_verifier(self.check).is_hopeless(self.answers[index], beginning)
+
     def is_correct(self, index: int, response: str) -> bool:
         """Whether `response` answers prompt `index`; one that nobody could check does not."""
         return self.verdicts([index], [response])[0].correct is True
@@ -123,6 +127,8 @@ class PromptReader:
             prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(texts(record, "test_list")))
         elif "problem" in record and not any(name in record for name in PROMPT_FIELDS):
             prompt = parse_prompt({"prompt": record["problem"]})
+        elif record.get("starter_code") and isinstance(record.get("question"), str):  # APPS
+            prompt = f"{record['question']}\n\n{text(record, 'starter_code')}"
         else:
             prompt = parse_prompt(record)
         if tests is not None:

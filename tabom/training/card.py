@@ -7,13 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-SETTINGS = (
-    *("objective", "supervised_window", "rank_window", "rank_weight", "form", "margin", "temperature"),
-    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "weight_decay", "max_grad_norm", "seed"),
-)
-"""Fields of `TabomConfig` that say how the model came about."""
-
 WORDS = """# {name}
 
 A diffusion language model, post-trained from `{base}` with the objective `{objective}` of
@@ -36,32 +29,36 @@ A diffusion language model, post-trained from `{base}` with the objective `{obje
 def model_card(
     name: str,
     base: str,
-    args: Any,
+    settings: dict[str, Any],
     origins: Counter[tuple[str | None, str | None]],
     log_history: Sequence[dict[str, Any]],
+    best_step: int | None = None,
+    eval_prompts: str | None = None,
 ) -> ModelCard:
     """The card of a trained model.
 
     Args:
         name: of the model.
         base: folder or hub name that it was trained from.
-        args: a `TabomConfig`.
+        settings: what decided the weights, `objective` and the `adapter`s among them.
         origins: how many trajectories there are of each data source and method.
         log_history: of the trainer's state; the last value of every figure is reported.
+        best_step: of the checkpoint that was loaded in the end, whose evaluation is then reported.
+        eval_prompts: where the problems behind `eval_accuracy` came from.
     """
-    figures: dict[str, tuple[int, float]] = {}
-    for entry in log_history:
-        figures |= {key: (entry["step"], value) for key, value in entry.items() if key not in ("step", "epoch")}
     is_hub_name = not Path(base).exists() and base.count("/") == 1
-    evaluated = {key.removeprefix("eval_"): value for key, (_, value) in figures.items() if key.startswith("eval_")}
+    figures = last_figures(log_history, best_step)
+    evaluated = {key: figures[f"eval_{key}"][1] for key in ("accuracy", "loss") if f"eval_{key}" in figures}
+    held_out = {"accuracy": Path(eval_prompts).name if eval_prompts else "prompts", "loss": "trajectories"}
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if settings["adapter"] else "transformers",
         tags=["tabom", "diffusion-language-model"],
         pipeline_tag="text-generation",
         base_model=base if is_hub_name else None,
         model_name=name if evaluated else None,
         eval_results=[
-            EvalResult("text-generation", "held-out", "held-out data", key, value) for key, value in evaluated.items()
+            EvalResult("text-generation", "held-out", f"held-out {held_out[key]}", key, value)
+            for key, value in evaluated.items()
         ]
         or None,
     )
@@ -69,16 +66,29 @@ def model_card(
         f"- {count} trajectories of {source or 'unnamed'}, method {method or 'unnamed'}"
         for (source, method), count in origins.most_common()
     ]
-    settings = {field: getattr(args, field) for field in SETTINGS if hasattr(args, field)}
+    shown = {key: value for key, value in settings.items() if key not in ("data", "adapter")}
+    for adapter in settings["adapter"]:
+        shown |= {f"adapter {key}": value for key, value in adapter.items() if value not in (None, False, {}, [])}
     text = WORDS.format(
         name=name,
         base=base,
-        objective=args.objective,
+        objective=settings["objective"],
         data="\n".join(lines),
-        settings=table("setting", {key: str(getattr(value, "value", value)) for key, value in settings.items()}),
+        settings=table("setting", {key: str(value) for key, value in shown.items()}),
         results=table("figure", {key: f"{value:.6g} (step {step})" for key, (step, value) in figures.items()}),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def last_figures(log_history: Sequence[dict[str, Any]], best_step: int | None) -> dict[str, tuple[int, float]]:
+    """The step and the value of every figure, those of evaluations at `best_step` where it is given."""
+    figures: dict[str, tuple[int, float]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            is_of_other_weights = key.startswith("eval_") and best_step not in (None, entry["step"])
+            if key not in ("step", "epoch") and not is_of_other_weights:
+                figures[key] = entry["step"], value
+    return figures
 
 
 def table(heading: str, values: dict[str, str]) -> str:

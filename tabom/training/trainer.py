@@ -133,8 +133,6 @@ class TabomTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        for name, data in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():
-            check_positions(name, data, model)
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
@@ -199,7 +197,7 @@ class TabomTrainer(Trainer):
         """What decides the weights: JSON, the same on every rank and for any number of them."""
         adapters = getattr(self.model, "peft_config", {})
         return {
-            "data": self.train_dataset.digest,
+            "data": self.train_dataset.digest if self.train_dataset is not None else None,
             **self.args.run_settings(self.accelerator.num_processes),
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }
@@ -347,7 +345,15 @@ class TabomTrainer(Trainer):
         base = model.config.name_or_path or "random weights"
         name = model_name or Path(self.hub_model_id or self.args.output_dir).name
         origins = self.train_dataset.count_origins() if self.train_dataset is not None else Counter()
-        card = model_card(name, base, self.args, origins, self.state.log_history)
+        card = model_card(
+            name,
+            base,
+            {**self._describe_run(), "epochs": self.state.epoch, "steps": self.state.global_step},
+            origins,
+            self.state.log_history,
+            self.state.best_global_step if self.args.load_best_model_at_end else None,
+            self.args.eval_prompts,
+        )
         card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -368,16 +374,6 @@ class TabomTrainer(Trainer):
         if total.get("pairs"):
             terms["order_accuracy"] = total["in_order"] / total["pairs"]
         return terms
-
-
-def check_positions(name: str, data: TrajectoryDataset | None, model: PreTrainedModel) -> None:
-    """Raises a ValueError for records that the model has no positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if data is not None and positions is not None and data.longest > positions:
-        raise ValueError(
-            f"{name}: prompt and response of a record are {data.longest} tokens, more than the {positions} positions "
-            "of the model (max_position_embeddings); set max_prompt_length and max_response_length"
-        )
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:

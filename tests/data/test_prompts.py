@@ -23,6 +23,11 @@ MBPP_SANITIZED = {
     "test_list": ["assert f(1) == 2"],
 }
 APPS = {"question": "Double it.", "input_output": json.dumps({"inputs": ["1\n"], "outputs": ["2\n"]})}
+APPS_METHOD = {
+    "question": "Double it.",
+    "input_output": json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [2]}),
+    "starter_code": "class Solution:\n    def f(self, x):\n        ",
+}
 PRM12K = {"question": {"problem": "1+1?", "ground_truth_answer": "2"}}
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": r"It is \boxed{2}."}]}
 
@@ -33,6 +38,13 @@ SHAPES = {  # record, verifier, prompt, a right response, a wrong one
     "mbpp": (MBPP, "code", None, "def f(x): return 2 * x", "def f(x): return x"),
     "mbpp sanitized": (MBPP_SANITIZED, "code", None, "def f(x): return 2 * x", "def f(x): return x"),
     "apps": (APPS, "code", "Double it.", "print(2 * int(input()))", "print(1)"),
+    "apps with a method": (
+        APPS_METHOD,
+        "code",
+        "Double it.\n\n" + APPS_METHOD["starter_code"],
+        "class Solution:\n    def f(self, x): return 2 * x",
+        "class Solution:\n    def f(self, x): return x",
+    ),
     "prm12k": (PRM12K, "math", "1+1?", "2", "3"),
     "chat": (CHAT, "math", CHAT["messages"][:1], r"\boxed{2}", "3"),
     "numbers": ({"question": "What is 6 * 7?", "answer": 42}, "math", "What is 6 * 7?", "It is 42.", "It is 41."),

@@ -15,7 +15,12 @@ UNPRIVILEGED = 65534  # nobody
 
 
 def limit(seconds: float, memory: int, file_size: int, processes: int) -> None:
-    """Sets the limits and gives up root, which the limit on processes does not hold for."""
+    """Sets the limits and gives up root, which the limit on processes does not hold for.
+
+    The limit on memory is each process's; should they fill the machine together, these are what the kernel ends first.
+    """
+    with open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(UNPRIVILEGED)
@@ -49,8 +54,9 @@ def threads(pid: str) -> int:
 
 
 def run(job: dict) -> None:
-    """Runs the program, then the tests, then prints the nonce."""
-    write, nonce = os.write, job.pop("nonce", "").encode()
+    """Runs the program, then the tests, then prints the nonce; the program cannot replace what does that."""
+    parts = [compile(job.get(part, ""), f"{part}.py", "exec") for part in ("program", "tests")]
+    execute, write, nonce = exec, os.write, job.pop("nonce", "").encode()
     with open("stdin", "w+") as given:
         given.write(job.get("stdin", ""))
         given.seek(0)
@@ -59,8 +65,8 @@ def run(job: dict) -> None:
     sys.argv = ["program.py"]
     module = types.ModuleType("__main__" if "stdin" in job else "program")
     sys.modules[module.__name__] = module
-    for part in ("program", "tests"):
-        exec(compile(job.get(part, ""), f"{part}.py", "exec"), module.__dict__)
+    for part in parts:
+        execute(part, module.__dict__)
     sys.stdout.flush()
     write(1, nonce)
 

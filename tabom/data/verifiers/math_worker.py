@@ -1,13 +1,15 @@
 """A process that compares mathematical answers with math-verify: a JSON line in, a JSON line out.
 
 Started by `mathematics.py` as a process of its own, because parsing LaTeX and comparing expressions can take for ever,
-take all memory or crash, and because math-verify's own timeouts are signals, which threads cannot use.
+take all memory or crash, and because math-verify's own timeouts are signals, which threads cannot use. One comparison
+has a number of seconds of computing time, which a busy machine does not shorten; then the process dies of SIGPROF.
 """
 
 import json
 import logging
 import re
 import resource
+import signal
 import sys
 
 from latex2sympy2_extended import NormalizationConfig
@@ -23,8 +25,36 @@ EXTRACTION = [
     ),
     ExprExtractionConfig(),
 ]
-ANSWER_PHRASE = re.compile(r"answer(?:\s+is|\s*:)?[\s:*]*([^\n]+)", re.IGNORECASE)
+ASCII = {0xFEE0 + code: code for code in range(0x21, 0x7F)}  # full-width digits, letters and signs
+RESPELT = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\$|[`≈]|(?<!\S)~", " "),
+        (r"~", r"\\ "),
+        (r"°", r"^\\circ"),
+        (r"(?<!\d)[\u2212\u2013](?=[\d.\\])", "-"),  # minus and dash
+        (r"(?<=\d)[.,](?=\s*\})", ""),
+        (r"²", "^2"),
+        (r"³", "^3"),
+        (r"½", " 1/2"),
+        (r"¼", " 1/4"),
+        (r"¾", " 3/4"),
+        (r"(?<![\d./])(\d+) +(\d+)/(\d+)(?![\d./]*\d)", r"\1\\frac{\2}{\3}"),
+        (r"(?:√|(?<![\\a-zA-Z])sqrt)\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])(sin|cos|tan|log|ln|exp)(?=\()", r"\\\1"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi"),
+        (r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r" \\times 10^{\1}"),
+        (r"(?<=\d) ?[x\u00d7] ?10\^\{?(-?\d+)\}?", r" \\times 10^{\1}"),
+        (r"(?<=[a-z)])\*\*(?=\d)", "^"),
+        (r"\\(?:textbf|textit|bold)(?![a-z])", r"\\text"),
+    )
+]
+"""What people write without LaTeX, and how math-verify reads it."""
+
+ANSWER_PHRASE = re.compile(r"\banswer\b(?:\s+is|\s*[:=])?[\s:*]*([^\n]+)", re.IGNORECASE)
 WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
+SEVERAL = re.compile(r",(?!\d{3})|\b(?:and|or)\b")
 NUMBER_WITH_UNIT = re.compile(r"\\boxed\{\s*\\?\$?(-?[\d.,/]+)\s+([a-zA-Z]{2}[a-zA-Z /]*)\}")
 MEMBER = re.compile(r"^\w+ (?:in|\\in) ")
 TEXT = re.compile(r"\\text\{([^{}]*)\}|\\boxed\{([^{}]*)\}")
@@ -35,9 +65,9 @@ def candidates(text: str) -> list[str]:
 
     An explicit form hides the others: `\\boxed{}`, then what follows the last `####`, then `<answer>` tags. Else
     what follows the last "answer is", or the last line, as LaTeX without delimiters if no words are in it; or
-    whatever math-verify finds in the whole text.
+    whatever math-verify finds in the whole text. What was thought before `</think>` does not count.
     """
-    text = mark_unit(text.replace("\\fbox", "\\boxed").strip())
+    text = mark_unit(text.rpartition("</think>")[2].replace("\\fbox", "\\boxed").strip())
     if "\\boxed" in text:
         return [text[text.rindex("\\boxed") :], text]
     if "####" in text:
@@ -45,7 +75,17 @@ def candidates(text: str) -> list[str]:
     if "<answer>" in text:
         return bare(text.rsplit("<answer>", 1)[1].partition("</answer>")[0])
     line = closing_line(text)
-    return [text] if WORD.search(line) or "$" in line else [bare(line)[0], text]
+    if WORD.search(line) or "$" in line:
+        return [text]
+    return bare(line)[:1] if SEVERAL.search(line) else [bare(line)[0], text]
+
+
+def respell(text: str) -> str:
+    """Signs and spellings as math-verify reads them."""
+    text = text.translate(ASCII)
+    for pattern, replacement in RESPELT:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def closing_line(text: str) -> str:
@@ -56,7 +96,7 @@ def closing_line(text: str) -> str:
 
 def bare(expression: str) -> list[str]:
     """An expression without delimiters, and the same in a box, which is tried first."""
-    expression = MEMBER.sub("", expression.strip(" .*"))
+    expression = MEMBER.sub("", expression.strip(" *").rstrip(" .,*"))
     return [mark_unit(f"\\boxed{{{expression}}}"), expression]
 
 
@@ -67,11 +107,12 @@ def mark_unit(text: str) -> str:
 
 def words(text: str) -> str:
     """A text answer without LaTeX's markup, brackets, stops and capitals."""
-    return TEXT.sub(lambda match: match[1] or match[2], text).strip(" .*()$").casefold()
+    return TEXT.sub(lambda match: match[1] or match[2], text).strip(" *()$").rstrip(" .*()$").casefold()
 
 
 def compare(answer: str, response: str) -> tuple[bool | None, str]:
     """Whether some reading of the response equals the answer, and what was read."""
+    answer, response = respell(answer), respell(response)
     if words(answer) and words(answer) == words(closing_line(response)):
         return True, f"{answer!r:.80} is the answer as it is written"
     golds = candidates(answer) if is_solution(answer) else bare(answer)
@@ -82,7 +123,7 @@ def compare(answer: str, response: str) -> tuple[bool | None, str]:
     if not readings:
         return False, "no expression found in the response"
     for reading in readings:
-        if verify(golds[0], reading, timeout_seconds=None):
+        if verify(golds[0], reading, allow_set_relation_comp=True, timeout_seconds=None):
             return True, f"{reading[-1]!s:.80} equals {golds[0][-1]!s:.80}"
     return False, f"expected {golds[0][-1]!s:.80}, found {readings[0][-1]!s:.80}"
 
@@ -104,7 +145,9 @@ def serve() -> None:
     output, sys.stdout = sys.stdout, sys.stderr  # whatever prints, prints elsewhere
     for line in sys.stdin:
         request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["timeout"])
         print(json.dumps(compare(request["answer"], request["response"])), file=output, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":

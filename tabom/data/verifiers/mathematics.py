@@ -3,6 +3,7 @@
 import json
 import queue
 import select
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,10 @@ from tabom.data.encoding import Prompt
 from tabom.data.verifiers.verdict import Answer, Verdict, Verifier
 
 START_LIMIT = 120.0
-"""Seconds that a worker may take to import sympy on a busy machine, before its first comparison counts."""
+"""Seconds that a worker may take to import sympy, before its first comparison counts."""
+
+PATIENCE = 20
+"""A worker that has not answered after this many times its computing time, on however busy a machine, is stuck."""
 
 
 class Math(Verifier):
@@ -22,8 +26,8 @@ class Math(Verifier):
     numbers, fractions, percentages, units, intervals, sets, matrices, equations and text in LaTeX or plain.
 
     Args:
-        timeout: seconds that one comparison may take. One that takes longer, or brings its process down, is wrong; the
-            others are judged all the same.
+        timeout: seconds of computing that one comparison may take. One that takes longer, or brings its process down,
+            is wrong; the others are judged all the same.
         workers: processes that compare at the same time.
 
     Raises:
@@ -61,8 +65,9 @@ class Worker:
         line = self.ask(answer, response, timeout)
         if line:
             return Verdict(*json.loads(line))
-        self.stop()
-        return Verdict(False, "the comparison crashed" if line == b"" else f"the comparison took over {timeout:g} s")
+        status = self.stop()
+        ran_out = line is None or status == -signal.SIGPROF
+        return Verdict(False, f"the comparison took over {timeout:g} s" if ran_out else "the comparison crashed")
 
     def start(self) -> None:
         """Starts the process and waits until it has answered once."""
@@ -74,21 +79,24 @@ class Worker:
             raise OSError(f"{' '.join(command)}: does not start; run it to see why")
 
     def ask(self, answer: str, response: str, timeout: float) -> bytes | None:
-        """The worker's line: empty when it died, None when it took too long."""
+        """The worker's line: empty when it died, None when it is stuck."""
+        request = {"answer": answer, "response": response, "timeout": timeout}
         try:
-            self.process.stdin.write(json.dumps({"answer": answer, "response": response}).encode() + b"\n")
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return b""
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE * timeout)
         return self.process.stdout.readline() if ready else None
 
-    def stop(self) -> None:
-        """Kills the process."""
+    def stop(self) -> int:
+        """Ends the process, and says with what status it ended."""
         self.process.kill()
         self.process.communicate()
-        self.process = None
+        status, self.process = self.process.returncode, None
+        return status
 
     def __del__(self) -> None:
-        if self.process is not None:
-            self.stop()
+        if self.process is not None:  # its pipes may be closed already
+            self.process.kill()
+            self.process.wait()

@@ -20,9 +20,13 @@ NEITHER_SANDBOX_NOR_CONSENT = (
 )
 
 CALLS = """
+call = getattr(Solution(), {function!r}) if "Solution" in globals() else {function}
 for arguments, expected in {pairs!r}:
-    assert {function}(*arguments) == expected
+    returned = call(*arguments)
+    returned = list(returned) if isinstance(returned, tuple) else returned
+    assert returned == expected or [returned] == expected
 """
+"""A function or a method is called, and what it returns is compared as APPS does: through JSON, maybe in a list."""
 
 
 class Tests(NamedTuple):

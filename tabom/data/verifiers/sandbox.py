@@ -3,9 +3,11 @@
 Bubblewrap gives each program a root file system of its own (the system's libraries and Python, read-only, and an empty
 folder in memory), no network, and a process namespace that ends with it. In both cases a program is limited in CPU
 time, memory, file size and number of processes, gives up root, and its process group is killed at the time limit.
+Without bubblewrap, what left that group is found by a mark in its environment.
 """
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,9 @@ from typing import NamedTuple
 
 LIMITER = Path(__file__).with_name("limiter.py").read_text()
 """What runs in the sandbox's Python before the program; see there."""
+
+MARK = "TABOM_PROGRAM"
+"""Variable that tells one program's processes from all others."""
 
 OUTPUT_LIMIT = 1 << 20
 """Bytes of a program's output that are read."""
@@ -89,7 +94,8 @@ def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
     command.append(str(limits.processes))
     if isolated:
         command = bubblewrap(find_bubblewrap(), limits) + command
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+    mark = secrets.token_hex(16)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", MARK: mark}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
         os.chmod(folder, 0o777)  # limiter.py may become another user
         given.write(job.encode())
@@ -110,6 +116,8 @@ def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
                 status = None
             finally:
                 kill_group(process)
+                if not isolated:
+                    kill_marked(f"{MARK}={mark}".encode())
             return Outcome(status, read_start(output), read_start(errors))
 
 
@@ -118,6 +126,14 @@ def kill_group(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):  # nothing was left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def kill_marked(variable: bytes) -> None:
+    """Kills the processes that were started with this variable."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # ended meanwhile, or somebody else's
+            if variable in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def read_start(file: "tempfile._TemporaryFileWrapper[bytes]") -> str:

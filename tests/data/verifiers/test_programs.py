@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from tabom.data.verifiers import make_verifier, sandbox
 from tabom.data.verifiers.programs import Code, last_block
 
 SQUARE = "def f(x):\n    return x * x\n"
+NAUGHT = "def f(x):\n    return 0\n"
 TESTS = ["assert f(2) == 4", "assert f(3) == 9"]
 HUMANEVAL = {
     "prompt": 'from typing import List\n\ndef total(numbers: List[int]) -> int:\n    """The sum."""\n',
@@ -51,6 +54,11 @@ def code(request, monkeypatch):
         (json.dumps(PAIRS), "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())))"),
         ({"input_output": {"fn_name": "f", "inputs": [[1], [3]], "outputs": [1, 9]}}, SQUARE),
         ([{"input": "a", "output": "A"}], "print(input().upper())"),
+        (
+            {"fn_name": "f", "inputs": [[1, 2]], "outputs": [[3]]},
+            "class Solution:\n    def f(self, a, b): return a + b",
+        ),
+        ({"fn_name": "f", "inputs": [[1, 2]], "outputs": [[2, 1]]}, "def f(a, b): return b, a"),
     ],
 )
 def test_right_programs(code, answer, response):
@@ -67,6 +75,9 @@ def test_right_programs(code, answer, response):
         (TESTS, SQUARE + "import os; os._exit(0)", "ended before"),
         (TESTS, "def f(x): raise SystemExit", "ended before"),
         (TESTS, SQUARE + "print(open(__file__).read())", "__file__"),
+        (TESTS, NAUGHT + "import builtins; builtins.compile = lambda *a: (lambda: 0).__code__", "AssertionError"),
+        (TESTS, NAUGHT + "import builtins; builtins.exec = lambda *a: None", "AssertionError"),
+        (TESTS, NAUGHT + "import builtins; builtins.AssertionError = SystemExit", "AssertionError"),
         (HUMANEVAL, "    return 0\n", "AssertionError"),
         ({"fn_name": "f", "inputs": [[1], [3]], "outputs": [1, 8]}, SQUARE, "AssertionError"),
         (PAIRS, "print(3)", "test 2 of 2"),
@@ -93,20 +104,31 @@ HOSTILE = {
     "kills its group": "import os; os.killpg(0, 9)",
     "fills the disk": "f = open('a', 'wb')\nwhile True: f.write(bytes(2**20))",
     "floods the output": "while True: print('x' * 2**20)",
+    "ignores signals": "import signal\nfor s in (2, 14, 15): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "leaves its session": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    "        os.closerange(0, 3)\n        time.sleep(1000)\n    os._exit(0)\nraise SystemExit",
+    "threads that sleep": "import threading, time\n"
+    "for _ in range(9): threading.Thread(target=time.sleep, args=(1000,)).start()\nraise SystemExit",
+    "waits for nobody": "import os; os.mkfifo('p'); open('p')",
+    "kills everything": "import os; os.kill(-1, 9); os._exit(0)",
+    "closes its output": "import os; os.close(1)",
+    "ends at exit": "import atexit, os; atexit.register(os._exit, 0); raise SystemExit",
+    "raises its limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "endless recursion": "import sys; sys.setrecursionlimit(10**9)\ndef g(): g()\ng()",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_fail_in_time_and_leave_nothing(code, name):
-    before, patient = processes(), code.limits
+def test_hostile_programs_fail_in_time_and_leave_nothing(code, monkeypatch, name):
+    monkeypatch.setattr(sandbox, "MARK", f"TABOM_TEST_{os.getpid()}")
+    patient = code.limits
     code.limits = replace(patient, seconds=2)
     assert code("prompt", TESTS, SQUARE + HOSTILE[name]).correct is False
     code.limits = patient
-    deadline = time.monotonic() + 5
-    while any("RLIMIT_NPROC" in command for command in processes() - before) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while (left := processes_with(sandbox.MARK)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any("RLIMIT_NPROC" in command for command in processes() - before), "nothing of it runs any more"
+    assert not left, "nothing of it runs any more"
     assert code("prompt", TESTS, SQUARE).correct is True
 
 
@@ -115,15 +137,23 @@ def test_memory_is_limited_before_it_is_used(code):
     assert "MemoryError" in code("prompt", TESTS, SQUARE + "x = bytearray(2 * 2**30)").why
 
 
-def processes():
-    """Every process and its command line."""
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", errors="replace") as command:
-                found.add(f"{pid} {command.read()}")
-        except OSError:
-            continue
+def test_the_kernel_ends_these_programs_first_and_they_inherit_no_secret(code, monkeypatch):
+    monkeypatch.setenv("SECRET", "precious")
+    check = "import os; assert open('/proc/self/oom_score_adj').read() == '1000\\n' and 'SECRET' not in os.environ\n"
+    stolen = (
+        "import glob\nfor p in glob.glob('/proc/[0-9]*/environ'):\n    try: assert 'precious' not in open(p).read()\n"
+    )
+    verdict = code("prompt", TESTS, f"{SQUARE}{check}{stolen}    except OSError: pass\n")
+    assert verdict.correct is True, verdict.why
+
+
+def processes_with(variable):
+    """The processes that have this variable in their environment."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if variable in environment.read_text(errors="replace"):
+                found.append(environment.parent.name)
     return found
 
 
