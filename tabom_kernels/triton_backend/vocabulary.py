@@ -225,6 +225,7 @@ def statistics_kernel(
         w_is_inside = (tl.arange(0, LANES) < CHUNK // LANES) & (column_of_w < COLUMNS)
         w = tl.where(w_is_inside, transformed(w, logit_scale, softcap), -float("inf"))
         m = transformed(m, logit_scale, softcap)
+        is_best = is_best & w_is_inside  # where all are -inf, padding is as good
     rest, U = sums_without_the_best(z, w, is_best, m, winner, LANES)
     partial = partials + row * 3 * CHUNKS + chunk
     tl.store(partial, m)

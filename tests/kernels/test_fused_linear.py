@@ -148,6 +148,18 @@ def test_transformed_closed_forms_on_values_that_break_losses(rng, backend, valu
     torch.testing.assert_close(out.double(), exact.grad, rtol=close["rtol"], atol=close["atol"] / 5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_soft_capped_chunks_of_minus_infinity(rng, backend):
+    """There all logits tie at -softcap, and what pads a chunk is not among them."""
+    logits = torch.randn(3, 5000)
+    logits[0] = -torch.inf
+    logits[1, 4000:] = -torch.inf
+    transform = LogitTransform(1.0, 3.0)
+    statistics = closed_forms(backend).vocabulary_statistics(logits, None, -100, transform)
+    exact = reference.softmax_entropy(reference.transformed(logits.double(), *transform))
+    torch.testing.assert_close(statistics.entropy.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_fp32_logits_are_not_rounded(rng):
     head, batch = draw_problem([8, 9], torch.bfloat16)
     exact, plain, fp32 = (
