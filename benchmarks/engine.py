@@ -1,42 +1,45 @@
-"""What decoding costs in the engine, exact and with caches, beside the plain loop of fixed batches.
+"""What decoding costs in the engine, exact and with caches, beside the plain loop of fixed batches and its peers.
 
-    python -m benchmarks.engine [--rounds 3] [--large]
+    python -m benchmarks.engine [--large | --caches]
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
-the same model, prompts and settings, in turns. Positions a decided token depend on lengths alone, so they are counted
-on a tiny model, which is timed along the way; `--large` also times a model under Dream's vocabulary, on fewer prompts.
-What a cache changes is measured on the lab's model and its tasks. On a CPU seconds are of processor time, which other
-processes of a shared machine change least. Writes benchmarks/results/engine-<device>.json.
+the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
+dLLM's sampler does, and one that does what Dream's code does. The steps of a fixed batch all cost the same: of the
+plain loop and of the peers the first are timed, and count for all. The lab's model, and one layer for more prompts and
+other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
+answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
+benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
 """
 
 import argparse
+import math
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import environment, result_name, this_device, write_json
-from benchmarks.models import random_dream, tiny_dream
+from benchmarks.measure import environment, peak_memory_of, result_name, this_device, write_json
+from benchmarks.models import large_vocabulary, tiny_dream
+from benchmarks.sampler import dream_steps
 from tabom.data.encoding import encode_prompt
 from tabom.lab.dry_run import now
 from tabom.lab.model import BASE_PATH
 from tabom.lab.tasks import make_task
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling.engine import EngineConfig, sample
+from tabom.sampling.collect import in_groups
+from tabom.sampling.engine import Engine, EngineConfig, Request, sample
 from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, decode_response, denoise
 
 LENGTH, BLOCK = 256, 32
-ANSWERS_END_AT = (180, 436)
-"""Positions, counted from the prompt's first token: an answer ends at the first of them behind its prompt."""
 
 CACHES = {
     "exact": {},
@@ -47,94 +50,255 @@ CACHES = {
     "block, refresh 4": {"cache": "block", "cache_refresh": 4},
 }
 
+PLAIN = "plain loop"
+PEERS = ("dLLM's loop", "Dream's loop")
+
+TIMED_STEPS = {PLAIN: 16, **dict.fromkeys(PEERS, 4)}
+"""Of the first batch."""
+
+
+class Asked(NamedTuple):
+    """A prompt, and after how many tokens its answer ends, the end token included."""
+
+    prompt: list[int]
+    end: int
+
+
+class Spread(NamedTuple):
+    """How the lengths of prompts and answers are drawn, each by itself; on a logarithmic scale most are short."""
+
+    prompts: tuple[int, int]
+    answers: tuple[int, int]
+    logarithmic: bool = False
+
+    def draw(self, rng: random.Random, lengths: tuple[int, int]) -> int:
+        """A length between the two."""
+        low, high = lengths
+        return (
+            round(math.exp(rng.uniform(math.log(low), math.log(high)))) if self.logarithmic else rng.randint(*lengths)
+        )
+
+
+MOSTLY_SHORT = "wide, mostly short"
 
 SPREADS = {
-    "uniform": lambda length: 1.0,
-    "mostly short": lambda length: 1 / length,  # as likely to be of 30 to 60 tokens as of 60 to 120
-    "all alike": lambda length: float(length == 80),  # answers end after 100
+    "narrow": Spread((90, 110), (100, 120)),
+    "wide": Spread((30, 250), (40, 256)),
+    MOSTLY_SHORT: Spread((30, 250), (40, 256), logarithmic=True),
 }
-"""How likely a prompt is of a length."""
 
 
-def prompts_of(count: int, spread: str) -> list[list[int]]:
-    """Random tokens, 30 to 140 or 180 to 250, so that answers end after 40 to 150 or 186 to 256 tokens."""
-    rng = random.Random(0)
-    lengths = [*range(30, 141), *range(180, 251)]
-    drawn = rng.choices(lengths, [SPREADS[spread](length) for length in lengths], k=count)
-    return [[rng.randrange(4, 40) for _ in range(length)] for length in drawn]
+def asked_of(count: int, spread: str, seed: int = 0) -> list[Asked]:
+    """Random tokens; the lengths of more prompts begin with those of fewer."""
+    rng, lengths = random.Random(seed), SPREADS[spread]
+    drawn = [(lengths.draw(rng, lengths.prompts), lengths.draw(rng, lengths.answers)) for _ in range(count)]
+    return [Asked([rng.randrange(4, 40) for _ in range(length)], end) for length, end in drawn]
+
+
+class Ends:
+    """Which rows of the next forward predict an answer's end token; set by whoever runs the model."""
+
+    rows: Callable[[], torch.Tensor]  # bool, in the shape of its positions
+
+    def left_padded(self, asked: Sequence[Asked], length: int, shift: int) -> None:
+        """Prompts end in one column."""
+        start = max(len(prompt) for prompt, _ in asked)
+        self.fixed([start + end - 1 - shift for _, end in asked], start + length)
+
+    def right_padded(self, asked: Sequence[Asked], length: int, shift: int) -> None:
+        """Prompts begin in one column."""
+        width = max(len(prompt) for prompt, _ in asked) + length
+        self.fixed([len(prompt) + end - 1 - shift for prompt, end in asked], width)
+
+    def fixed(self, columns: list[int], width: int) -> None:
+        """One position a sequence."""
+        rows = torch.arange(width) == torch.tensor(columns)[:, None]
+        self.rows = lambda: rows
+
+    def packed(self, asked: Sequence[Asked], engine: Engine) -> None:
+        """The engine's rows change with its slots, and with what a cache keeps."""
+
+        def rows() -> torch.Tensor:
+            marked = torch.zeros(len(engine.layout.position_ids), dtype=torch.bool)
+            for slot, start in zip(engine.slots, engine.layout.starts, strict=True):
+                prompt, end = asked[slot.number]
+                marked[start + len(prompt) + end - 1 - engine.model.logits_shift] = True
+            computed = None if engine.cache is None else engine.cache.rows
+            return (marked if computed is None else marked[computed.cpu()])[None]
+
+        self.rows = rows
 
 
 @contextmanager
-def answers_that_end(model: DiffusionModel) -> Iterator[None]:
-    """Adds to the hidden states in front of the head what makes the end token certain at ANSWERS_END_AT."""
-    head = model.model.get_output_embeddings()
-    end = head.weight[model.eos_token_id].detach()
-    direction = 1e3 * end / end.square().sum()
-    positions: list[torch.Tensor] = []
-
-    def keep_positions(_model: torch.nn.Module, _args: tuple, inputs: dict[str, Any]) -> None:
-        positions[:] = [inputs["position_ids"] + model.logits_shift]
+def answers_that_end(model: DiffusionModel) -> Iterator[Ends]:
+    """The end token reads a hidden coordinate of its own, which is 0 but for the rows that are to predict it."""
+    head, norm = model.model.get_output_embeddings(), model.model.get_decoder().norm
+    ends = Ends()
+    before = [(weight, weight.detach().clone()) for weight in (head.weight, norm.weight)]
 
     def add(_head: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        ends = torch.isin(positions[0], torch.tensor(ANSWERS_END_AT, device=positions[0].device))
-        return (args[0] + ends[..., None] * direction.to(args[0]),)
+        hidden = args[0].clone()
+        hidden[..., 0] += 1e3 * ends.rows().to(hidden)
+        return (hidden,)
 
-    hooks = [
-        model.model.register_forward_pre_hook(keep_positions, with_kwargs=True),
-        head.register_forward_pre_hook(add),
-    ]
-    yield
-    for hook in hooks:
+    with torch.no_grad():
+        norm.weight[0] = 0
+        head.weight[:, 0] = 0
+        head.weight[model.eos_token_id] = 0
+        head.weight[model.eos_token_id, 0] = 1
+    hook = head.register_forward_pre_hook(add)
+    try:
+        yield ends
+    finally:
         hook.remove()
+        with torch.no_grad():
+            for weight, values in before:
+                weight.copy_(values)
 
 
-def plain(
-    model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig, batch_size: int
-) -> tuple[list[Completion], int]:
-    """Fixed batches, each decoded by `denoise` until all of its responses are done; also the positions computed."""
-    completions, positions = [], 0
-    for start in range(0, len(prompts), batch_size):
-        *_, state = denoise(model, prompts[start : start + batch_size], config.max_new_tokens, config)
-        rows = zip(*(values.tolist() for values in state[:3]), strict=True)
-        completions += [Completion(*row, 0) for row in rows]
+class Decoded(NamedTuple):
+    """What a contender made: its responses where it went to the end, the positions computed, and seconds."""
+
+    completions: list[Completion] | None
+    positions: int
+    seconds: float
+
+
+class Enough(Exception):
+    """The steps that were asked for are done."""
+
+
+def run_plain(
+    model: DiffusionModel, ends: Ends, asked: Sequence[Asked], config: SamplerConfig, batch_size: int, limit: int | None
+) -> Decoded:
+    """Fixed batches, each decoded by `denoise` until all of its responses are done."""
+    completions, positions, start = [], 0, seconds_now(model.device)
+    for batch in in_groups(asked, batch_size):
+        ends.left_padded(batch, config.max_new_tokens, model.logits_shift)
+        states = denoise(model, [prompt for prompt, _ in batch], config.max_new_tokens, config)
+        *_, state = islice(states, limit and limit + 1)
+        completions += [Completion(*row, 0) for row in zip(*(values.tolist() for values in state[:3]), strict=True)]
         positions += state.positions
-    return completions, positions
+    return Decoded(completions, positions, seconds_now(model.device) - start)
+
+
+def run_engine(
+    model: DiffusionModel, ends: Ends, asked: Sequence[Asked], config: SamplerConfig, batch_size: int, limit: int | None
+) -> Decoded:
+    """The engine under a budget of as many positions as a plain batch has at most."""
+    budget = batch_size * (max(len(prompt) for prompt, _ in asked) + config.max_new_tokens)
+    steps = 0
+
+    def count(_decision: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == limit:
+            raise Enough
+
+    start = seconds_now(model.device)
+    engine = Engine(model, config, EngineConfig(compute_budget=budget), count)
+    ends.packed(asked, engine)
+    requests = [Request(prompt, config.max_new_tokens, 0) for prompt, _ in asked]
+    with suppress(Enough):
+        finished = dict(engine.run(requests))
+        completions = [finished[number] for number in range(len(asked))]
+        return Decoded(completions, cost_of(completions).positions, seconds_now(model.device) - start)
+    return Decoded(None, 0, seconds_now(model.device) - start)
+
+
+@torch.inference_mode()
+def dllm_steps(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig) -> Iterator[torch.Tensor]:
+    """dLLM's masked-diffusion sampler, greedy, by confidence, one token a step; yields all (B, L) tokens after each.
+
+    Right-padded, all logits at every step, an argmax and a softmax of all of them, the choice sequence by sequence. The
+    mask token is suppressed, which is an option there.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    x = torch.full((len(prompts), max(lengths) + config.max_new_tokens), model.eos_token_id, device=model.device)
+    attention_mask = torch.zeros_like(x)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) + config.max_new_tokens
+        x[row, : len(prompt)] = torch.tensor(prompt, device=model.device)
+        x[row, len(prompt) : end] = model.mask_token_id
+        attention_mask[row, :end] = 1
+    block = config.block_length or config.max_new_tokens
+    for block_end in range(block, config.max_new_tokens + 1, block):
+        for _ in range(block):
+            masked = x == model.mask_token_id
+            logits = model.model(input_ids=x, attention_mask=attention_mask).logits
+            logits[..., model.mask_token_id] = -torch.inf
+            if model.logits_shift:
+                logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+            token = logits.argmax(-1)
+            confidence = logits.softmax(-1).gather(-1, token[..., None]).squeeze(-1)
+            for row, length in enumerate(lengths):
+                confidence[row, length + block_end :] = -torch.inf
+            confidence = torch.where(masked, confidence, -torch.inf)
+            for row in range(len(x)):
+                best = confidence[row].topk(1).indices
+                x[row, best] = token[row, best]
+            yield x
+
+
+def run_peer(
+    name: str, model: DiffusionModel, ends: Ends, batch: Sequence[Asked], config: SamplerConfig, limit: int | None
+) -> Decoded:
+    """One fixed batch, every step of it."""
+    prompts = [prompt for prompt, _ in batch]
+    if name == PEERS[0]:
+        ends.right_padded(batch, config.max_new_tokens, model.logits_shift)
+        steps = dllm_steps(model, prompts, config)
+    else:
+        ends.left_padded(batch, config.max_new_tokens, model.logits_shift)
+        dream = replace(config, policy="dream_entropy", steps=config.max_new_tokens, block_length=None)
+        steps = dream_steps(model, prompts, dream)
+    positions, start = 0, seconds_now(model.device)
+    for x in islice(steps, limit):
+        positions += x.numel()
+    return Decoded(None, positions, seconds_now(model.device) - start)
 
 
 def measure(
-    name: str, model: DiffusionModel, count: int, spread: str, batch_size: int, rounds: int, length: int = LENGTH
+    name: str, model: DiffusionModel, contenders: Sequence[str], count: int, spread: str, batch_size: int
 ) -> list[dict[str, Any]]:
     """One record a contender, which take turns."""
-    prompts = prompts_of(count, spread)
-    config = SamplerConfig(max_new_tokens=length, block_length=BLOCK, policy="confidence", stop_early=True)
-    engine = EngineConfig(compute_budget=batch_size * (max(map(len, prompts)) + length))
-    completions: dict[str, list[Completion]] = {}
-    positions: dict[str, int] = {}
+    config = SamplerConfig(max_new_tokens=LENGTH, block_length=BLOCK, policy="confidence", stop_early=True)
+    asked = asked_of(count, spread)
+    tokens = sum(end for _, end in asked)
+    with answers_that_end(model) as ends:
 
-    def run_plain() -> None:
-        completions["plain loop"], positions["plain loop"] = plain(model, prompts, config, batch_size)
+        def run(contender: str, limit: int | None = None) -> Decoded:
+            if contender in PEERS:
+                return run_peer(contender, model, ends, asked[:batch_size], config, limit)
+            if contender == PLAIN:
+                return run_plain(model, ends, asked[:batch_size], config, batch_size, limit)
+            return run_engine(model, ends, asked, replace(config, **CACHES[contender]), batch_size, limit)
 
-    def run_engine(cache: str) -> None:
-        completions[cache] = sample(model, prompts, replace(config, **CACHES[cache]), engine=engine)
-        positions[cache] = cost_of(completions[cache]).positions
-
-    calls: dict[str, Callable[[], None]] = {"plain loop": run_plain}
-    calls |= {cache: lambda c=cache: run_engine(c) for cache in CACHES}
-    seconds: dict[str, list[float]] = {contender: [] for contender in calls}
-    with answers_that_end(model):
-        for _ in range(rounds):
-            for contender, call in calls.items():
-                start = seconds_now(model.device)
-                call()
-                seconds[contender].append(seconds_now(model.device) - start)
+        made = {contender: run(contender, TIMED_STEPS.get(contender)) for contender in contenders}
+        memory = {contender: peak_memory_of(lambda c=contender: run(c, 3), model.device) for contender in contenders}
+    exact = made["exact"].completions
+    steps = [max(completion.decoding_order) + 1 for completion in exact]
+    of_fixed_batches = {PLAIN: batch_positions(asked, steps, batch_size)}
+    of_fixed_batches |= dict.fromkeys(PEERS, batch_positions(asked, [LENGTH] * count, batch_size))
     records = []
-    for contender in calls:
-        tokens = cost_of(completions[contender]).tokens
+    for contender, decoded in made.items():
+        positions = of_fixed_batches.get(contender, decoded.positions)
+        seconds = decoded.seconds * positions / decoded.positions
         record = {"model": name, "contender": contender, "prompts": count, "lengths": spread, "batch_size": batch_size}
-        record |= {"tokens": tokens, "positions_per_token": positions[contender] / tokens}
-        record |= {"seconds": seconds[contender], "tokens_per_second": tokens / statistics.median(seconds[contender])}
-        records.append(record | agreement(completions[contender], completions["plain loop"]))
+        record |= {"answer_tokens": tokens, "positions": positions, "fewer": of_fixed_batches[PLAIN] / positions}
+        record |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": memory[contender]}
+        if contender in CACHES:
+            record |= {"tokens_decided": cost_of(decoded.completions).tokens, **agreement(decoded.completions, exact)}
+        records.append(record)
     return records
+
+
+def batch_positions(asked: Sequence[Asked], steps: Sequence[int], batch_size: int) -> int:
+    """What fixed batches compute, by arithmetic: each of them, padded, until its last response has had its steps."""
+    return sum(
+        len(batch) * max(steps for _, steps in batch) * (max(len(each.prompt) for each, _ in batch) + LENGTH)
+        for batch in in_groups(zip(asked, steps, strict=True), batch_size)
+    )
 
 
 def seconds_now(device: torch.device) -> float:
@@ -183,24 +347,31 @@ def fidelity(count: int) -> list[dict[str, Any]]:
     return records
 
 
-def print_tables(records: list[dict[str, Any]], fidelities: list[dict[str, Any]]) -> None:
-    """Costs, and what caches change."""
-    table = Table("model", "lengths", "contender", "positions a token", "fewer", "tokens a second", "faster")
+def costs_table(records: list[dict[str, Any]]) -> str:
+    """Positions, time and memory of each contender, and how many times fewer and faster than the plain loop."""
+    lines = [
+        "| model, prompts, lengths | | positions an answer's token | fewer | tokens a second | faster | peak, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for record in records:
-        if record["contender"] == "plain loop":
-            plain = record
-        fewer = plain["positions_per_token"] / record["positions_per_token"]
-        faster = [b / a for a, b in zip(record["seconds"], plain["seconds"], strict=True)]
-        table.add_row(
-            record["model"],
-            record["lengths"],
+        case = ""
+        if record["contender"] == PLAIN:
+            plain, case = record, f"{record['model']}, {record['prompts']}, {record['lengths']}"
+        cells = (
+            case,
             record["contender"],
-            f"{record['positions_per_token']:.1f}",
-            f"{fewer:.2f}",
+            f"{record['positions'] / record['answer_tokens']:.0f}",
+            f"{record['fewer']:.2f}",
             f"{record['tokens_per_second']:.1f}",
-            f"{statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})",
+            f"{plain['seconds'] / record['seconds']:.1f}",
+            f"{record['peak_bytes'] / 2**20:.0f}",
         )
-    Console(width=140).print(table)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def print_caches(fidelities: list[dict[str, Any]]) -> None:
+    """What caches change."""
     table = Table(
         "task", "block", "contender", "accuracy", "equal tokens", "equal answers", "order", "positions a token"
     )
@@ -218,26 +389,41 @@ def print_tables(records: list[dict[str, Any]], fidelities: list[dict[str, Any]]
     Console(width=140).print(table)
 
 
+def costs() -> Iterator[list[dict[str, Any]]]:
+    """The lab's model beside all peers; other lengths and more prompts on one layer."""
+    yield measure("the lab's", load(BASE_PATH), [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
+    one_layer = tiny_dream(num_hidden_layers=1)
+    for spread in SPREADS:
+        yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 16, spread, 16)
+    contenders = [PLAIN, "exact", "prefix", "block", "block, refresh 8", *PEERS]
+    yield measure("one layer", one_layer, contenders, 32, MOSTLY_SHORT, 16)
+    yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 64, MOSTLY_SHORT, 16)
+
+
+def large_costs() -> Iterator[list[dict[str, Any]]]:
+    """Under Dream's vocabulary, fewer prompts."""
+    yield measure(*large_vocabulary(this_device()), [PLAIN, "exact", "block", *PEERS], 4, MOSTLY_SHORT, 4)
+
+
 def main() -> None:
-    """Positions and seconds on a tiny model, fidelity on the lab's."""
+    """One of the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=32, help="of a tiny model; a quarter of them of the large one")
-    parser.add_argument("--rounds", type=int, default=1, help="of every contender")
-    parser.add_argument("--large", action="store_true", help="also a model under Dream's vocabulary")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--large", action="store_true", help="four layers under Dream's vocabulary")
+    what.add_argument("--caches", action="store_true", help="what caches change of the lab model's answers")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = this_device()
-    tiny = tiny_dream()
-    records = []
-    for spread in SPREADS:
-        records += measure("tiny", tiny, arguments.prompts, spread, arguments.prompts // 2, arguments.rounds)
-    if arguments.large:
-        name, model = random_dream(device)
-        count = arguments.prompts // 4
-        records += measure(name, model, count, "mostly short", count // 2, arguments.rounds)
-    fidelities = fidelity(500)
-    path = write_json(result_name("engine", device), environment(device) | {"figures": records, "caches": fidelities})
-    print_tables(records, fidelities)
+    if arguments.caches:
+        fidelities = fidelity(500)
+        path = write_json(result_name("engine-caches", device), environment(device) | {"caches": fidelities})
+        print_caches(fidelities)
+    else:
+        name, records = result_name("engine-large" if arguments.large else "engine", device), []
+        for figures in large_costs() if arguments.large else costs():
+            records += figures
+            path = write_json(name, environment(device) | {"figures": records})
+        print(costs_table(records))
     print(f"wrote {path}")
 
 

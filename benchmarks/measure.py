@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "trl")
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 30
 CALLS_IN_GRAPH = 20

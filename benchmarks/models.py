@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import is_gpu
-from tabom.lab.dry_run import DREAM_7B, random_model
+from tabom.lab.dry_run import DREAM_7B, TINY, random_model
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.families import native_config
@@ -19,13 +19,11 @@ SMALL = {
 }
 
 
-def tiny_dream() -> DiffusionModel:
-    """Two layers in fp32 on the CPU, to count what does not depend on the model's size."""
-    family = random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, torch.device("cpu"))
-    family.model.eval()
-    with torch.no_grad():
-        family.model.lm_head.weight.mul_(20)
-    return family
+def tiny_dream(**changes: int) -> DiffusionModel:
+    """Two layers in fp32 on the CPU, or what the config says instead."""
+    config = native_config(DREAM_7B)
+    config.update(TINY | changes)
+    return sharpened(describe(AutoModelForCausalLM.from_config(config), character_tokenizer()))
 
 
 def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:
@@ -38,7 +36,20 @@ def random_dream(device: torch.device) -> tuple[str, DiffusionModel]:
         config = native_config(DREAM_7B)
         config.update(SMALL)
         family = describe(AutoModelForCausalLM.from_config(config), character_tokenizer())
+    return name, sharpened(family)
+
+
+def large_vocabulary(device: torch.device) -> tuple[str, DiffusionModel]:
+    """Four layers of 128 in fp32 under Dream's vocabulary, to be decoded in minutes."""
+    config = native_config(DREAM_7B)
+    config.update(SMALL | {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32})
+    family = describe(AutoModelForCausalLM.from_config(config).to(device), character_tokenizer())
+    return "4 layers of 128, V = 152064", sharpened(family)
+
+
+def sharpened(family: DiffusionModel) -> DiffusionModel:
+    """The model, ready to decode."""
     family.model.eval()
     with torch.no_grad():
         family.model.lm_head.weight.mul_(20)  # far from uniform, so that certainties are no near ties
-    return name, family
+    return family

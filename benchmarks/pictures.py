@@ -22,6 +22,7 @@ COLORS = {
     "ours, logits": "tab:cyan",
     "ours, fused": "tab:blue",
     "two matmuls": "tab:gray",
+    "three matmuls": "tab:gray",
 }
 """A contender has one colour in all pictures; the others are not drawn."""
 TIME = ("forward + backward, ms", lambda record: record["seconds"]["median"] * 1e3)

@@ -7,7 +7,7 @@ and number of steps, in turns. Writes benchmarks/results/sampler-<device>.json.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -28,9 +28,15 @@ from tabom.sampling.sampler import SamplerConfig, left_pad
 SETTINGS = {"greedy": {}, "temperature 0.2, top-p 0.95": {"temperature": 0.2, "top_p": 0.95}}
 
 
-@torch.inference_mode()
 def straightforward(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig) -> torch.Tensor:
-    """Dream's entropy policy, all logits at every step; (B, T) tokens."""
+    """The (B, T) tokens of `dream_steps`."""
+    *_, x = dream_steps(model, prompts, config)
+    return x[:, -config.max_new_tokens :]
+
+
+@torch.inference_mode()
+def dream_steps(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig) -> Iterator[torch.Tensor]:
+    """Dream's entropy policy, all logits at every step; yields all (B, L) tokens, which are one tensor, after each."""
     inputs = left_pad(model, prompts, config.max_new_tokens)
     x = inputs["input_ids"]
     times = torch.linspace(1, config.eps, config.steps + 1)
@@ -60,7 +66,7 @@ def straightforward(model: DiffusionModel, prompts: list[list[int]], config: Sam
             proposed = torch.full_like(x, model.mask_token_id)
             proposed[masked] = token
             x.scatter_(1, chosen, proposed.gather(1, chosen))
-    return x[:, -config.max_new_tokens :]
+        yield x
 
 
 def time_in_turns(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, Timing]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tabom.sampling.engine import Engine, EngineConfig, Request, sample
     from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
     from tabom.training.config import TabomConfig
+    from tabom.training.patch import patch, unpatch
     from tabom.training.trainer import TabomTrainer
 
 __version__ = "0.1.0"
@@ -45,9 +46,11 @@ __all__ = [
     "from_step_map",
     "load",
     "make_verifier",
+    "patch",
     "read_prompts",
     "read_trajectories",
     "sample",
+    "unpatch",
 ]
 
 MODULES = {
@@ -61,6 +64,7 @@ MODULES = {
     "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
     "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
     "training.config": ("TabomConfig",),
+    "training.patch": ("patch", "unpatch"),
     "training.trainer": ("TabomTrainer",),
 }
 """Where the names are, for `__getattr__`; what type checkers read above says the same."""

@@ -5,7 +5,7 @@ nats. `reference` is the specification; `backend=None` takes the best backend fo
 """
 
 from tabom_kernels.backends import backend_for
-from tabom_kernels.fused_linear import fused_linear_tabom_loss
+from tabom_kernels.fused_linear import fused_linear_cross_entropy, fused_linear_tabom_loss
 from tabom_kernels.loss import TabomLoss, tabom_loss
 from tabom_kernels.noise import mix_keys
 from tabom_kernels.ranking import count_ordered_pairs, trajectory_rank_loss
@@ -20,6 +20,7 @@ __all__ = [
     "backend_for",
     "count_ordered_pairs",
     "cross_entropy_with_entropy",
+    "fused_linear_cross_entropy",
     "fused_linear_tabom_loss",
     "mix_keys",
     "softmax_entropy",

@@ -106,6 +106,13 @@ def check_denominators(
             check_scalar(name, count, lambda x: 0 <= x < math.inf, "0 or above, and finite")
 
 
+def check_transform(logit_scale: float, softcap: float | None) -> None:
+    """Numbers above 0, finite; a soft-cap may be None."""
+    check_scalar("logit_scale", logit_scale, lambda x: 0 < x < math.inf, "above 0 and finite")
+    if softcap is not None:
+        check_scalar("softcap", softcap, lambda x: 0 < x < math.inf, "None, or above 0 and finite")
+
+
 def check_scalar(name: str, value: float | Tensor, is_right: Callable[[float], bool], expected: str) -> None:
     """A number, or a 0-dim tensor, whose value is right."""
     if isinstance(value, Tensor):

@@ -6,8 +6,11 @@ of their gradient are known:
     logits = hidden @ weight.T -> entropy, cross-entropy -> rank loss, dE -> dlogits, over the logits -> dhidden
 
 and the chunk's gradient is finished before the next one begins: two matmuls with a frozen head, three with a trainable
-one, nothing computed twice. A sequence longer than a chunk takes two sweeps over its pieces, statistics and gradients.
-Backward only scales.
+one, nothing computed twice. A ranked sequence longer than a chunk takes two sweeps over its pieces, statistics and
+gradients; without a ranking every row is on its own. Backward only scales.
+
+A model may scale and soft-cap its logits, z = softcap * tanh(logit_scale * (hidden @ weight.T) / softcap): both are
+applied where the closed forms read a logit, and are one factor of the gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,18 +31,20 @@ from tabom_kernels.arguments import (
     check_lengths,
     check_sequences,
     check_token_weights,
+    check_transform,
 )
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
-from tabom_kernels.loss import TabomLoss, denominator, tabom_loss
+from tabom_kernels.loss import TabomLoss, denominator, reference_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
+from tabom_kernels.torch_backend import LogitTransform
 from tabom_kernels.vocabulary_parallel import VocabularySlice, local, replicated, sharding_of, sum_over_ranks
 
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
 
 VOCABULARY_SLICE = 8192
-"""Rows of the head whose fp32 product is in memory at once."""
+"""Rows of the head whose product in fp32, or scaled gradient, is in memory at once."""
 
 
 class Chunk(NamedTuple):
@@ -82,6 +87,11 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int, lengths: Sequence[
         first = last
 
 
+def plan_rows(rows: int, max_rows: int) -> Iterator[Chunk]:
+    """About equal parts of at most `max_rows` rows: without a ranking sequences do not matter."""
+    return (Chunk(slice(0, 0), piece) for piece in Chunk(slice(0, 0), slice(0, rows)).pieces(max_rows))
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -112,15 +122,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 class HeadGradients:
     """Gradients by hidden (N, D), weight (V, D) and bias (V,), added up piece by piece; empty unless wanted.
 
-    Those of weight and bias are sums over all rows, and kept in fp32.
+    Those of weight and bias are sums over all rows, and kept in fp32 unless `dtype_of_sums` says otherwise.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], max_chunk_rows: int
+    ) -> None:
         self.inputs, self.wanted, self.beta = (hidden, weight), wanted, 0
-        dtype = reference.working_dtype(hidden.dtype)
+        dtype = dtype_of_sums(hidden, max_chunk_rows)
         self.hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
         self.weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
-        self.bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=dtype)
+        self.bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=reference.working_dtype(hidden.dtype))
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """The part of `rows`, from their (n, V) dL/dlogits."""
@@ -135,6 +147,15 @@ class HeadGradients:
         self.beta = 1  # the first piece has overwritten the memory
 
 
+def dtype_of_sums(hidden: Tensor, max_chunk_rows: int) -> torch.dtype:
+    """What the weight's gradient is kept in until backward: fp32, but bf16 where it is the product of one chunk.
+
+    A matmul adds up in fp32 by itself; only sums of products would be rounded each time. fp16 would overflow.
+    """
+    is_one_product = hidden.dtype == torch.bfloat16 and hidden.shape[0] <= max_chunk_rows
+    return torch.bfloat16 if is_one_product else reference.working_dtype(hidden.dtype)
+
+
 @torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
 def fused_linear_op(
     hidden: Tensor,
@@ -144,14 +165,16 @@ def fused_linear_op(
     margin: Tensor,
     rank_weight: Tensor | None,
     labels: Tensor,
-    steps: Tensor,
-    cu_seqlens: Tensor,
+    steps: Tensor | None,
+    cu_seqlens: Tensor | None,
     token_weights: Tensor | None,
     num_tokens: Tensor,
     num_sequences: Tensor,
     lengths: Sequence[int] | None,
     form: str,
     ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
     tp_group: str | None,
     first_column: int,
     max_chunk_rows: int,
@@ -161,32 +184,40 @@ def fused_linear_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias (empty unless wanted), dtemperature; unit.
 
-    The gradients are those of unit * loss, in which a row's factors are near 1: in fp16 the mean over many tokens
-    would be below the smallest number, and a sum over rows with large weights above the largest.
+    Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss. The unit is 1, but
+    for fp16, where it brings a row's factors near 1: the mean over many tokens would be below the smallest number, and
+    a sum over rows with large weights above the largest.
     """
     forms = closed_forms(backend)
     vocabulary = forms if tp_group is None else VocabularySlice(forms, tp_group, first_column)
+    transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     grad_ce = entropy.new_ones(()) if token_weights is None else token_weights.to(dtype)
     grad_ce = grad_ce.expand(hidden.shape[0])
-    rank_scale = None if rank_weight is None else rank_weight * num_tokens / num_sequences
-    unit = num_tokens.clone()
+    unit = entropy.new_ones(())
     if hidden.dtype == torch.float16:
+        rank_scale = None if rank_weight is None else rank_weight * num_tokens / num_sequences
         largest = largest_factor(grad_ce.masked_fill(labels == ignore_index, 0.0), rank_scale, form, temperature)
-        grad_ce, unit = grad_ce / largest, unit / largest
-        rank_scale = None if rank_scale is None else rank_scale / largest
-    gradients = HeadGradients(hidden, weight, bias, wanted)
+        unit = num_tokens / (largest * logit_scale)
+    grad_ce = grad_ce * (unit / num_tokens)
+    rank_scale = None if rank_weight is None else rank_weight * unit / num_sequences
+    gradients = HeadGradients(hidden, weight, bias, wanted, max_chunk_rows)
+    chunks = (
+        plan_rows(hidden.shape[0], max_chunk_rows)
+        if rank_scale is None
+        else plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows, lengths)
+    )
 
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows, lengths):
+        for chunk in chunks:
             pieces = chunk.pieces(max_chunk_rows)
             logits, statistics = None, []
             for rows in pieces:
                 del logits  # before the next piece's are made
                 logits = project(hidden[rows], weight, bias, fp32_logits)
-                statistics.append(vocabulary.vocabulary_statistics(logits, labels[rows], ignore_index))
+                statistics.append(vocabulary.vocabulary_statistics(logits, labels[rows], ignore_index, transform))
                 entropy[rows] = statistics[-1].entropy
                 ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
@@ -206,7 +237,9 @@ def fused_linear_op(
                     del logits
                     logits = project(hidden[rows], weight, bias, fp32_logits)
                 row_grads = (grad_ce[rows], None if grad_entropy is None else grad_entropy[rows])
-                vocabulary.vocabulary_gradient(logits, labels[rows], ignore_index, saved, *row_grads, logits)
+                vocabulary.vocabulary_gradient(
+                    logits, labels[rows], ignore_index, saved, *row_grads, logits, None, transform
+                )
                 gradients.add(rows, logits)
 
     if tp_group is not None and wanted[0]:
@@ -231,12 +264,13 @@ def largest_factor(grad_ce: Tensor, rank_scale: Tensor | None, form: str, temper
 
 @fused_linear_op.register_fake
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    wanted = arguments[-2]
+    *_, max_chunk_rows, _, wanted, _ = arguments
     dtype = reference.working_dtype(hidden.dtype)
     loss, cross_entropy, rank, by_temperature, unit = (hidden.new_empty((), dtype=dtype) for _ in range(5))
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
     by_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    by_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
+    sums = dtype_of_sums(hidden, max_chunk_rows)
+    by_weight = torch.empty_like(weight, dtype=sums) if wanted[1] else weight.new_empty(0, dtype=sums)
     by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
     return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature, unit
 
@@ -251,20 +285,28 @@ def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
     if grad_loss is None:
-        return (None,) * 21
+        return (None,) * 23
     *by_head, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
-    by_head = [
-        scaled(g, scale).to(ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)
-    ]
-    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 17
+    by_head = [scaled(g, scale, ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)]
+    return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 19
 
 
-def scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient * scale, in place if this backward frees the graph that saved the gradient, and is not being traced."""
-    is_last_use = type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return gradient.mul_(scale) if is_last_use else gradient * scale
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in `dtype`, over the gradient if this backward frees the graph that saved it.
+
+    A slice at a time, so that nothing else as large as the head is made: half precision is multiplied in fp32.
+    """
+    if type(gradient) is not Tensor:
+        return (gradient * scale).to(dtype)  # traced, and the compiler's to fuse
+    is_last_use = not torch._C._autograd._get_current_graph_task_keep_graph()
+    target = gradient if is_last_use and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if target is gradient and scale.device.type == "cpu" and scale.item() == 1:
+        return gradient
+    for part, scaled_part in zip(gradient.split(VOCABULARY_SLICE), target.split(VOCABULARY_SLICE), strict=True):
+        torch.mul(part, scale, out=scaled_part)
+    return target
 
 
 fused_linear_op.register_autograd(scale_gradients, setup_context=save_gradients)
@@ -280,6 +322,8 @@ def fused_linear_tabom_loss(
     bias: Tensor | None = None,
     lengths: Sequence[int] | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     max_chunk_rows: int | None = None,
     fp32_logits: bool = False,
     rank_weight: float = 1.0,
@@ -296,9 +340,9 @@ def fused_linear_tabom_loss(
     """`tabom_loss` of the logits `hidden @ weight.T + bias`, of which only a chunk is ever in memory.
 
     Loss and gradients are computed together, in chunks of whole sequences; backward scales them by the upstream
-    gradient. With `rank_weight=0` it is a fused linear cross-entropy, and with `token_weights` NELBO's. A batch of
-    more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths`; any other never
-    waits for the device.
+    gradient. With `token_weights` its cross-entropy is NELBO's; without a ranking it is `fused_linear_cross_entropy`. A
+    batch of more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths`; any
+    other never waits for the device.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
@@ -309,8 +353,10 @@ def fused_linear_tabom_loss(
         tp_group: the ranks among which the head is sharded over the vocabulary: weight and bias are this rank's rows
             of it, in the order of the ranks, as their gradients will be; all else, labels too, is the same on every
             rank, and so are the loss and the other gradients. Not needed if the weight is a DTensor with Shard(0).
-        max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One sequence with more
-            rows than that has its logits computed twice.
+        logit_scale, softcap: for models that change their logits z after the head, to `logit_scale * z` (Cohere;
+            Granite divides) and then to `softcap * tanh(z / softcap)` (Gemma's `final_logit_softcapping`); in fp32.
+        max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One ranked sequence with
+            more rows than that has its logits computed twice.
         fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
         rank_weight, form, margin, temperature, token_weights, num_tokens, num_sequences, ignore_index: see
             `tabom_loss`. The temperature may require a gradient, as may hidden, weight and bias; what does not costs
@@ -326,6 +372,120 @@ def fused_linear_tabom_loss(
         TypeError: a dtype is wrong.
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
+    result, entropy = loss_of_head(
+        hidden,
+        weight,
+        bias,
+        labels,
+        steps,
+        cu_seqlens,
+        lengths,
+        tp_group,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        max_chunk_rows=max_chunk_rows,
+        fp32_logits=fp32_logits,
+        rank_weight=rank_weight,
+        form=form,
+        margin=margin,
+        temperature=temperature,
+        token_weights=token_weights,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    return (result, entropy) if return_entropy else result
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    max_chunk_rows: int | None = None,
+    fp32_logits: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """sum(token_weights * cross_entropy) / num_tokens of the logits `hidden @ weight.T + bias`, a chunk at a time.
+
+    `F.cross_entropy` of a linear layer without its logits: loss and gradients are computed together, and backward
+    scales them by the upstream gradient. It never waits for the device.
+
+    Args:
+        hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
+        weight: (V, D) of the head, in the dtype of `hidden`.
+        labels: (N,) int64, `ignore_index` = a row that does not count.
+        token_weights: (N,) floating point, scales each row's cross-entropy (NELBO's 1/t).
+        num_tokens: what the sum is divided by, such as the tokens of all micro-batches; default: the rows with a label.
+        bias: (V,) of the head.
+        tp_group, logit_scale, softcap, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
+
+    Returns:
+        An fp32 scalar in nats (fp64 for fp64). Without labels it is 0 with a gradient of 0.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, device or value is wrong, or the backend does not exist.
+    """
+    result, _ = loss_of_head(
+        hidden,
+        weight,
+        bias,
+        labels,
+        None,
+        None,
+        None,
+        tp_group,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        max_chunk_rows=max_chunk_rows,
+        fp32_logits=fp32_logits,
+        rank_weight=0.0,
+        form="logistic",
+        margin=0.0,
+        temperature=1.0,
+        token_weights=token_weights,
+        num_tokens=num_tokens,
+        num_sequences=1,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    return result.loss
+
+
+def loss_of_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    steps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int] | None,
+    tp_group: dist.ProcessGroup | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    max_chunk_rows: int | None,
+    fp32_logits: bool,
+    rank_weight: float,
+    form: Form,
+    margin: float,
+    temperature: float | Tensor,
+    token_weights: Tensor | None,
+    num_tokens: float | Tensor | None,
+    num_sequences: float | Tensor | None,
+    ignore_index: int,
+    backend: Backend | None,
+) -> tuple[TabomLoss, Tensor]:
+    """The loss and the entropies of the rows; with a `rank_weight` of 0 steps and cu_seqlens may be None."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
@@ -334,11 +494,13 @@ def fused_linear_tabom_loss(
     check_head(hidden, weight, bias)
     columns = weight.shape[0] if sharding is None else sum(sharding.sizes)
     check_labels(labels, hidden.shape[0], columns, hidden.device, ignore_index)
-    check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
-    check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
+    if cu_seqlens is not None:
+        check_sequences(steps, cu_seqlens, hidden.shape[0], hidden.device)
+        check_lengths(lengths, cu_seqlens.shape[0] - 1, hidden.shape[0])
     check_form(form, margin, temperature)
     check_denominators(rank_weight, num_tokens, num_sequences)
     check_token_weights(token_weights, hidden.shape[0], hidden.device)
+    check_transform(logit_scale, softcap)
     if max_chunk_rows is not None and max_chunk_rows < 1:
         raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
     backend = resolve(backend, hidden)
@@ -351,22 +513,11 @@ def fused_linear_tabom_loss(
         raise ValueError("backend='reference': it needs the whole head on every rank; use 'torch'")
     if backend == "reference":
         logits = reference_logits(hidden, weight, bias, fp32_logits)
-        loss = tabom_loss(
-            logits,
-            labels,
-            steps,
-            cu_seqlens,
-            rank_weight=rank_weight,
-            form=form,
-            margin=margin,
-            temperature=temperature,
-            token_weights=token_weights,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            ignore_index=ignore_index,
-            backend=backend,
-        )
-        return (loss, reference.softmax_entropy(logits.detach())) if return_entropy else loss
+        logits = reference.transformed(logits, logit_scale, softcap)
+        ranking = (rank_weight, form, margin, temperature)
+        counts = (token_weights, num_tokens, num_sequences)
+        loss = reference_loss(logits, labels, steps, cu_seqlens, *ranking, *counts, ignore_index)
+        return loss, reference.softmax_entropy(logits.detach())
 
     if max_chunk_rows is None:
         widest = weight.shape[0] if sharding is None else max(sharding.sizes)  # the chunks are the same on every rank
@@ -391,6 +542,8 @@ def fused_linear_tabom_loss(
         lengths,
         form,
         ignore_index,
+        logit_scale,
+        softcap,
         None if sharding is None else sharding.group_name,
         0 if sharding is None else sharding.first,
         max_chunk_rows,
@@ -398,8 +551,7 @@ def fused_linear_tabom_loss(
         wanted,
         backend,
     )
-    result = TabomLoss(loss, cross_entropy, rank)
-    return (result, entropy) if return_entropy else result
+    return TabomLoss(loss, cross_entropy, rank), entropy
 
 
 def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:

@@ -43,6 +43,14 @@ def shifted(logits: Tensor) -> tuple[Tensor, Tensor]:
     return d, d.exp().masked_fill(is_best, 0.0).sum(-1).log1p()
 
 
+def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(scale * logits / softcap), or scale * logits, as some models do after the head."""
+    if (scale, softcap) == (1.0, None):
+        return logits
+    logits = logits.to(working_dtype(logits.dtype)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,) int64 number of pairs (i, j) of each sequence with 0 <= s_i < s_j."""
     counts = [earlier_than(s).sum() for s in sequences(steps, cu_seqlens)]

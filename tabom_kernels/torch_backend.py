@@ -45,15 +45,42 @@ class VocabularyStatistics(NamedTuple):
     log_sum: Tensor
 
 
-def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
-    """Reads (N, V) logits once."""
+class LogitTransform(NamedTuple):
+    """softcap * tanh(scale * z / softcap), or scale * z, of every logit z as it is read: it rises with z."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, z: Tensor, derivative: Tensor | None = None) -> Tensor:
+        """Over z; `derivative`, of the same shape, is written."""
+        if self.softcap is None:
+            if derivative is not None:
+                derivative.fill_(self.scale)
+            return z.mul_(self.scale)
+        z.mul_(self.scale / self.softcap).tanh_()
+        if derivative is not None:
+            torch.mul(z, z, out=derivative).neg_().add_(1.0).mul_(self.scale)
+        return z.mul_(self.softcap)
+
+
+def vocabulary_statistics(
+    logits: Tensor, labels: Tensor | None, ignore_index: int, transform: LogitTransform | None = None
+) -> VocabularyStatistics:
+    """Reads (N, V) logits once; with a `transform` the statistics are those of the transformed logits."""
     rows, dtype = logits.shape[0], working_dtype(logits.dtype)
-    maximum, rest, weighted = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    maximum, rest, weighted, below_best = (logits.new_empty(rows, dtype=dtype) for _ in range(4))
+    label = None if labels is None else labels.masked_fill(labels == ignore_index, 0)
 
     def read(chunks: Iterator[RowChunk]) -> None:
         for chunk, d, p in chunks:
-            torch.amax(d.copy_(logits[chunk]), -1, out=maximum[chunk])
-            torch.exp(d.sub_(maximum[chunk, None]).clamp_(min=LOWEST), out=p)
+            d.copy_(logits[chunk])
+            if transform is not None:
+                transform.apply_(d)
+            torch.amax(d, -1, out=maximum[chunk])
+            d.sub_(maximum[chunk, None])
+            if label is not None:
+                below_best[chunk] = d.gather(1, label[chunk, None]).squeeze(1)
+            torch.exp(d.clamp_(min=LOWEST), out=p)
             total = p.sum(-1) - 1
             certain = total < CERTAIN
             if not logits.is_cpu or certain.any():  # another device would wait for the host
@@ -66,9 +93,8 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: i
     entropy = log_sum - weighted / (1 + rest)
     if labels is None:
         return VocabularyStatistics(None, entropy, maximum, log_sum)
-    label = labels.masked_fill(labels == ignore_index, 0)
-    ce = log_sum - (logits.gather(1, label[:, None]).squeeze(1) - maximum)
-    return VocabularyStatistics(ce.masked_fill_(labels == ignore_index, 0.0), entropy, maximum, log_sum)
+    ce = (log_sum - below_best).masked_fill_(labels == ignore_index, 0.0)
+    return VocabularyStatistics(ce, entropy, maximum, log_sum)
 
 
 def vocabulary_gradient(
@@ -80,12 +106,14 @@ def vocabulary_gradient(
     grad_entropy: Tensor | None,
     out: Tensor,
     upstream: Tensor | None = None,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """Reads (N, V) logits once and writes dL/dlogits to `out` (N, V) once; `out` may be `logits` itself.
 
     Args:
         grad_ce, grad_entropy: (N,) dL/dce and dL/dE of any stride, None for zero.
         upstream: () that multiplies both.
+        transform: the one of the statistics; the gradient is by the logits before it.
     """
     a = torch.zeros_like(statistics.entropy) if grad_ce is None else grad_ce.clone()
     g = torch.zeros_like(statistics.entropy) if grad_entropy is None else grad_entropy
@@ -95,22 +123,28 @@ def vocabulary_gradient(
         a.masked_fill_(labels == ignore_index, 0.0)
         label = labels.masked_fill(labels == ignore_index, 0)
         # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
-        log_p = (logits.gather(1, label[:, None]).squeeze(1) - statistics.maximum - statistics.log_sum).clamp(
-            min=LOWEST
-        )
-        dz_label = a * log_p.expm1() - g * log_p.exp() * (log_p + statistics.entropy)
+        z, derivative = logits.gather(1, label[:, None]).squeeze(1).to(a.dtype), torch.ones_like(a)
+        if transform is not None:
+            transform.apply_(z, derivative)
+        log_p = (z - statistics.maximum - statistics.log_sum).clamp(min=LOWEST)
+        dz_label = (a * log_p.expm1() - g * log_p.exp() * (log_p + statistics.entropy)) * derivative
     slope, at_zero = -g, a - g * statistics.entropy
 
     def write(chunks: Iterator[RowChunk]) -> None:
-        for chunk, log_p, dz in chunks:
-            log_p.copy_(logits[chunk]).sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
+        for chunk, log_p, dz, *derivative in chunks:
+            log_p.copy_(logits[chunk])
+            if transform is not None:
+                transform.apply_(log_p, *derivative)
+            log_p.sub_(statistics.maximum[chunk, None]).sub_(statistics.log_sum[chunk, None])
             torch.exp(log_p.clamp_(min=LOWEST), out=dz)
             dz.mul_(log_p.mul_(slope[chunk, None]).add_(at_zero[chunk, None]))
+            if transform is not None:
+                dz.mul_(*derivative)
             if labels is not None:
                 dz.scatter_(1, label[chunk, None], dz_label[chunk, None])
             out[chunk] = dz
 
-    in_threads(write, row_chunks(logits))
+    in_threads(write, row_chunks(logits, buffers=2 if transform is None else 3))
     unused = (a == 0) & (g == 0)
     return out.index_fill_(0, unused.nonzero().squeeze(1), 0.0)  # their logits may be NaN
 
@@ -336,26 +370,26 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
     return ordered.masked_fill(dropped, torch.inf).amin(-1)
 
 
-RowChunk = tuple[slice, Tensor, Tensor]
-"""Rows, and two buffers of the working dtype for them."""
+RowChunk = tuple[slice | Tensor, ...]
+"""Rows, and buffers of the working dtype for them."""
 
 
-def row_chunks(logits: Tensor) -> list[Iterator[RowChunk]]:
+def row_chunks(logits: Tensor, buffers: int = 2) -> list[Iterator[RowChunk]]:
     """The chunks of (N, V) logits, for each thread: each takes the next one, in the same memory every time."""
     rows, columns = logits.shape
     threads = threads_for(logits.device, logits.numel(), rows)
     size = max(1, min(round(chunk_elements(logits.device, threads) / columns), ceil_div(rows, threads)))
     starts = iter(range(0, rows, size))
 
-    def chunks(a: Tensor, b: Tensor) -> Iterator[RowChunk]:
+    def chunks(*memory: Tensor) -> Iterator[RowChunk]:
         for start in starts:
             stop = min(start + size, rows)
-            yield slice(start, stop), a[: stop - start], b[: stop - start]
+            yield slice(start, stop), *(buffer[: stop - start] for buffer in memory)
 
     def buffer() -> Tensor:
         return logits.new_empty(min(size, rows), columns, dtype=working_dtype(logits.dtype))
 
-    return [chunks(buffer(), buffer()) for _ in range(threads)]
+    return [chunks(*(buffer() for _ in range(buffers))) for _ in range(threads)]
 
 
 def pair_chunks(padded: Tensor) -> list[list[slice]]:

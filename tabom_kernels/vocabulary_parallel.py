@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tabom_kernels.torch_backend import LOWEST, VocabularyStatistics
+from tabom_kernels.torch_backend import LOWEST, LogitTransform, VocabularyStatistics
 
 
 class Sharding(NamedTuple):
@@ -101,11 +101,16 @@ class VocabularySlice(NamedTuple):
     group_name: str
     first: int
 
-    def vocabulary_statistics(self, logits: Tensor, labels: Tensor, ignore_index: int) -> VocabularyStatistics:
+    def vocabulary_statistics(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform | None = None
+    ) -> VocabularyStatistics:
         """Reads the (N, columns) logits once, and gathers 4 numbers a row from every rank."""
-        _, entropy, maximum, log_sum = self.forms.vocabulary_statistics(logits, None, ignore_index)
+        _, entropy, maximum, log_sum = self.forms.vocabulary_statistics(logits, None, ignore_index, transform)
         column, is_here = self.columns_of(labels, logits, ignore_index)
-        label_logit = logits.gather(1, column[:, None]).squeeze(1).to(entropy.dtype).masked_fill(~is_here, -torch.inf)
+        label_logit = logits.gather(1, column[:, None]).squeeze(1).to(entropy.dtype)
+        if transform is not None:
+            transform.apply_(label_logit)
+        label_logit = label_logit.masked_fill(~is_here, -torch.inf)
         own = torch.stack([maximum, log_sum, entropy, label_logit])
         group = _resolve_process_group(self.group_name)
         gathered = own.new_empty(group.size() * len(own), len(labels))
@@ -124,6 +129,8 @@ class VocabularySlice(NamedTuple):
         grad_ce: Tensor,
         grad_entropy: Tensor | None,
         out: Tensor,
+        upstream: None = None,
+        transform: LogitTransform | None = None,
     ) -> Tensor:
         """Reads the (N, columns) logits once and writes dL/dlogits to `out`, which may be `logits` itself.
 
@@ -131,11 +138,16 @@ class VocabularySlice(NamedTuple):
         """
         column, is_here = self.columns_of(labels, logits, ignore_index)
         is_elsewhere = ~is_here & (labels != ignore_index)
-        log_p = (logits[:, 0] - statistics.maximum - statistics.log_sum).clamp(min=LOWEST)
+        z, derivative = logits[:, 0].to(grad_ce.dtype, copy=True), torch.ones_like(grad_ce)
+        if transform is not None:
+            transform.apply_(z, derivative)
+        log_p = (z - statistics.maximum - statistics.log_sum).clamp(min=LOWEST)
         first = grad_ce if grad_entropy is None else grad_ce - grad_entropy * (log_p + statistics.entropy)
-        first = (log_p.exp() * first).to(out.dtype)
+        first = (log_p.exp() * first * derivative).to(out.dtype)
         column = column.masked_fill(labels == ignore_index, ignore_index)
-        self.forms.vocabulary_gradient(logits, column, ignore_index, statistics, grad_ce, grad_entropy, out)
+        self.forms.vocabulary_gradient(
+            logits, column, ignore_index, statistics, grad_ce, grad_entropy, out, upstream, transform
+        )
         out[:, 0] = torch.where(is_elsewhere, first, out[:, 0])
         return out
 

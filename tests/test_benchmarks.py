@@ -1,6 +1,7 @@
 """The benchmarks run, and the compiler's figures of the kernels are the committed ones."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from benchmarks import busy, engine, kernels, loss, pictures, sampler, scaling, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
+from tabom.sampling.sampler import SamplerConfig
 
 CPU = torch.device("cpu")
 
@@ -88,7 +90,7 @@ def test_the_hot_path_compiles_as_it_must(static_table):
 
 def test_the_time_of_the_host_needs_no_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.host", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.host", "--rounds", "2"]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert len(re.findall(r"^.+: \d+ µs \(\d+ to \d+\)$", out, re.MULTILINE)) == 5
 
@@ -125,11 +127,13 @@ def test_every_way_of_computing_the_loss_agrees_and_is_drawn(capsys):
     torch.manual_seed(0)  # as the benchmark does: on problems so small a peer's rounding depends on the draw
     loss.add_peers(CPU)
     names = [name for name in loss.LOSSES if name != "torch.compile"] + list(loss.CROSS_ENTROPY_ALONE)
-    assert "Liger CE + entropy" in names
+    assert {"Liger CE + entropy", "TRL CE + entropy"} <= set(names)
     shapes = [loss.Shape(sequences, 8, 4, 16, 60) for sequences in (2, 3)]
     records = [record for shape in shapes for record in loss.measure(shape, CPU, 2, 2**40, names)]
     assert {record["contender"] for record in records} == {*names, "two matmuls"}
-    loss.print_table(records, matmul_rate=1e9)
+    trained = loss.measure(shapes[0], CPU, 2, 2**40, ["reference", "ours, fused"], trained_head=True)
+    assert "three matmuls" in {record["contender"] for record in trained}
+    loss.print_table(records + trained, matmul_rate=1e9)
     assert "less memory" in capsys.readouterr().out
     result = {"device": "d", "figures": [record | {"sweep": "sequences"} for record in records]}
     for draw in (pictures.draw_loss, pictures.draw_scaling):
@@ -165,19 +169,66 @@ def test_the_sampler_benchmark_runs_and_its_loops_agree(tiny_dream):
     assert all(0 < record["shares"]["head"] < 1 for record in records[::2])
 
 
-def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "ANSWERS_END_AT", (20,))
+@pytest.fixture
+def few_asked(monkeypatch):
+    """Short prompts whose answers end where they are told to."""
+    asked = [engine.Asked([5] * (6 + 2 * i), end) for i, end in enumerate((3, 12, 8, 15))]
+    monkeypatch.setattr(engine, "LENGTH", 16)
     monkeypatch.setattr(engine, "BLOCK", 8)
-    monkeypatch.setattr(engine, "prompts_of", lambda count, spread: [[5] * (6 + i) for i in range(count)])
-    records = engine.measure("tiny", tiny_dream, 4, "uniform", batch_size=2, rounds=1, length=32)
-    plain, exact, *cached = records
-    least, most = sum(20 - (6 + i) + 1 for i in range(4)), 4 * 16  # up to the end token, and to the end of its block
-    assert least <= plain["tokens"] == exact["tokens"] <= most
-    assert plain["positions_per_token"] > exact["positions_per_token"] > cached[-1]["positions_per_token"]
-    assert exact["equal_tokens"] > 0.9 and exact["order_correlation"] > 0.9
+    monkeypatch.setattr(engine, "asked_of", lambda count, spread: asked[:count])
+    return asked
+
+
+def test_the_engine_benchmark_ends_answers_where_it_says_and_counts(tiny_dream, few_asked):
+    before = copy.deepcopy(tiny_dream.model.state_dict())
+    contenders = [engine.PLAIN, *engine.CACHES, *engine.PEERS]
+    records = engine.measure("tiny", tiny_dream, contenders, 4, "wide", batch_size=2)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_dream.model.state_dict().items())
+    plain, exact, *_caches, dllm, dream = records
+    assert plain["answer_tokens"] == 3 + 12 + 8 + 15 <= exact["tokens_decided"] <= 8 + 16 + 8 + 16
+    assert exact["fewer"] > plain["fewer"] == 1 > dllm["fewer"] == dream["fewer"]
+    assert dream["positions"] == (2 * (8 + 16) + 2 * (12 + 16)) * 16
+    assert exact["equal_tokens"] == exact["order_correlation"] == 1
+    assert all(record["peak_bytes"] > 0 for record in records)
+    assert engine.costs_table(records).count("Dream's loop") == 1
+
+
+def test_the_arithmetic_of_fixed_batches_is_what_the_plain_loop_counts(tiny_dream, few_asked):
+    config = SamplerConfig(max_new_tokens=16, block_length=8, policy="confidence", stop_early=True)
+    with engine.answers_that_end(tiny_dream) as ends:
+        plain = engine.run_plain(tiny_dream, ends, few_asked, config, 2, None)
+        exact = engine.run_engine(tiny_dream, ends, few_asked, config, 2, None)
+    steps = [max(completion.decoding_order) + 1 for completion in exact.completions]
+    assert plain.positions == engine.batch_positions(few_asked, steps, 2) > exact.positions
+    assert engine.agreement(plain.completions, exact.completions)["equal_tokens"] > 0.9
+
+
+def test_the_peers_of_the_engine_answer_what_the_plain_loop_does(tiny_dream, few_asked):
+    """dLLM's loop token by token up to the end; both end answers where they are told to."""
+    config = SamplerConfig(max_new_tokens=16, block_length=8, policy="confidence", stop_early=True)
+    with engine.answers_that_end(tiny_dream) as ends:
+        exact = engine.run_engine(tiny_dream, ends, few_asked, config, 4, None).completions
+        prompts = [asked.prompt for asked in few_asked]
+        ends.right_padded(few_asked, 16, tiny_dream.logits_shift)
+        *_, x = engine.dllm_steps(tiny_dream, prompts, config)
+        ends.left_padded(few_asked, 16, tiny_dream.logits_shift)
+        dream = replace(config, policy="dream_entropy", steps=16, block_length=None)
+        *_, y = engine.dream_steps(tiny_dream, prompts, dream)
+    for (prompt, end), completion, row, other in zip(few_asked, exact, x.tolist(), y[:, -16:].tolist(), strict=True):
+        assert completion.token_ids[:end] == row[len(prompt) :][:end]
+        for answer in (completion.token_ids, row[len(prompt) :], other):
+            assert answer.index(tiny_dream.eos_token_id) == end - 1
+
+
+def test_the_table_of_the_engine_in_the_notes_is_what_its_json_says():
+    figures = json.loads(Path("benchmarks/results/engine-cpu.json").read_text())["figures"]
+    assert engine.costs_table(figures) in Path("benchmarks/NOTES.md").read_text()
+
+
+def test_what_caches_change_is_measured(capsys):
     fidelities = engine.fidelity(4)
     assert all(record["equal_responses"] == 1 for record in fidelities if record["contender"] == "exact")
-    engine.print_tables(records, fidelities)
+    engine.print_caches(fidelities)
     assert "positions a token" in capsys.readouterr().out
 
 

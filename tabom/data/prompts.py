@@ -58,6 +58,10 @@ class PromptSet:
         verifier = as_verifier(self.check)
         return verifier.verify_all([(self.prompts[index], self.answers[index], text) for index, text in cases])
 
+    def is_hopeless(self, index: int, beginning: str) -> bool:
+        """Whether no response to prompt `index` that begins so can be right."""
+        return as_verifier(self.check).is_hopeless(self.answers[index], beginning)
+
     def is_correct(self, index: int, response: str) -> bool:
         """Whether `response` answers prompt `index`; one that nobody could check does not."""
         return self.verdicts([index], [response])[0].correct is True

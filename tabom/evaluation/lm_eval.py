@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tabom.evaluation.likelihood import nelbo_log_likelihood, trajectory_log_likelihood
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling.engine import sample
+from tabom.sampling.engine import Engine, EngineConfig, Request
 from tabom.sampling.sampler import SamplerConfig, decode_response, response_length
 
 
@@ -32,7 +32,8 @@ class TabomLM(TemplateLM):
 
     Args:
         pretrained: folder or hub name, or a loaded model.
-        batch_size: prompts decoded together; also rows of a likelihood's forward pass.
+        batch_size: of the longest prompts, decoded together; a finished one makes room for the next. Also rows of a
+            likelihood's forward pass.
         device, max_batch_size: what lm-eval passes; accelerate chooses the device, and batches have one size.
         dtype: of the weights, such as `bfloat16`.
         likelihood: `nelbo`, LLaDA's Monte-Carlo bound, or `trajectory`, along the order of the policy.
@@ -121,14 +122,15 @@ class TabomLM(TemplateLM):
         responses = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank > 0, desc="decoding") as bar:
             for indices in groups.values():
-                for start in range(0, len(indices), self.batch_size):
-                    batch = indices[start : start + self.batch_size]
-                    completions = sample(self.family, [encoded[index] for index in batch], settings[batch[0]])
-                    for index, completion in zip(batch, completions, strict=True):
-                        text = decode_response(self.family, completion.token_ids)
-                        responses[index] = cut(text, requests[index].args[1].get("until"))
-                        self.cache_hook.add_partial("generate_until", requests[index].args, responses[index])
-                    bar.update(len(batch))
+                config = settings[indices[0]]
+                waiting = [Request(encoded[index], config.max_new_tokens, config.seed) for index in indices]
+                budget = self.batch_size * max(len(request.prompt) + request.length for request in waiting)
+                for number, completion in Engine(self.family, config, EngineConfig(budget)).run(waiting):
+                    index = indices[number]
+                    text = decode_response(self.family, completion.token_ids)
+                    responses[index] = cut(text, requests[index].args[1].get("until"))
+                    self.cache_hook.add_partial("generate_until", requests[index].args, responses[index])
+                    bar.update()
         return responses
 
     def settings_for(self, asked: dict[str, Any]) -> SamplerConfig:

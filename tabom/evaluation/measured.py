@@ -52,10 +52,9 @@ def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor
     order = torch.tensor(completion.decoding_order)
     masked = entropy.isfinite() & torch.from_numpy(counts)
     in_order = pairs = 0
-    for step in range(int(order.max()) + 1):
-        of_step = masked[step]
+    for seen, of_step in zip(entropy, masked, strict=True):
         rows = torch.tensor([0, int(of_step.sum())])
-        found = count_pairs_in_order(entropy[step][of_step], order[of_step], rows)
+        found = count_pairs_in_order(seen[of_step], order[of_step], rows)
         in_order, pairs = in_order + int(found.in_order), pairs + int(found.pairs)
     return Measured(
         completion,

@@ -17,7 +17,7 @@ Result = dict[str, Any]
 """A line of results.jsonl."""
 
 MEASURES = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order", "TDS")
-COMPARED = ("1 a step", "pass@16", "other tasks", "pair order")
+COMPARED = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order")
 COMPARISONS = (
     ("TABOM, whole path", "NELBO"),
     ("TABOM, whole path", "NELBO, exact weights"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
+from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import logits_at
 from tabom.models.families import ADAPTABLE
 
@@ -37,6 +38,13 @@ class Run(NamedTuple):
     span: Span
 
 
+class Packing:
+    """How a packed row is made up; a class of its own, into which `torch.compile` does not look."""
+
+    def __init__(self, runs: Sequence[Run], cache: Cache | None) -> None:
+        self.runs, self.cache = runs, cache
+
+
 def takes_packed_rows(model: PreTrainedModel) -> bool:
     """Whether one forward can hold sequences of different lengths: native families, all of whose layers see all."""
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"]
@@ -50,6 +58,7 @@ def packed_logits(
     spans: Sequence[Span],
     rows: Tensor,
     cache: Cache | None = None,
+    compiled: CompiledLayers | None = None,
 ) -> Tensor:
     """Logits of chosen positions of packed sequences, (R, V).
 
@@ -61,43 +70,54 @@ def packed_logits(
         spans: one a sequence. Without a cache a sequence attends to what is computed of it: queries == keys.
         rows: (R,) int64 indices into N, ascending if the model does not take packed rows.
         cache: holds the keys and values of the positions that are not computed.
+        compiled: the layers of `model`; positions are then padded to a size that they are compiled for.
     """
     runs = [Run(len(list(group)), span) for span, group in groupby(spans)]
     if not takes_packed_rows(model):
         return logits_by_run(model, input_ids, position_ids, runs, rows)
-    inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
-    if cache is not None:
-        inputs["past_key_values"] = cache
     with ExitStack() as changes:
+        if compiled is not None:
+            padding = padded_rows(len(input_ids)) - len(input_ids)
+            input_ids, position_ids = (functional.pad(values, (0, padding)) for values in (input_ids, position_ids))
+            changes.enter_context(compiled.in_use())
+        inputs: dict[str, Any] = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
         if model.config._attn_implementation.startswith("flash_attention"):
             inputs |= flash_arguments(tuple(spans), input_ids.device)
+            if cache is not None:
+                inputs["past_key_values"] = cache
         else:
             changes.enter_context(attention_implementation(model, PACKED))
-            inputs["runs"] = runs
+            inputs["packing"] = Packing(runs, cache)
         for module in last_layer(model):
             changes.enter_context(only_rows(module, rows))
         return logits_at(model, rows, **inputs)
 
 
+@torch.compiler.disable
 def packed_attention(
-    _module: torch.nn.Module,
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     _attention_mask: Tensor | None,
     *,
-    runs: Sequence[Run],
+    packing: Packing,
     scaling: float,
     **_settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sequence: query (1, H, N, D), key and value (1, H_kv, K, D) to (1, N, H, D)."""
+    """Attention within each sequence: query (1, H, N, D), key and value (1, H_kv, N, D) to (1, N, H, D).
+
+    Rows behind the last sequence are padding and come out as 0.
+    """
+    if packing.cache is not None:
+        key, value = packing.cache.update(key, value, module.layer_idx)
 
     def batch(states: Tensor, start: int, count: int, length: int) -> Tensor:
         """(count, H, length, D)."""
         return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
 
     outputs, first_query, first_key = [], 0, 0
-    for count, (queries, keys) in runs:
+    for count, (queries, keys) in packing.runs:
         output = functional.scaled_dot_product_attention(
             batch(query, first_query, count, queries),
             batch(key, first_key, count, keys),
@@ -108,7 +128,8 @@ def packed_attention(
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         first_query += count * queries
         first_key += count * keys
-    return torch.cat(outputs)[None], None
+    padding = query.shape[2] - first_query
+    return functional.pad(torch.cat(outputs), (0, 0, 0, 0, 0, padding))[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)

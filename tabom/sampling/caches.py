@@ -52,12 +52,12 @@ class RowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all rows, (1, H, N, D), from those of the computed ones."""
-        if self.rows is None:
-            self.keys[layer_idx], self.values[layer_idx] = key_states, value_states
-        else:
-            self.keys[layer_idx].index_copy_(2, self.rows, key_states)
-            self.values[layer_idx].index_copy_(2, self.rows, value_states)
+        """Keys and values of all rows, (1, H, N, D), from those of the computed ones, which padding may follow."""
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            if self.rows is None:  # a copy, as what a CUDA graph returns is overwritten by its next replay
+                kept[layer_idx] = states[:, :, : self.count].clone()
+            else:
+                kept[layer_idx].index_copy_(2, self.rows, states[:, :, : len(self.rows)])
         return self.keys[layer_idx], self.values[layer_idx]
 
     def move(self, source: Tensor) -> None:

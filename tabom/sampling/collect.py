@@ -25,11 +25,20 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
 from tabom.data.sources import read_json_lines
 from tabom.data.trajectories import Trajectory, non_ltr_positions
+from tabom.data.verifiers import Verifier, as_verifier
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.engine import Engine, EngineConfig, Request
 from tabom.sampling.policies import check_at_least
 from tabom.sampling.ranks import Ranks
-from tabom.sampling.sampler import Completion, Cost, SamplerConfig, cost_of, decode_response, response_length
+from tabom.sampling.sampler import (
+    Completion,
+    Cost,
+    SamplerConfig,
+    certain_text,
+    cost_of,
+    decode_response,
+    response_length,
+)
 
 T = TypeVar("T")
 
@@ -54,6 +63,13 @@ class CollectConfig:
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
+    )
+    give_up: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave an answer as it stands once it begins as no right one can; right answers stay what they "
+            "are. The verifier must be able to tell: exact can."
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
@@ -89,8 +105,11 @@ def collect(
     returns the report when all is done, the others None.
 
     Raises:
-        ValueError: `config.output` was begun with other settings or weights, or another job writes to it.
+        ValueError: `config.output` was begun with other settings or weights, or another job writes to it; `give_up`
+            with a verifier that cannot tell.
     """
+    if config.give_up:
+        check_giving_up(prompts)
     output = Path(config.output)
     settings = {
         "model": model.model.config.name_or_path,
@@ -145,9 +164,14 @@ def make_attempts(
 
     Returns the verdicts of all processes so far, counted on top of those `before`; on the first process, of all.
     """
-    decode = Engine(model, sampler, engine).run
+    taken: list[Attempt] = []
+
+    def is_hopeless(number: int, beginning: list[int]) -> bool:
+        return prompts.is_hopeless(taken[number][0], certain_text(model, beginning))
+
+    decode = Engine(model, sampler, engine, is_hopeless=is_hopeless if config.give_up else None).run
     share = (attempts[number] for number in ranks.take(len(attempts)))
-    answers = answer(model, prompts, sampler, config.max_prompt_length, share, decode)
+    answers = answer(model, prompts, sampler, config.max_prompt_length, share, decode, taken)
     with ranks.progress("collecting", len(attempts)) as advance, appending(own) as append:
         for finished in in_groups(answers, JUDGED_AT_ONCE):
             trajectories = [
@@ -157,7 +181,8 @@ def make_attempts(
             judged = prompts.verdicts([index for (index, _), _ in finished], [each.response for each in trajectories])
             append(
                 {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict()}
-                for (attempt, _), trajectory, verdict in zip(finished, trajectories, judged, strict=True)
+                | ({"given_up": True} if completion.given_up else {})
+                for (attempt, completion), trajectory, verdict in zip(finished, trajectories, judged, strict=True)
             )
             cost = cost_of(completion for _, completion in finished)
             ranks.add("positions", cost.positions)
@@ -174,9 +199,14 @@ def answer(
     max_prompt_length: int | None,
     attempts: Iterable[Attempt],
     decode: Callable[[Iterable[Request]], Iterator[tuple[int, T]]],
+    taken: list[Attempt] | None = None,
 ) -> Iterator[tuple[Attempt, T]]:
-    """Yields attempts with what `decode` made of them, as they finish; they are taken when there is room for them."""
-    taken: list[Attempt] = []
+    """Yields attempts with what `decode` made of them, as they finish; they are taken when there is room for them.
+
+    Args:
+        taken: gets the attempts as they are taken, in the order of the requests.
+    """
+    taken = [] if taken is None else taken
 
     def requests() -> Iterator[Request]:
         for index, repeat in attempts:
@@ -227,6 +257,15 @@ def hit_rate(verdicts: Iterable[bool | None] | Mapping[bool | None, int]) -> str
     checked = counts[True] + counts[False]
     rate = f"{counts[True] / checked:.1%} of {checked} right" if checked else "none checked"
     return f"{rate}, {counts[None]} unverified" if counts[None] else rate
+
+
+def check_giving_up(prompts: PromptSet) -> None:
+    """Giving up needs a verifier that can tell from an answer's beginning that it is wrong."""
+    if type(as_verifier(prompts.check)).is_hopeless is Verifier.is_hopeless:
+        raise ValueError(
+            f"give_up=True with verifier={prompts.verifier!r}: it cannot tell from a beginning that an answer is "
+            "wrong; leave it out, or take a verifier with is_hopeless, such as exact"
+        )
 
 
 def check_samples(samples_per_prompt: int, sampler: SamplerConfig) -> None:

@@ -13,17 +13,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
+from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
 from tabom.sampling.caches import RowCache, computed_positions
-from tabom.sampling.policies import Candidates, Step, check_at_least, choose, time_shares
+from tabom.sampling.policies import Candidates, Step, check_at_least, choose, steps_that_unmask, time_shares
 from tabom.sampling.sampler import (
     Completion,
     SamplerConfig,
@@ -34,8 +36,8 @@ from tabom.sampling.sampler import (
 )
 from tabom_kernels import mix_keys
 
-MOST_POSITIONS = {"cpu": 2**12, "cuda": 2**14}
-"""A step of more takes longer in proportion, and is no faster a position."""
+MOST_ON_A_CPU = 2**12
+"""Positions: a step of more is no faster a position (the lab's model: 57 µs of a core at 3200, 53 µs at 6400)."""
 
 
 class Request(NamedTuple):
@@ -56,10 +58,20 @@ class EngineConfig:
     look_every: int = field(
         default=1, metadata={"help": "Decoding steps between two looks of the host. Caches need 1."}
     )
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = field(
+        default="none",
+        metadata={
+            "help": "torch.compile the model's layers, in this mode; rows are padded to a few sizes. reduce-overhead "
+            "captures CUDA graphs on a GPU."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("compute_budget", "look_every"):
             check_at_least(name, getattr(self, name), 1)
+        modes = ("none", "default", "reduce-overhead", "max-autotune")
+        if self.compile not in modes:
+            raise ValueError(f"compile={self.compile!r}: expected one of {', '.join(modes)}")
 
 
 @dataclass
@@ -69,9 +81,12 @@ class Slot:
     number: int  # of the request, in the order of the requests
     request: Request
     plan: list[Step]
+    unmasking: tuple[int, ...]  # the steps of a block that unmask something
     block: int = 0  # the active one
-    index: int = 0  # of the step, in the block
+    index: int = 0  # of the step, among those of the block that unmask something
     positions: int = 0  # computed so far
+    beginning: int = 0  # decided tokens without a gap
+    given_up: bool = False
 
     def __post_init__(self) -> None:
         self.candidates = self.plan[0].tokens  # masked positions of the active block
@@ -93,8 +108,8 @@ class State(NamedTuple):
     order: Tensor  # (S, T) int64, -1 where masked
     entropy: Tensor  # (S, T) nats
     block: Tensor  # (S,) int64, the active one
-    index: Tensor  # (S,) int64, of the step in the block
-    step: Tensor  # (S,) int64, over all blocks
+    index: Tensor  # (S,) int64, of the step, among those of the block that unmask something
+    step: Tensor  # (S,) int64, its number over all blocks, those that unmask nothing included
 
 
 class Layout(NamedTuple):
@@ -106,9 +121,10 @@ class Layout(NamedTuple):
     rows: Tensor  # (S, T) of the response's positions; N where the response is shorter
     seeds: Tensor  # (S,)
     blocks: Tensor  # (S,)
-    steps: Tensor  # (S,) of a block
+    steps: Tensor  # (S,) of a block, those that unmask something
     tokens: Tensor  # (S,) of a block
     shares: Tensor  # (S, most steps) of Dream's time schedule
+    strides: Tensor  # (S, most steps) from the number of a step to that of the next one
 
 
 class Decision(NamedTuple):
@@ -125,9 +141,12 @@ class Engine:
 
     Args:
         observer: called with the `Decision` of every step, for what is measured along the way.
+        is_hopeless: called with the number of a request and the tokens that its response begins with, whenever more of
+            them are decided; where it is true the response is given up as it stands.
 
     Raises:
-        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1.
+        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1; `compile` with such
+            a model, or one that was loaded with flash-attention.
     """
 
     def __init__(
@@ -136,16 +155,23 @@ class Engine:
         config: SamplerConfig,
         engine: EngineConfig | None = None,
         observer: Callable[[Decision], None] | None = None,
+        is_hopeless: Callable[[int, list[int]], bool] | None = None,
     ) -> None:
         engine = engine or EngineConfig()
-        self.packs = takes_packed_rows(model.model)
+        self.packs, attention = takes_packed_rows(model.model), model.model.config._attn_implementation
         if config.cache != "none" and not self.packs:
             raise ValueError(f"cache={config.cache!r}: model type {model.model.config.model_type!r} has none; use none")
         if config.cache != "none" and engine.look_every > 1:
             raise ValueError(f"look_every={engine.look_every} with cache={config.cache!r}: expected 1")
-        self.model, self.config, self.observer = model, config, observer
-        self.compute_budget = engine.compute_budget or default_budget(model)
+        if engine.compile != "none" and not (self.packs and attention == "sdpa"):
+            raise ValueError(
+                f"compile={engine.compile!r}: model type {model.model.config.model_type!r} with attn_implementation="
+                f"{attention!r} is not compiled; load qwen2, qwen3 or llama with sdpa, or use none"
+            )
+        self.model, self.config, self.observer, self.is_hopeless = model, config, observer, is_hopeless
+        self.compute_budget = engine.compute_budget or default_budget(model, keeps=config.cache != "none")
         self.look_every = engine.look_every if self.packs else 1
+        self.compiled = None if engine.compile == "none" else CompiledLayers(model.model, engine.compile)
         self.cache = None if config.cache == "none" else RowCache(model.model.config.num_hidden_layers)
         self.slots: list[Slot] = []
         self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(3, 0, dtype=torch.int64))
@@ -164,7 +190,7 @@ class Engine:
             used = sum(self.slots[i].length for i in staying)
             while following:
                 check_positions(self.model, len(following[1].prompt), following[1].length)
-                slot = Slot(*following, self.config.plan(following[1].length))
+                slot = self.slot_of(*following)
                 if used and used + slot.length > self.compute_budget:
                     break
                 admitted.append(slot)
@@ -178,6 +204,12 @@ class Engine:
             staying = [i for i in range(len(self.slots)) if i not in finished]
             yield from zip((self.slots[i].number for i in finished), self.completions(finished), strict=True)
 
+    def slot_of(self, number: int, request: Request) -> Slot:
+        """A slot for a request that waits."""
+        plan = self.config.plan(request.length)
+        unmasking = steps_that_unmask(self.config.policy, plan[0].steps, plan[0].tokens, self.config.eps)
+        return Slot(number, request, plan, unmasking)
+
     @torch.inference_mode()
     def arrange(self, staying: list[int], admitted: list[Slot]) -> None:
         """Packs the slots that stay and the admitted ones, those of like lengths side by side."""
@@ -190,7 +222,8 @@ class Engine:
             torch.full((count, longest), self.model.mask_token_id),
             torch.full((count, longest), -1),
             torch.zeros(count, longest),
-            *torch.zeros(3, count, dtype=torch.int64),
+            *torch.zeros(2, count, dtype=torch.int64),
+            torch.tensor([slot.unmasking[0] for slot in admitted], dtype=torch.int64),
         )
         kept, place = (torch.tensor(indices, dtype=torch.int64).to(device) for indices in (staying, places))
         fields = []
@@ -220,7 +253,7 @@ class Engine:
         logits[:, self.model.mask_token_id] = -torch.inf
         keys = mix_keys(layout.seeds[slot], state.step[slot], position)
         token, candidates = read_candidates(logits, masked, keys, config)
-        share = layout.shares.gather(1, state.index[:, None]).squeeze(1)
+        share, stride = (table.gather(1, state.index[:, None]).squeeze(1) for table in (layout.shares, layout.strides))
         chosen = choose(candidates, Step(state.index, layout.steps, layout.tokens, share), config)
         if self.observer is not None:
             self.observer(Decision([slot.number for slot in self.slots], state.step, candidates, chosen))
@@ -237,7 +270,7 @@ class Engine:
             entropy,
             state.block + block_ends,
             torch.where(block_ends, 0, index),
-            state.step + 1,
+            state.step + stride,
         )
         self.masked = self.masked_now()
 
@@ -259,7 +292,10 @@ class Engine:
         spans = [Span(len(computed), s.length) for computed, s in zip(ranges, self.slots, strict=True)]
         for s, span in zip(self.slots, spans, strict=True):
             s.positions += span.queries
-        if sum(span.queries for span in spans) == count:
+        queries = sum(span.queries for span in spans)
+        if self.compiled is not None:  # what is padded behind the last slot counts for it
+            self.slots[-1].positions += padded_rows(queries) - queries
+        if queries == count:
             computed = None
             input_ids, position_ids = layout.input_ids[:count], layout.position_ids
         else:
@@ -271,7 +307,7 @@ class Engine:
             rows = rows - torch.tensor(left_out, device=rows.device)[slot]
         if self.cache is not None:
             self.cache.begin(computed, count)
-        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache)
+        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache, self.compiled)
 
     def masked_now(self) -> Tensor:
         """(S, T) the positions that the next step may unmask: the masked ones of the active block, none when done."""
@@ -288,10 +324,20 @@ class Engine:
         seen = torch.stack([self.masked.sum(1), self.state.block, self.state.index], dim=1).tolist()
         for slot, (candidates, block, index) in zip(self.slots, seen, strict=True):
             slot.candidates, slot.block, slot.index = candidates, block, index
-        return [i for i, slot in enumerate(self.slots) if slot.candidates == 0]
+        if self.is_hopeless is not None:
+            self.give_up(self.is_hopeless)
+        return [i for i, slot in enumerate(self.slots) if slot.candidates == 0 or slot.given_up]
+
+    def give_up(self, is_hopeless: Callable[[int, list[int]], bool]) -> None:
+        """Marks the slots whose responses begin with more than at the last look, and hopelessly."""
+        lengths = (self.state.order < 0).int().argmax(1).where((self.state.order < 0).any(1), self.state.order.shape[1])
+        for slot, length, tokens in zip(self.slots, lengths.tolist(), self.state.tokens.tolist(), strict=True):
+            if slot.candidates > 0 and length > slot.beginning:
+                slot.beginning = length
+                slot.given_up = is_hopeless(slot.number, tokens[:length])
 
     def completions(self, finished: list[int]) -> list[Completion]:
-        """The responses of some slots; what an early stop left masked is padding."""
+        """The responses of some slots; what an early stop, or giving up, left masked is padding."""
         if not finished:
             return []
         which = torch.tensor(finished, device=self.model.device)
@@ -301,7 +347,8 @@ class Engine:
         completions = []
         for i, *rows in zip(finished, *columns, strict=True):
             slot = self.slots[i]
-            completions.append(Completion(*(row[: slot.request.length] for row in rows), slot.positions))
+            columns = (row[: slot.request.length] for row in rows)
+            completions.append(Completion(*columns, slot.positions, slot.given_up))
         return completions
 
 
@@ -313,29 +360,52 @@ def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: 
     prompts = torch.tensor([len(slot.request.prompt) for slot in slots], dtype=torch.int64)
     lengths = torch.tensor([slot.request.length for slot in slots], dtype=torch.int64)
     rows = (torch.tensor(starts, dtype=torch.int64) + prompts)[:, None] + position
-    plans = [(slot.request.seed, len(slot.plan), slot.plan[0].steps, slot.plan[0].tokens) for slot in slots]
-    shares = [time_shares(slot.plan[0].steps, config.eps) for slot in slots]
+    plans = [(slot.request.seed, len(slot.plan), len(slot.unmasking), slot.plan[0].tokens) for slot in slots]
+    unmasking = [torch.tensor(slot.unmasking) for slot in slots]
+    following = [slot.plan[0].steps + slot.unmasking[0] for slot in slots]  # in the next block
+    shares = [time_shares(slot.plan[0].steps, config.eps)[steps] for slot, steps in zip(slots, unmasking, strict=True)]
+    strides = [steps.diff(append=torch.tensor([end])) for steps, end in zip(unmasking, following, strict=True)]
     tensors = (
         torch.tensor([id for slot in slots for id in [*slot.request.prompt, *[0] * slot.request.length]] + [0]),
         torch.cat([torch.arange(slot.length) for slot in slots]),
         rows.where(position < lengths[:, None], total),
         *torch.tensor(plans, dtype=torch.int64).unbind(1),
         pad_sequence(shares, batch_first=True),
+        pad_sequence(strides, batch_first=True),
     )
     return Layout(starts, *(tensor.to(device) for tensor in tensors))
 
 
-def default_budget(model: DiffusionModel) -> int:
-    """Positions a step that take at most half of the free memory, logits and cache included."""
-    config, device = model.model.config, model.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+def default_budget(model: DiffusionModel, keeps: bool = False) -> int:
+    """Positions a step that take half of the free memory; the other half is for what the allocator wastes.
+
+    Dream-7B in bf16 takes 2 * (2 * 3584 + 3 * 152064) bytes a position, 0.93 MB, so that 60 GB free after its weights
+    hold 32 000 positions, 60 sequences of 500.
+
+    Args:
+        keeps: whether a cache keeps keys and values, see `bytes_per_position`.
+    """
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    widest = 4 * config.hidden_size + 3 * config.intermediate_size + 4 * config.vocab_size
-    kept = 2 * config.num_hidden_layers * config.hidden_size
-    fitting = free // 2 // ((widest + kept) * model.model.dtype.itemsize)
-    return max(1, min(fitting, MOST_POSITIONS.get(device.type, 2**12)))
+    fitting = max(1, free // 2 // bytes_per_position(model.model.config, model.model.dtype.itemsize, keeps))
+    return fitting if model.device.type == "cuda" else min(fitting, MOST_ON_A_CPU)
+
+
+def bytes_per_position(config: PreTrainedConfig, itemsize: int, keeps: bool) -> int:
+    """What a step holds of a position at most: in attention, in the MLP or in the head, whichever is most.
+
+    Of the hidden size D attention holds 9 (the residual stream, its norm, queries, keys and values, rotated ones, the
+    output), the MLP 6 and 3 intermediate sizes (gate, its activation, up), the head 2 and 3 vocabularies (the logits,
+    filtered twice). A cache keeps keys and values of every layer beside it.
+    """
+    hidden = config.hidden_size
+    held = max(9 * hidden, 6 * hidden + 3 * config.intermediate_size, 2 * hidden + 3 * config.vocab_size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * head_size if keeps else 0
+    return (held + kept) * itemsize
 
 
 def sample(

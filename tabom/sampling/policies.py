@@ -95,6 +95,24 @@ def time_shares(steps: int, eps: float) -> Tensor:
     return shares
 
 
+@cache
+def steps_that_unmask(policy: str, steps: int, tokens: int, eps: float) -> tuple[int, ...]:
+    """Of the steps planned for a block, those that may unmask something; the others need no forward.
+
+    Dream's time schedule rounds down to nothing in some steps, which its plan tells beforehand; every other policy
+    unmasks something in every step, or tells only when it is there.
+    """
+    if POLICIES[policy].count is not count_by_time:
+        return tuple(range(steps))
+    found, masked = [], float(tokens)
+    for index, share in enumerate(time_shares(steps, eps)):
+        count = (masked * share).floor().item()  # in fp32, as the step itself rounds
+        masked -= count
+        if count > 0:
+            found.append(index)
+    return tuple(found)
+
+
 def count_by_time(candidates: Candidates, step: Step, _settings: "PolicySettings") -> Tensor:
     """The expected number of the time schedule, rounded down; a step may unmask nothing (Dream)."""
     return (candidates.masked.sum(1).float() * step.share).long()

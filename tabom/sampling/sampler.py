@@ -7,11 +7,21 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import yaml
+from tokenizers.decoders import WordPiece
 from torch import Tensor
 
 from tabom.data.encoding import decode
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import POLICIES, Candidates, PolicySettings, Step, check_at_least, choose, time_shares
+from tabom.sampling.policies import (
+    POLICIES,
+    Candidates,
+    PolicySettings,
+    Step,
+    check_at_least,
+    choose,
+    steps_that_unmask,
+    time_shares,
+)
 from tabom_kernels import mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.sampling import filter_logits
@@ -151,13 +161,15 @@ def check_positions(model: DiffusionModel, prompt_length: int, length: int) -> N
 class Completion(NamedTuple):
     """One response of T tokens: the step at which each was unmasked, and its entropy (nats) at that step.
 
-    `positions` is its cost: the rows that went through the model's body for it.
+    `positions` is its cost: the rows that went through the model's body for it. One that was given up ended before it
+    was done.
     """
 
     token_ids: list[int]
     decoding_order: list[int]
     entropy: list[float]
     positions: int
+    given_up: bool = False
 
 
 class DecodingState(NamedTuple):
@@ -229,7 +241,8 @@ def denoise(
 
     This is the specification of the engine (`tabom.sampling.engine`), which gives each prompt what it gets here alone.
     Only positions that are still masked in the active block go through the head and the vocabulary statistics. The mask
-    token itself is never chosen. Ties go to the leftmost position. Random numbers depend on (seed, step, position)
+    token itself is never chosen. Ties go to the leftmost position. A step that unmasks nothing by its plan is counted,
+    and not computed. Random numbers depend on (seed, step, position)
     alone, so a prompt's answer does not depend on its batch (up to the rounding of the model itself).
 
     Args:
@@ -252,10 +265,11 @@ def denoise(
 
     no_choice = torch.full_like(entropy, torch.nan)
     yield DecodingState(tokens, order, entropy, no_choice, 0)
-    step = block_end = 0
+    step = block_end = computed = 0
     for block in config.plan(length):
         block_end += block.tokens
         shares = time_shares(block.steps, config.eps)
+        unmasking = steps_that_unmask(config.policy, block.steps, block.tokens, config.eps)
         for index in range(block.steps):
             masked = order < 0
             masked[:, block_end:] = False
@@ -264,6 +278,10 @@ def denoise(
             b, t = masked.nonzero(as_tuple=True)
             if len(b) == 0:
                 break
+            if index not in unmasking:  # it has its number; the next one computes what it would
+                step += 1
+                yield DecodingState(tokens, order, entropy, no_choice, computed)
+                continue
             rows = (b + 1) * positions - length + t - model.logits_shift
             logits = logits_at(model.model, rows, **inputs)
             logits[:, model.mask_token_id] = -torch.inf
@@ -274,11 +292,12 @@ def denoise(
             entropy = torch.where(chosen, candidates.entropy, entropy)
             order = torch.where(chosen, step, order)
             step += 1
+            computed += inputs["input_ids"].numel()
             seen = candidates.entropy.where(masked, no_choice)
-            yield DecodingState(tokens, order, entropy, seen, step * inputs["input_ids"].numel())
+            yield DecodingState(tokens, order, entropy, seen, computed)
     if config.stop_early:
         tokens.masked_fill_(order < 0, model.pad_token_id)
-        yield DecodingState(tokens, order, entropy, no_choice, step * inputs["input_ids"].numel())
+        yield DecodingState(tokens, order, entropy, no_choice, computed)
 
 
 @dataclass
@@ -315,3 +334,15 @@ def response_length(model: DiffusionModel, config: SamplerConfig) -> int:
 def decode_response(model: DiffusionModel, token_ids: Sequence[int]) -> str:
     """The text of a response up to its first end token."""
     return decode(model.tokenizer, token_ids)
+
+
+def certain_text(model: DiffusionModel, token_ids: Sequence[int]) -> str:
+    """What the text of every response begins with whose first tokens are these.
+
+    A last character may lack some of its bytes, and is left out. Tokenizers that tidy up spaces change what stands
+    before a token: of them, and of those in Python, nothing is certain.
+    """
+    tokenizer = model.tokenizer
+    tidies = not tokenizer.is_fast or isinstance(tokenizer.backend_tokenizer.decoder, WordPiece)
+    tidies = tidies or tokenizer.clean_up_tokenization_spaces
+    return "" if tidies else decode_response(model, token_ids).rstrip("\N{REPLACEMENT CHARACTER}")

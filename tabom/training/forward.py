@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tabom.models.diffusion_model import logits_at
-from tabom_kernels import TabomLoss, fused_linear_tabom_loss, softmax_entropy, tabom_loss
+from tabom_kernels import fused_linear_tabom_loss, reference, softmax_entropy, tabom_loss
 
 
 @dataclass
@@ -24,30 +24,59 @@ class LossOutput(ModelOutput):
     entropy: Tensor | None = None
 
 
+class HeadLoss(NamedTuple):
+    """The scalar loss that is differentiated, and what else a request computes."""
+
+    loss: Tensor
+    rest: Any = None
+
+
+Request = Callable[[Tensor, Tensor, Tensor | None], HeadLoss]
+"""Computes a loss from the hidden states (N, D) of all positions, and the weight (V, D) and bias (V,) of the head."""
+
+
 class LinearWithLoss(torch.nn.Linear):
-    """A head that gives logits, or the loss of the rows once `forward_with_loss` has left a `request`.
+    """A head that gives logits, or the loss that a `request` computes in their place.
 
     It takes the place of a linear layer's class, not of its `forward`, so that copies, casts, wrappers and
     torch.compile treat it as the layer that it is.
     """
 
-    request: dict[str, Any] | None = None
-    answer: tuple[TabomLoss, Tensor] | None = None
-    logits_are_final = False  # whether the model was seen to leave them as they are
+    request: Request | None = None
+    answer: HeadLoss | None = None
+    transform_is_known = False  # whether the model was seen to do to its logits what its config says
     gathered_logits: Callable[[Tensor], Tensor] | None = None  # of a head that is sharded over the vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.request is None:
             return (self.gathered_logits or super().forward)(hidden)
-        rows, arguments = self.request["rows"], self.request["arguments"]
-        chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
-        self.answer = fused_linear_tabom_loss(chosen, self.weight, bias=self.bias, return_entropy=True, **arguments)
-        loss = self.answer[0].loss
-        return torch.cat([loss[None], loss.new_tensor(PROBE)])
+        self.answer = self.request(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias)
+        return torch.cat([self.answer.loss[None], self.answer.loss.new_tensor(PROBE)])
 
 
 PROBE = (-16384.0, 0.0, 1.0, 16384.0)
 """Logits that every half precision holds exactly: what scales, caps or moves logits changes one of them."""
+
+
+def logit_transform(config: PreTrainedConfig) -> dict[str, float | None]:
+    """What the model does to the logits of its head, as its config says: the `logit_scale` and `softcap` of the loss.
+
+    Soft-caps: Gemma 2 and later, T5Gemma, NanoChat (`final_logit_softcapping`), RecurrentGemma (`logits_soft_cap`).
+    Scales: Cohere (`logit_scale`), Falcon-H1 (`lm_head_multiplier`), HyperCLOVA X (`logits_scaling`) and Granite, which
+    divides by its `logits_scaling`.
+    """
+    config = config.get_text_config()
+
+    def first_of(*names: str) -> float | None:
+        return next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)
+
+    scale = first_of("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
+    if scale is not None and config.model_type.startswith("granite"):
+        scale = 1 / scale
+    return {
+        "logit_scale": 1.0 if scale is None else scale,
+        "softcap": first_of("final_logit_softcapping", "logits_soft_cap"),
+    }
 
 
 def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **loss_settings: Any) -> None:
@@ -60,10 +89,12 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     Args:
         model: any transformers model with output embeddings; its `forward` is replaced on this instance, and a linear
             head becomes a `LinearWithLoss`.
-        fused_linear: False: the logits of the rows for any head, and whatever the model does to them afterwards.
+        fused_linear: False: the logits of the rows for any head, and whatever the model does to them afterwards. The
+            fused head scales and soft-caps them as `logit_transform` reads from the config.
         loss_settings: passed on to `tabom_kernels`: rank_weight, form, margin, temperature, backend.
     """
     plain_forward = model.forward
+    transform = logit_transform(model.config)
     head = model.get_output_embeddings()
     if fused_linear and type(head) is torch.nn.Linear:
         head.__class__ = LinearWithLoss
@@ -95,8 +126,15 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
         if computes_loss(head):
             if torch.compiler.is_compiling():
                 lengths = None  # numbers would be compiled for
-            arguments = batch | options | {"lengths": lengths}
-            loss, entropy = loss_in_head(head, rows, arguments, plain_forward, inputs)
+            arguments = batch | options | transform | {"lengths": lengths, "return_entropy": True}
+
+            def of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss:
+                result, entropy = fused_linear_tabom_loss(hidden[rows], weight, bias=bias, **arguments)
+                return HeadLoss(result.loss, (result, entropy))
+
+            answer, _ = loss_in_head(head, of_rows, transform, plain_forward, inputs)
+            result, entropy = answer.rest
+            loss = result._replace(loss=answer.loss)
         else:
             logits = logits_at(model, rows, forward=plain_forward, **inputs)
             loss = tabom_loss(logits, **batch, **options)
@@ -113,37 +151,46 @@ def computes_loss(head: torch.nn.Module) -> bool:
 
 def loss_in_head(
     head: LinearWithLoss,
-    rows: Tensor,
-    arguments: dict[str, Any],
-    forward: Callable[..., Any],
-    inputs: dict[str, Tensor],
-) -> tuple[TabomLoss, Tensor]:
-    """Runs the model with a head that gathers the rows, and returns their loss and entropies.
+    request: Request,
+    transform: dict[str, float | None],
+    forward: Callable[..., ModelOutput],
+    inputs: dict[str, Any],
+) -> tuple[HeadLoss, ModelOutput]:
+    """Runs the model with a head that answers a request; its answer, and the output of the model, without logits.
 
     The loss leaves the head by the side, in the fp32 that it was computed in, as wrappers (FSDP2's mixed precision)
-    cast what a module returns. What the head returns, once it is through the model, tells whether the model changes
-    its logits; and it keeps a gradient of zero flowing through the wrappers, whose backward hooks sit there.
+    cast what a module returns. What the head returns, once it is through the model, tells what the model does to its
+    logits; and it keeps a gradient of zero flowing through the wrappers, whose backward hooks sit there.
 
     Raises:
-        ValueError: the model changes its logits after the head, which the loss would then miss.
+        ValueError: the model does something else to its logits than `transform`, and the loss would miss it.
     """
-    head.request = {"rows": rows, "arguments": arguments}
+    head.request = request
     try:
-        logits = forward(**inputs).logits
-        loss, entropy = head.answer
+        output = forward(**inputs)
+        answer = head.answer
     finally:
         head.request = head.answer = None
-    if not head.logits_are_final:
-        check_probe(logits[1:])
-        head.logits_are_final = True
-    return loss._replace(loss=loss.loss + 0 * logits[0]), entropy
+    if not head.transform_is_known:
+        check_probe(output.logits[1:], transform)
+        head.transform_is_known = True
+    loss = answer.loss + 0 * output.logits[0]
+    return answer._replace(loss=loss), type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 
 @torch.compiler.disable
-def check_probe(logits: Tensor) -> None:
-    """Compares values on the host, which waits for the device: once for a model is enough."""
-    if logits.tolist() != list(PROBE):
+def check_probe(logits: Tensor, transform: dict[str, float | None]) -> None:
+    """Compares values on the host, which waits for the device: once for a model is enough.
+
+    Models compute in the dtype of their logits: untouched ones are exact, others are rounded a few times.
+    """
+    expected = reference.transformed(
+        torch.tensor(PROBE, dtype=torch.float64), transform["logit_scale"], transform["softcap"]
+    )
+    is_exact = expected.tolist() == list(PROBE)
+    tolerance = 0.0 if is_exact else 2 * torch.finfo(logits.dtype).eps
+    if not torch.allclose(logits.detach().cpu().double(), expected, rtol=tolerance, atol=0.0):
         raise ValueError(
-            "this model changes its logits after the head (by scaling or soft-capping): set fused_linear=False, and "
-            "the logits of the selected rows are computed"
+            f"this model changes its logits after the head, {list(PROBE)} to {logits.tolist()}, where its config says "
+            f"{transform}: set fused_linear=False, and the logits of the selected rows are computed"
         )

@@ -133,8 +133,6 @@ class TabomTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        for name, data in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():
-            check_positions(name, data, model)
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
@@ -376,16 +374,6 @@ class TabomTrainer(Trainer):
         if total.get("pairs"):
             terms["order_accuracy"] = total["in_order"] / total["pairs"]
         return terms
-
-
-def check_positions(name: str, data: TrajectoryDataset | None, model: PreTrainedModel) -> None:
-    """Raises a ValueError for records that the model has no positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if data is not None and positions is not None and data.longest > positions:
-        raise ValueError(
-            f"{name}: prompt and response of a record are {data.longest} tokens, more than the {positions} positions "
-            "of the model (max_position_embeddings); set max_prompt_length and max_response_length"
-        )
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:

@@ -13,6 +13,9 @@ A second, tiny launch merges the chunks of each row, always in the same order: w
 
 where the 1 of the best chunk is left out, not subtracted: 1 + 1e-12 is 1 in fp32, and rows as certain as that are what
 a sampler has to put in order.
+
+Logits that are to be scaled or soft-capped are so in registers, as they are read, and never written: it costs
+instructions and no pass over the memory. Which logit is the best is decided before, as both rise with the logit.
 """
 
 import torch
@@ -21,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from tabom_kernels.torch_backend import VocabularyStatistics
+from tabom_kernels.torch_backend import LogitTransform, VocabularyStatistics
 from tabom_kernels.triton_backend.launch import (
     CHUNK_LANES,
     CHUNK_WARPS,
@@ -62,6 +65,13 @@ def interpreted_widen(x):
 
 
 @triton.jit
+def interpreted_tanh(x):
+    decay = tl.exp(-2.0 * tl.abs(x.to(tl.float64)))
+    y = ((1.0 - decay) / (1.0 + decay)).to(tl.float32)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
 def widen_on_gpu(x):
     """fp32 of logits of any dtype; a pair of bf16 takes two instructions, not the compiler's three."""
     if x.dtype == tl.bfloat16:
@@ -77,6 +87,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 exp2 = interpreted_exp2 if INTERPRETED else libdevice.exp2
 fma = interpreted_fma if INTERPRETED else tl.fma
 widen = interpreted_widen if INTERPRETED else widen_on_gpu
+tanh = interpreted_tanh if INTERPRETED else libdevice.tanh
 
 
 @triton.jit
@@ -92,6 +103,24 @@ def expm1(x):
     u = tl.exp(x)
     near = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(tl.maximum(u, 0.5))))
     return tl.where(u < 0.5, u - 1.0, near)
+
+
+@triton.jit
+def transformed(z, scale, softcap):
+    """softcap * tanh(scale * z / softcap), or scale * z; None leaves out what it stands for."""
+    if softcap is not None:
+        return softcap * tanh(z * scale / softcap)
+    return z if scale is None else z * scale
+
+
+@triton.jit
+def slope_of(z, scale, softcap):
+    """The derivative of `transformed`, at a logit z that is transformed."""
+    slope = scale
+    if softcap is not None:
+        y = z / softcap
+        slope = scale * (1.0 - y * y)
+    return slope
 
 
 @triton.jit
@@ -144,7 +173,7 @@ def load_lane(
 
 
 @triton.jit
-def sums_without_the_best(z, w, m, winner, LANES: tl.constexpr):
+def sums_without_the_best(z, w, is_best, m, winner, LANES: tl.constexpr):
     """S' and U of a chunk of logits z with the maximum m, of which `winner` is a lane that holds it, w its logits.
 
     The sums of the other lanes are added up, and that lane is added without its best.
@@ -156,10 +185,10 @@ def sums_without_the_best(z, w, m, winner, LANES: tl.constexpr):
     S = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p, 1), LANES), 0))
     U = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p * t, 1), LANES), 0))
     t = bits(w, scale, c)
-    p = tl.where(w == m, 0.0, exp2(t))
+    p = tl.where(is_best, 0.0, exp2(t))
     S = tl.sum(S + p)
     U = tl.sum(U + p * t)
-    ties = tl.sum(tl.where(w == m, 1.0, 0.0)) - 1.0
+    ties = tl.sum(tl.where(is_best, 1.0, 0.0)) - 1.0
     shrink = exp2(-residual)
     return S * shrink + ties, (U - residual * S) * shrink
 
@@ -168,6 +197,8 @@ def sums_without_the_best(z, w, m, winner, LANES: tl.constexpr):
 def statistics_kernel(
     logits,  # (N, V)
     partials,  # (N, 3, CHUNKS) m, S', U
+    logit_scale,  # or None, as softcap
+    softcap,
     row_stride,
     column_stride,
     COLUMNS: tl.constexpr,
@@ -182,12 +213,20 @@ def statistics_kernel(
     row_start = logits + tl.multiple_of(row * row_stride, ALIGNMENT)
     first = chunk * CHUNK
     column = columns_of_runs(RUN, CHUNK)
-    z = load_logits(row_start + first.to(tl.int64) * column_stride, column, column_stride, column < COLUMNS - first)
+    inside = column < COLUMNS - first
+    z = load_logits(row_start + first.to(tl.int64) * column_stride, column, column_stride, inside)
     best_of_lane = tl.max(by_lane(tl.max(z, 1), LANES), 0)
     m = tl.max(best_of_lane)
     winner = tl.min(tl.where(best_of_lane == m, tl.arange(0, LANES), LANES - 1))
-    w, _ = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
-    rest, U = sums_without_the_best(z, w, m, winner, LANES)
+    w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
+    is_best = w == m
+    if logit_scale is not None:
+        z = tl.where(inside, transformed(z, logit_scale, softcap), -float("inf"))
+        w_is_inside = (tl.arange(0, LANES) < CHUNK // LANES) & (column_of_w < COLUMNS)
+        w = tl.where(w_is_inside, transformed(w, logit_scale, softcap), -float("inf"))
+        m = transformed(m, logit_scale, softcap)
+        is_best = is_best & w_is_inside  # where all are -inf, padding is as good
+    rest, U = sums_without_the_best(z, w, is_best, m, winner, LANES)
     partial = partials + row * 3 * CHUNKS + chunk
     tl.store(partial, m)
     tl.store(partial + CHUNKS, rest)
@@ -220,6 +259,8 @@ def merge_kernel(
     entropy,
     maximum,
     log_sum,
+    logit_scale,
+    softcap,
     row_stride,
     column_stride,
     label_stride,
@@ -240,11 +281,14 @@ def merge_kernel(
         # A label that is no column gives NaN, and reads nothing.
         inside = used & (label >= 0) & (label < COLUMNS)
         z = tl.load(logits + row * row_stride + label * column_stride, inside, other=float("nan")).to(tl.float32)
+        z = transformed(z, logit_scale, softcap)
         tl.store(cross_entropy + row, tl.where(used, log_S - (z - m), 0.0))
 
 
 @on_its_device
-def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: int) -> VocabularyStatistics:
+def vocabulary_statistics(
+    logits: Tensor, labels: Tensor | None, ignore_index: int, transform: LogitTransform | None = None
+) -> VocabularyStatistics:
     """Reads (N, V) logits once; see `torch_backend.vocabulary_statistics`."""
     rows, blocks = logits.shape[0], chunking(logits)
     chunks = blocks["CHUNKS"]
@@ -254,12 +298,16 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor | None, ignore_index: i
     if rows == 0:
         return statistics
     partials = logits.new_empty((rows, 3, chunks), dtype=torch.float32)
-    statistics_kernel[(rows * chunks,)](logits, partials, *logits.stride(), **blocks, **options(CHUNK_WARPS))
+    transform = transform or (None, None)
+    statistics_kernel[(rows * chunks,)](
+        logits, partials, *transform, *logits.stride(), **blocks, **options(CHUNK_WARPS)
+    )
     merge_kernel[(rows,)](
         logits,
         labels,
         partials,
         *statistics,
+        *transform,
         *logits.stride(),
         0 if labels is None else labels.stride(0),
         ignore_index,
@@ -282,6 +330,8 @@ def gradient_kernel(
     grad_entropy,  # (N,) or None
     upstream,  # () or None, multiplies both
     out,
+    logit_scale,
+    softcap,
     row_stride,
     column_stride,
     out_row_stride,
@@ -330,14 +380,20 @@ def gradient_kernel(
         label -= first
         has_label = (a != 0.0) & (label >= 0) & (label < CHUNK) & (label < COLUMNS - first)
         z_label = tl.load(start + label * column_stride, has_label, other=0.0).to(tl.float32)
+        z_label = transformed(z_label, logit_scale, softcap)
 
-        t = bits(load_logits(start, column, column_stride, inside), scale, c)
+        z = transformed(load_logits(start, column, column_stride, inside), logit_scale, softcap)
+        t = bits(z, scale, c)
         tl.debug_barrier()  # in place, every thread has read the label's logit before one writes over it
         dz = exp2(t) * (at_zero - slope * t)
+        if logit_scale is not None:
+            dz *= slope_of(z, logit_scale, softcap)
         tl.store(destination, dz.to(out.dtype.element_ty), inside)
         # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
         log_p = tl.maximum(z_label - m - log_S, LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
         dz_label = a * expm1(log_p) - g * tl.exp(log_p) * (log_p + E)
+        if logit_scale is not None:
+            dz_label *= slope_of(z_label, logit_scale, softcap)
         tl.debug_barrier()
         tl.store(out_start + label * out_column_stride, dz_label.to(out.dtype.element_ty), has_label)
 
@@ -352,6 +408,7 @@ def vocabulary_gradient(
     grad_entropy: Tensor | None,
     out: Tensor,
     upstream: Tensor | None = None,
+    transform: LogitTransform | None = None,
 ) -> Tensor:
     """Reads (N, V) logits once and writes `out` once; see `torch_backend.vocabulary_gradient`."""
     rows, blocks = logits.shape[0], chunking(logits)
@@ -365,6 +422,7 @@ def vocabulary_gradient(
         grad_entropy,
         upstream,
         out,
+        *(transform or (None, None)),
         *logits.stride(),
         *out.stride(),
         *(0 if rowwise is None else rowwise.stride(0) for rowwise in (labels, grad_ce, grad_entropy)),

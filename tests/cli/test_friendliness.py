@@ -96,10 +96,6 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["train", "--lora_r", "0"], "lora_r=0: expected at least 1"),
         (["train", "--lora_dropout", "1"], "lora_dropout=1.0: expected a share in [0, 1)"),
         (["train", "--eval_num_prompts", "0"], "eval_num_prompts=0: expected at least 1"),
-        (
-            ["train", "--pad_response", "true", "--max_response_length", "126"],
-            "train_dataset: prompt and response of a record are 130 tokens, more than the 128 positions",
-        ),
         (["train", "--report_to", "wandb"], "report_to=wandb: not installed; pip install wandb"),
         (["train", "--report_to", "tensorboard"], "report_to=tensorboard: not installed; pip install tensorboard"),
         (["train", "--config", "{tmp}/broken.yaml"], "broken.yaml: not valid YAML: "),

@@ -233,14 +233,5 @@ def test_what_is_no_data_set_is_refused():
     assert len(tokenize([], TOKENIZER)[0]) == 0
 
 
-def test_the_longest_record_is_found_also_among_selected_ones():
-    table, _ = tokenize([*RECORDS, {"prompt": "1" * 9, "response": "2" * 30}], TOKENIZER)
-    longest = [
-        TrajectoryDataset(source, TOKENIZER, ObjectiveSettings(), seed=0).longest
-        for source in (table, table.select([2, 0]), [])
-    ]
-    assert longest == [39, 6, 0]
-
-
 def test_rows_are_what_a_trajectory_of_tokens_holds():
     assert set(TokenizedTrajectory.__dataclass_fields__) < set(FEATURES)

@@ -15,6 +15,7 @@ from tabom import SamplerConfig, load
 from tabom.cli.main import main
 from tabom.evaluation.lm_eval import TabomLM, cut
 from tabom.lab.model import BASE_PATH
+from tabom.sampling.engine import Engine
 from tests.conftest import random_model
 
 TASK = """
@@ -101,25 +102,25 @@ def requests(kind, *arguments):
 
 
 def test_every_request_has_its_length_its_ends_and_its_place(monkeypatch):
-    """Requests of several lengths come back in order, decoded with those of their own length, longest prompts last."""
+    """Requests of several lengths come back in order, decoded with those of their own length, in one engine."""
     lm = TabomLM(load(BASE_PATH), batch_size=2)
     seen = []
 
-    def sample(model, prompts, config):
-        from tabom.sampling.engine import sample as real
+    class Watched(Engine):
+        def run(self, requests):
+            lengths = [len(request.prompt) for request in requests]
+            seen.append((self.config.max_new_tokens, self.config.temperature, lengths, self.compute_budget))
+            return super().run(requests)
 
-        seen.append((config.max_new_tokens, config.temperature, [len(prompt) for prompt in prompts]))
-        return real(model, prompts, config)
-
-    monkeypatch.setattr("tabom.evaluation.lm_eval.sample", sample)
+    monkeypatch.setattr("tabom.evaluation.lm_eval.Engine", Watched)
     asked = [("123+456=", 4), ("sort 72914836=", 8), ("007+700=", 4), ("reverse badcafed=", 8), ("999+001=", 4)]
     answers = lm.generate_until(requests("generate_until", *((p, {"max_gen_toks": n}) for p, n in asked)), True)
     assert [len(answer) for answer in answers] == [4, 8, 4, 8, 4] and answers[0] == "0579"
-    assert sorted(seen) == [(4, 0.0, [8]), (4, 0.0, [8, 8]), (8, 0.0, [14, 17])]
+    assert sorted(seen) == [(4, 0.0, [8, 8, 8], 2 * 12), (8, 0.0, [14, 17], 2 * 25)]
     seen.clear()
     settings = {"max_gen_toks": 4, "until": ["7"], "do_sample": True, "temperature": 0.1}
     [answer] = lm.generate_until(requests("generate_until", ("123+456=", settings)), True)
-    assert answer == "05" and seen == [(4, 0.1, [8])]
+    assert answer == "05" and seen == [(4, 0.1, [8], 2 * 12)]
 
 
 def test_text_is_cut_at_the_first_end():

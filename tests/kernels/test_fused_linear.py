@@ -8,8 +8,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tabom_kernels import count_ordered_pairs, fused_linear, fused_linear_tabom_loss, tabom_loss
-from tests.kernels.inputs import draw_labels, draw_sequences
+from benchmarks.measure import peak_memory_of
+from tabom_kernels import (
+    count_ordered_pairs,
+    fused_linear,
+    fused_linear_cross_entropy,
+    fused_linear_tabom_loss,
+    reference,
+    tabom_loss,
+)
+from tabom_kernels.backends import closed_forms
+from tabom_kernels.torch_backend import LogitTransform
+from tests.kernels.inputs import VALUES, draw_labels, draw_sequences
 
 FORMS = ["logistic", "hinge", "plackett_luce"]
 LENGTHS = {
@@ -21,6 +31,11 @@ LENGTHS = {
     "no pair": [1, 1, 1],
 }
 CHUNKS = {"one chunk": None, "a sequence each": 9, "in pieces": 4, "row by row": 1}
+TRANSFORMS = {
+    "scale": {"logit_scale": 0.3},
+    "soft-cap": {"softcap": 3.0},
+    "both": {"logit_scale": 2.0, "softcap": 5.0},
+}
 COLUMNS, WIDTH = 23, 7
 
 
@@ -74,19 +89,75 @@ def test_loss_and_gradients_in_fp64(rng, form, lengths, max_chunk_rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("max_chunk_rows", CHUNKS.values(), ids=CHUNKS.keys())
 @pytest.mark.parametrize("fp32_logits", [False, True])
-def test_error_is_at_most_twice_that_of_the_naive_loss(rng, backend, dtype, max_chunk_rows, fp32_logits):
+def test_error_is_at_most_twice_that_of_the_naive_loss(rng, backend, dtype, max_chunk_rows, fp32_logits, **options):
     """The naive loss's own error is the largest of eight draws: that of one draw is now and then near 0 by luck."""
     naive_errors = []
     for _ in range(8):
         head, batch = draw_problem([5, 1, 9, 2], dtype)
-        exact = run({name: x.double() for name, x in head.items()}, batch, backend="reference")
-        naive = run(head, batch, fp32_logits=fp32_logits, backend="reference")
+        exact = run({name: x.double() for name, x in head.items()}, batch, backend="reference", **options)
+        naive = run(head, batch, fp32_logits=fp32_logits, backend="reference", **options)
         naive_errors.append({name: (naive[name].double() - exact[name]).abs().max() for name in exact})
-    ours = run(head, batch, fp32_logits=fp32_logits, max_chunk_rows=max_chunk_rows, backend=backend)
+    ours = run(head, batch, fp32_logits=fp32_logits, max_chunk_rows=max_chunk_rows, backend=backend, **options)
     for name in exact:
         error, naive_error = (ours[name].double() - exact[name]).abs().max(), max(e[name] for e in naive_errors)
         one_rounding = exact[name].abs().max() * torch.finfo(dtype).eps / 2 * (name in head)
         assert error <= 2 * naive_error + one_rounding + 1e-6, (name, error, naive_error)
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("max_chunk_rows", [None, 4])
+def test_scaled_and_soft_capped_logits_in_fp64(rng, options, max_chunk_rows):
+    head, batch = draw_problem([5, 0, 1, 9, 2])
+    ours = run(head, batch, 3.0, max_chunk_rows=max_chunk_rows, backend="torch", **options)
+    assert_close(ours, run(head, batch, 3.0, backend="reference", **options), rtol=1e-9, atol=1e-11)
+    scale, softcap = options.get("logit_scale", 1.0), options.get("softcap")
+    logits = F.linear(head["hidden"], head["weight"], head["bias"]) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = tabom_loss(logits, **batch, rank_weight=0.3, margin=0.1, temperature=0.7, backend="reference")
+    torch.testing.assert_close(ours["loss"], expected.loss)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_error_with_scaled_and_soft_capped_logits(rng, backend, dtype, options):
+    test_error_is_at_most_twice_that_of_the_naive_loss(rng, backend, dtype, 9, False, **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transformed_closed_forms_on_values_that_break_losses(rng, backend, values, options):
+    """Saturated logits tie; a logit of -inf becomes -softcap, as it does in the models."""
+    logits, transform = values(7, 1000).float(), LogitTransform(options.get("logit_scale", 1.0), options.get("softcap"))
+    labels = draw_labels(logits)
+    a, g = torch.rand(7), torch.randn(7)
+    exact = logits.double().requires_grad_()
+    ce, entropy = reference.cross_entropy_with_entropy(
+        reference.transformed(exact, *transform), labels, ignore_index=-100
+    )
+    (ce * a + entropy * g).sum().backward()
+    forms = closed_forms(backend)
+    statistics = forms.vocabulary_statistics(logits, labels, -100, transform)
+    # A logit of 1e4 that is scaled is rounded, by as much as neighbouring numbers there are apart.
+    rounding = 2 * torch.finfo(torch.float32).eps * reference.transformed(logits.nan_to_num(neginf=0), *transform)
+    close = {"rtol": 1e-4 + rounding.abs().max().item(), "atol": 1e-5 + rounding.abs().max().item()}
+    torch.testing.assert_close(statistics.cross_entropy.double(), ce.detach(), **close)
+    torch.testing.assert_close(statistics.entropy.double(), entropy.detach(), **close)
+    out = forms.vocabulary_gradient(logits, labels, -100, statistics, a, g, torch.empty_like(logits), None, transform)
+    torch.testing.assert_close(out.double(), exact.grad, rtol=close["rtol"], atol=close["atol"] / 5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_soft_capped_chunks_of_minus_infinity(rng, backend):
+    """There all logits tie at -softcap, and what pads a chunk is not among them."""
+    logits = torch.randn(3, 5000)
+    logits[0] = -torch.inf
+    logits[1, 4000:] = -torch.inf
+    transform = LogitTransform(1.0, 3.0)
+    statistics = closed_forms(backend).vocabulary_statistics(logits, None, -100, transform)
+    exact = reference.softmax_entropy(reference.transformed(logits.double(), *transform))
+    torch.testing.assert_close(statistics.entropy.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_fp32_logits_are_not_rounded(rng):
@@ -132,11 +203,18 @@ def test_the_sum_over_micro_batches_is_the_whole(seed, cut, form):
         torch.testing.assert_close(whole[name], joined([part[name] for part in parts]))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_without_ranking_it_is_a_fused_linear_cross_entropy(rng, backend):
-    head, batch = draw_problem([6, 5], torch.float32)
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("max_chunk_rows", [None, 6])
+def test_the_fused_linear_cross_entropy(rng, backend, max_chunk_rows):
+    head, batch = draw_problem([11], torch.float32)
     del batch["token_weights"]
-    ours = run(head, batch, rank_weight=0.0, backend=backend, max_chunk_rows=6)
+    ours = run(head, batch, rank_weight=0.0, backend=backend, max_chunk_rows=max_chunk_rows)
+    leaves = {name: x.clone().requires_grad_() for name, x in head.items()}
+    loss = fused_linear_cross_entropy(**leaves, labels=batch["labels"], max_chunk_rows=max_chunk_rows, backend=backend)
+    loss.backward()
+    torch.testing.assert_close(ours["loss"], loss.detach())
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(ours[name], leaf.grad)
     leaves = {name: x.clone().requires_grad_() for name, x in head.items()}
     loss = F.cross_entropy(
         F.linear(**{"input": leaves["hidden"], "weight": leaves["weight"], "bias": leaves["bias"]}), batch["labels"]
@@ -145,6 +223,55 @@ def test_without_ranking_it_is_a_fused_linear_cross_entropy(rng, backend):
     torch.testing.assert_close(ours["loss"], loss.detach())
     for name, leaf in leaves.items():
         torch.testing.assert_close(ours[name], leaf.grad)
+
+
+@pytest.mark.parametrize("options", [{}, *TRANSFORMS.values()], ids=["plain", *TRANSFORMS])
+def test_gradcheck_of_the_cross_entropy(rng, options):
+    head, batch = draw_problem([9])
+    weights = {"token_weights": batch["token_weights"], "num_tokens": torch.tensor(5.0), "max_chunk_rows": 4}
+
+    def loss(hidden, weight, bias):
+        return fused_linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, **weights, **options)
+
+    assert torch.autograd.gradcheck(loss, tuple(x.requires_grad_() for x in head.values()))
+
+
+def test_weights_and_number_of_tokens_of_the_cross_entropy(rng):
+    head, batch = draw_problem([9])
+    logits = F.linear(head["hidden"], head["weight"], head["bias"])
+    each = F.cross_entropy(logits, batch["labels"], reduction="none") * batch["token_weights"]
+    ours = fused_linear_cross_entropy(
+        **head, labels=batch["labels"], token_weights=batch["token_weights"], num_tokens=13, max_chunk_rows=4
+    )
+    torch.testing.assert_close(ours, each.sum() / 13)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_cross_entropy_without_labels_is_zero_with_a_gradient_of_zero(rows):
+    hidden, weight = torch.ones(rows, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    loss = fused_linear_cross_entropy(hidden, weight, torch.full((rows,), -100))
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default device's allocator is not the profiler's")
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_head_costs_its_gradient_and_a_chunk(rng, monkeypatch, dtype, upstream):
+    """Twice, as gradient accumulation does: the second gradient is added to the first one in place."""
+    rows, columns, width = 8, 4096, 256
+    monkeypatch.setattr(fused_linear, "VOCABULARY_SLICE", 64)
+    monkeypatch.setattr("tabom_kernels.torch_backend.CHUNK_ELEMENTS", columns)
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = torch.randn(columns, width).to(dtype).requires_grad_()
+    labels = torch.randint(columns, (rows,))
+
+    def step():
+        (fused_linear_cross_entropy(hidden, weight, labels) * upstream).backward()
+
+    for _ in range(2):
+        peak = peak_memory_of(step, torch.device("cpu"))
+        assert weight.nbytes <= peak < 1.25 * weight.nbytes
 
 
 def test_it_is_tabom_loss_of_the_logits(rng):
@@ -322,6 +449,8 @@ BATCH = {"labels": torch.tensor([0, 1, -100]), "steps": torch.tensor([0, 1, 2]),
         ({"labels": torch.tensor([0, 5, 0])}, ValueError, "labels: 5 at row 1; expected 0 <= label < 5"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
         ({"max_chunk_rows": 0}, ValueError, "max_chunk_rows=0: expected at least 1"),
+        ({"softcap": 0.0}, ValueError, "softcap=0.0: expected None, or above 0 and finite"),
+        ({"logit_scale": -1.0}, ValueError, "logit_scale=-1.0: expected above 0 and finite"),
         (
             {"lengths": [2]},
             ValueError,
@@ -390,7 +519,7 @@ def test_the_upstream_gradient_is_not_rounded_to_half_precision(rng):
     """1 + 2^-9 is 1 in bf16; over many numbers its share shows."""
     head, batch = draw_problem([300], torch.bfloat16)
     head["hidden"] = torch.randn(300, WIDTH).bfloat16()
-    plain, scaled = (run(head, batch, upstream, rank_weight=0.0) for upstream in (2.0**20, 2.0**20 * (1 + 2**-9)))
+    plain, scaled = (run(head, batch, upstream, rank_weight=0.0) for upstream in (1e6, 1e6 * (1 + 2**-9)))
     for name in ("hidden", "weight"):
         ratio = scaled[name].double().abs().sum() / plain[name].double().abs().sum()
         assert abs(ratio - 1 - 2**-9) < 2**-10, name

@@ -16,9 +16,10 @@ def draw_batch(rows=9, columns=20):
     return logits, draw_labels(logits), *draw_sequences([rows - 4, 4])
 
 
-def draw_head(bias, rows=9, columns=20, width=6):
-    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(columns, width, requires_grad=True)
-    return hidden, weight, torch.randn(columns, requires_grad=True) if bias else None
+def draw_head(bias, rows=9, columns=20, width=6, dtype=torch.float32):
+    shapes = ((rows, width), (columns, width), (columns,))
+    hidden, weight, by_column = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    return hidden, weight, by_column if bias else None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,6 +30,7 @@ def test_every_op_passes_opcheck(rng, backend):
     keys = torch.arange(9)
     one = torch.ones(())
     batch = (one, one, one, labels, steps, cu_seqlens, torch.rand(9), one, one)
+    cross_entropy = (labels, None, None, None, one, one, None, "hinge", -100, 1.0, 3.0, None, 0)
     energy, temperature = torch.rand(9, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     calls = [
         (OPS.vocabulary_statistics, (logits.requires_grad_(), labels, -100, False, backend)),
@@ -55,9 +57,17 @@ def test_every_op_passes_opcheck(rng, backend):
         *(
             (
                 OPS.fused_linear_tabom_loss,
-                (*head, *batch, lengths, "hinge", -100, None, 0, 5, False, [True] * 3, backend),
+                (*head, *batch, lengths, "hinge", -100, *rest[:2], None, 0, rest[2], False, [True] * 3, backend),
             )
-            for head, lengths in ((draw_head(bias=True), None), (draw_head(bias=False), [5, 4]))
+            for head, lengths, rest in (
+                (draw_head(bias=True), None, (1.0, None, 5)),
+                (draw_head(bias=False), [5, 4], (0.5, 3.0, 9)),
+                (draw_head(bias=True, dtype=torch.bfloat16), None, (1.0, None, 9)),
+            )
+        ),
+        (
+            OPS.fused_linear_tabom_loss,
+            (*draw_head(bias=True), one, one, None, *cross_entropy, 4, False, [True] * 3, backend),
         ),
     ]
     assert {op._qualified_op_name.split("::")[1] for op, _ in calls} == {

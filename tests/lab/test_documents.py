@@ -1,6 +1,7 @@
 """The figures in documents are those of the committed JSON."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def test_what_the_demo_depends_on_is_what_its_json_was_made_from():
 
 def test_the_tables_of_the_study_are_what_its_json_lines_say():
     assert tables(read_lines(ROOT / "docs" / "study_results.jsonl")).strip() in (ROOT / "docs" / "study.md").read_text()
+
+
+def test_the_prose_of_the_study_quotes_its_tables():
+    """Every figure with an error over seeds or pairs stands in a table with the same digits."""
+    prose, tables_of_study = (ROOT / "docs" / "study.md").read_text().split("\n## Tables\n")
+    quoted = re.findall(r"[+-]?\d+\.\d ±\d+\.\d", prose)
+    assert len(quoted) > 10
+    shown = set(re.findall(r"[+-]?\d+\.\d ±\d+\.\d", tables_of_study))
+    assert [each for each in quoted if not {each, f"+{each}"} & shown] == []

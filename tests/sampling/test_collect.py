@@ -14,7 +14,7 @@ from tabom.data.trajectories import read_trajectories
 from tabom.data.verifiers import Verdict
 from tabom.lab.model import character_tokenizer
 from tabom.lab.tasks import Addition
-from tabom.sampling.collect import CollectConfig, collect, hit_rate
+from tabom.sampling.collect import CollectConfig, collect, hit_rate, rejected_of
 from tabom.sampling.engine import EngineConfig
 from tabom.sampling.sampler import SamplerConfig
 from tests.conftest import random_model
@@ -68,7 +68,7 @@ def test_what_a_killed_job_left_in_shards_is_taken_over_once(tmp_path, rng):
     for name in ("t.jsonl", "t.jsonl.rank0", "t.jsonl.rank11"):
         for end in ("", ".rejected"):
             content = (tmp_path / f"whole.jsonl{end}").read_bytes()
-            (tmp_path / (name + end)).write_bytes(content[: rng.randrange(len(content))])
+            (tmp_path / (name + end)).write_bytes(content[: rng.randrange(len(content) // 2, len(content))])
     (tmp_path / "t.jsonl.rank11").unlink()  # killed while it was deleted
     collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
     by_id = [sorted(records(path), key=lambda r: r["id"]) for path in (whole, output)]
@@ -221,3 +221,29 @@ def test_task_prompts_are_checked_by_the_task():
     assert all(prompts.is_correct(i, answer) for i, answer in enumerate(prompts.answers))
     assert not prompts.is_correct(0, "x")
     assert all(character_tokenizer().unk_token_id not in character_tokenizer()(p).input_ids for p in prompts.prompts)
+
+
+def test_giving_up_leaves_the_right_answers_as_they_are(tmp_path):
+    """Byte for byte; a wrong one that was given up says so, and cost less."""
+    model, sampler = random_model(0), SamplerConfig(max_new_tokens=6, block_length=1, seed=3)
+    model.model.double()  # where rounding, which follows the batch, changes no digit of a record
+    first = tmp_path / "first.jsonl"
+    collect(model, PromptSet("any", PROMPTS, [None] * 20, lambda *_: True), sampler, CollectConfig(str(first)))
+    answers = [record["response"] for record in sorted(records(first), key=lambda r: PROMPTS.index(r["prompt"]))]
+    answers[10:] = ["no " + answer for answer in answers[10:]]
+    prompts = PromptSet("exact", PROMPTS, answers)
+    costs = []
+    for name, give_up in (("whole", False), ("short", True)):
+        report = collect(model, prompts, sampler, CollectConfig(str(tmp_path / name), give_up=give_up))
+        assert report.correct == 10
+        costs.append(
+            sum(len([s for s in r["decoding_order"] if s >= 0]) for r in records(rejected_of(tmp_path / name))[1:])
+        )
+    by_id = [sorted((tmp_path / name).read_bytes().splitlines()) for name in ("whole", "short")]
+    assert by_id[0] == by_id[1]
+    assert costs[1] < costs[0]
+
+
+def test_giving_up_needs_a_verifier_that_can_tell(tmp_path):
+    with pytest.raises(ValueError, match="give_up=True with verifier='exact'"):
+        collect(random_model(0), keep_some(), SAMPLER, CollectConfig(str(tmp_path / "t"), give_up=True))

@@ -1,20 +1,25 @@
 """The engine against `denoise`, each prompt alone, in fp64, where no near tie turns with the shape of a batch."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
+from transformers import DynamicCache, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
+from benchmarks.measure import peak_memory_of
+from tabom.lab.dry_run import DREAM_7B
+from tabom.models.compiled import padded_rows
 from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
-from tabom.sampling.engine import Engine, EngineConfig, Request, default_budget, sample
+from tabom.sampling.engine import Engine, EngineConfig, Request, bytes_per_position, default_budget, sample
 from tabom.sampling.policies import POLICIES
 from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, denoise
 from tests.conftest import random_model
@@ -130,6 +135,37 @@ def test_positions_are_the_rows_that_the_embedding_sees(rng, stop_early):
     with rows_through(model.model.get_input_embeddings()) as computed:
         *_, state = denoise(model, [r.prompt for r in requests], 16, config)
     assert state.positions == sum(computed) > sum(c.positions for c in completions)
+
+
+def steps_of_dream(tokens, steps, eps=1e-3):
+    """How many of a block's steps unmask something: its own loop, counted."""
+    times, unmasking = torch.linspace(1, eps, steps + 1), 0
+    for i in range(steps):
+        count = int(tokens * (1 - times[i + 1] / times[i])) if i < steps - 1 else tokens
+        tokens, unmasking = tokens - count, unmasking + (count > 0)
+    return unmasking
+
+
+@pytest.mark.parametrize("steps, block_length", [(8, None), (24, None), (24, 4), (2, None)])
+def test_a_step_that_unmasks_nothing_by_its_plan_is_not_computed(steps, block_length):
+    """Dream's schedule: nothing in step 0 at steps = length, and more such steps where there are more than tokens."""
+    model, blocks = MODELS[1], 8 // (block_length or 8)
+    config = SamplerConfig(
+        policy="dream_entropy", alg_temp=0.5, temperature=0.7, steps=steps, block_length=block_length
+    )
+    unmasking = blocks * steps_of_dream(8 // blocks, steps // blocks)
+    assert unmasking < steps or steps == 2
+    request = Request([5, 6, 7], 8, 3)
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        states = list(denoise(model, [request.prompt], 8, config, [request.seed]))
+    assert len(computed) == unmasking and len(states) == steps + 1
+    assert states[-1].positions == sum(computed)
+    numbers = states[-1].decoding_order[0].tolist()
+    assert len(set(numbers)) == unmasking and max(numbers) == steps - 1, "steps are numbered as planned"
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        completions = run(model, [request] * 2, config)
+    assert len(computed) == unmasking
+    assert_same(completions, [alone(model, request, config)] * 2)
 
 
 def test_a_request_over_the_budget_is_decoded_alone(rng):
@@ -359,12 +395,120 @@ def test_a_cache_saves_positions_and_is_refused_where_it_cannot_be(rng):
         SamplerConfig(cache="all")
 
 
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_a_compiled_model_decodes_as_it_does_eagerly_in_a_few_shapes(rng, monkeypatch, cache):
+    """Slots come and go, so that nearly every step has another number of rows; the sizes that are compiled are few."""
+    model = fp64_model(5, num_hidden_layers=3)
+    config = SamplerConfig(block_length=4, cache=cache)
+    requests = [Request([rng.randrange(4, 40) for _ in range(rng.randrange(1, 40))], 8, i) for i in range(12)]
+    expected = run(model, requests, config, EngineConfig(150))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode, dynamic: compile(call, backend=counter, dynamic=dynamic))
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        completions = run(model, requests, config, EngineConfig(150, compile="default"))
+    assert_same(completions, expected, positions=False)
+    assert sum(computed) == sum(c.positions for c in completions)
+    shapes = set(computed)
+    assert len(shapes) < len({padded_rows(n) for n in range(1, 151)}) and counter.frame_count <= 4 * len(shapes)
+    assert not any(layer._compiled_call_impl for layer in model.model.get_decoder().layers)
+    with rows_through(model.model.get_input_embeddings()) as computed:
+        run(model, requests, config, EngineConfig(150, compile="default"))
+    assert counter.frame_count <= 4 * len(shapes), "nothing is compiled twice"
+
+
+def test_rows_are_padded_by_a_quarter_at_most_to_four_sizes_an_octave():
+    sizes = {padded_rows(n) for n in range(1, 4097)}
+    assert all(n <= padded_rows(n) <= max(64, 1.25 * n) for n in range(1, 4097)) and len(sizes) == 1 + 6 * 4
+    assert {padded_rows(size) for size in sizes} == sizes
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="compile='fast': expected one of none, default"):
+        EngineConfig(compile="fast")
+    monkeypatch.setattr(MODELS[0].model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match=r"compile='default': .* attn_implementation='flash_attention_2'"):
+        Engine(MODELS[0], SamplerConfig(), EngineConfig(compile="default"))
+
+
 def test_budgets():
     assert 1 <= default_budget(MODELS[0]) <= 2**12
     with pytest.raises(ValueError, match="compute_budget=0"):
         EngineConfig(compute_budget=0)
     with pytest.raises(ValueError, match="look_every=0"):
         EngineConfig(look_every=0)
+
+
+def test_the_budget_is_half_of_the_free_memory_over_what_a_position_takes(monkeypatch):
+    """By hand for Dream-7B: logits thrice and two hidden rows; a cache keeps 28 layers of 2 * 4 * 128 beside them."""
+    config = PreTrainedConfig.from_dict({**DREAM_7B, "head_dim": 128})
+    network = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+    model = SimpleNamespace(model=network, device=network.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
+    assert default_budget(model) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064))
+    assert default_budget(model, keeps=True) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064 + 28 * 2 * 4 * 128))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 80 * 10**9))
+    assert default_budget(model) == 1, "one request at a time, where nothing is free"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"intermediate_size": 1024}, {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}],
+    ids=["head", "MLP", "attention"],
+)
+@pytest.mark.parametrize("cache", ["none", "block"])
+def test_a_step_takes_no_more_memory_than_the_budget_thinks(changes, cache):
+    """And not much less: 64 sequences, all of whose logits are read but those of the prompt."""
+    model = random_model(0, vocab_size=1000, **changes)
+    requests = [Request([5], 31, i) for i in range(64)]
+    config = SamplerConfig(block_length=None, cache=cache)
+
+    def stop(_decision):
+        raise InterruptedError
+
+    def two_steps():
+        with suppress(InterruptedError):
+            list(Engine(model, config, EngineConfig(10**6), stop).run(requests))
+
+    two_steps()
+    held = peak_memory_of(two_steps, model.device) / (64 * 32)
+    assert 0.3 < held / bytes_per_position(model.model.config, 4, cache != "none") < 1
+
+
+def test_what_begins_hopelessly_is_given_up_as_it_stands(rng):
+    """The others get what they get anyway; a given-up one computes no more."""
+    config = SamplerConfig(block_length=1)
+    requests = [Request([rng.randrange(4, 40) for _ in range(5)], 6, i) for i in range(6)]
+    whole = run(MODELS[0], requests, config)
+    asked = []
+
+    def is_hopeless(number, beginning):
+        asked.append((number, len(beginning)))
+        assert beginning == whole[number].token_ids[: len(beginning)]
+        return number % 2 == 0 and len(beginning) == 3
+
+    completions = run(MODELS[0], requests, config, EngineConfig(40), None, is_hopeless)
+    for number, (ours, theirs) in enumerate(zip(completions, whole, strict=True)):
+        if number % 2:
+            assert_same([ours], [theirs])
+        else:
+            assert ours.given_up and ours.token_ids[:3] == theirs.token_ids[:3]
+            assert ours.decoding_order == [0, 1, 2, -1, -1, -1] and ours.positions == 3 * 11
+            assert set(ours.token_ids[3:]) == {MODELS[0].pad_token_id}
+    assert sorted(asked) == sorted((n, k) for n in range(6) for k in range(1, 4 if n % 2 == 0 else 6)), (
+        "asked once each"
+    )
+
+
+def test_a_beginning_ends_where_something_is_masked():
+    """Without blocks tokens appear in any order."""
+    asked = []
+    run(MODELS[0], [Request([5, 6], 8, 0)], SamplerConfig(), None, None, lambda _, ids: asked.append(ids))
+    [whole] = run(MODELS[0], [Request([5, 6], 8, 0)], SamplerConfig())
+    grown = [[i for i, step in enumerate(whole.decoding_order) if step > now] for now in range(7)]
+    assert [len(ids) for ids in asked] == sorted({min(masked) for masked in grown} - {0})
+    assert all(ids == whole.token_ids[: len(ids)] for ids in asked)
 
 
 def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):

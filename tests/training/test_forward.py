@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -9,8 +10,12 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -20,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tabom.training import forward as forward_module
 from tabom.training.forward import add_loss_to_forward
@@ -62,8 +68,10 @@ MODELS = {
     ),
 }
 CHANGED_LOGITS = {
-    "soft-capping": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
-    "scaling": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, final_logit_softcapping=5.0)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
 }
 
 
@@ -110,7 +118,7 @@ def assert_same_training(model, batch, **options):
     assert model(**batch).entropy is None
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("build", [*MODELS.values(), *CHANGED_LOGITS.values()], ids=[*MODELS, *CHANGED_LOGITS])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_fused_head_trains_any_model_as_its_logits_would(rng, monkeypatch, build, shift):
     monkeypatch.setattr(forward_module, "logits_at", None)  # the logits are never asked for
@@ -122,14 +130,35 @@ def test_the_logits_of_the_rows_do_for_every_model(rng, build):
     assert_same_training(build().eval(), draw_batch(), fused_linear=False)
 
 
-@pytest.mark.parametrize("build", CHANGED_LOGITS.values(), ids=CHANGED_LOGITS.keys())
-def test_a_model_that_changes_its_logits_is_refused_with_the_remedy(rng, build):
+@pytest.mark.parametrize("build, attribute", [(CHANGED_LOGITS["cohere"], "logit_scale"), (llama, None)])
+def test_what_the_config_does_not_say_is_refused_with_the_remedy(rng, build, attribute):
+    """A scale that is not the config's, and logits that are moved."""
     model, batch = build().eval(), draw_batch()
+    if attribute is None:
+        plain = model.forward
+        model.forward = lambda **inputs: SimpleNamespace(logits=plain(**inputs).logits + 0.5)
+    else:
+        setattr(model, attribute, 0.31)
     add_loss_to_forward(model, **LOSS)
-    with pytest.raises(ValueError, match=r"changes its logits after the head .* set fused_linear=False"):
+    with pytest.raises(ValueError, match=r"changes its logits after the head.* config says .*set fused_linear=False"):
         model(**batch)
     del batch["rows"], batch["labels"], batch["steps"], batch["cu_seqlens"]
     assert model(**batch).logits.shape == (3, 9, 50), "the head is itself again"
+
+
+def test_every_config_that_names_a_transform_is_known():
+    """Granite divides by what HyperCLOVA X, by the same name, multiplies with."""
+    names = "granite", "hyperclovax", "gemma2", "cohere2", "falcon_h1", "nanochat", "recurrent_gemma", "llama"
+    found = {name: forward_module.logit_transform(CONFIG_MAPPING[name]()) for name in names}
+    config = CONFIG_MAPPING["hyperclovax"]()
+    config.logits_scaling = 0.25
+    assert forward_module.logit_transform(config)["logit_scale"] == 0.25
+    config = CONFIG_MAPPING["granite"](logits_scaling=8.0)
+    assert forward_module.logit_transform(config)["logit_scale"] == 0.125
+    assert found["gemma2"] == {"logit_scale": 1.0, "softcap": 30.0} == found["recurrent_gemma"]
+    assert found["cohere2"] == {"logit_scale": 0.0625, "softcap": None}
+    assert found["llama"] == {"logit_scale": 1.0, "softcap": None}
+    assert found["nanochat"]["softcap"] == 15.0 and found["falcon_h1"]["logit_scale"] == 1.0
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "head"])
@@ -172,7 +201,7 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("build", [llama, MODELS["tied"], MODELS["bias"], *CHANGED_LOGITS.values()])
-def test_sharded_in_bf16_the_loss_stays_in_fp32_and_changed_logits_are_still_noticed(rng, one_process, build):
+def test_sharded_in_bf16_the_loss_stays_in_fp32(rng, one_process, build):
     """FSDP2 casts what the head and the model return."""
     model, batch = build().eval(), draw_batch()
     expected = copy.deepcopy(model)
@@ -185,10 +214,6 @@ def test_sharded_in_bf16_the_loss_stays_in_fp32_and_changed_logits_are_still_not
         fully_shard(modules, mp_policy=policy)
     fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=None))
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    if build in CHANGED_LOGITS.values():
-        with pytest.raises(ValueError, match=r"set fused_linear=False"):
-            model(**batch)
-        return
     loss, expected_loss = model(**batch).loss, expected(**batch).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)

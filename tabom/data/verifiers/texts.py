@@ -13,6 +13,11 @@ class Exact(Verifier):
         """Right if both texts are the same."""
         return compare(str(answer).strip(), response.strip())
 
+    def is_hopeless(self, answer: Answer, beginning: str) -> bool:
+        """Whether the texts part, spaces around them aside; nothing is hopeless without an answer."""
+        expected, found = str(answer or "").strip(), beginning.lstrip()
+        return expected != "" and not (expected.startswith(found) or found.rstrip() == expected)
+
 
 class Contains(Verifier):
     """The answer stands somewhere in the response."""

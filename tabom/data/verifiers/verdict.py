@@ -38,6 +38,10 @@ class Verifier(ABC):
     def judge(self, prompt: Prompt, answer: Answer, response: str) -> Verdict:
         """The verdict on one response, held against an answer that is there."""
 
+    def is_hopeless(self, answer: Answer, beginning: str) -> bool:
+        """Whether no response that begins so can be right, for sure; decoding may then give up."""
+        return False
+
     def verify_all(self, cases: Sequence[tuple[Prompt, Answer, str]]) -> list[Verdict]:
         """A verdict for each (prompt, answer, response), in order."""
         if self.workers == 1:

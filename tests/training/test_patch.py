@@ -1,0 +1,185 @@
+import copy
+import inspect
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from tabom import patch, unpatch
+from tests.training.test_forward import BERT_SIZES, SIZES
+
+CAUSAL = SIZES | {"is_causal": True}
+MODELS = {
+    "causal": lambda: LlamaForCausalLM(LlamaConfig(**CAUSAL)),
+    "soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**CAUSAL, final_logit_softcapping=3.0)),
+    "scaled": lambda: CohereForCausalLM(CohereConfig(**CAUSAL, logit_scale=0.3)),
+    "masked": lambda: BertForMaskedLM(
+        BertConfig(**BERT_SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ),
+    "experts": lambda: MixtralForCausalLM(
+        MixtralConfig(**CAUSAL, num_local_experts=2, output_router_logits=True, router_aux_loss_coef=0.5)
+    ),
+}
+
+
+def draw_batch():
+    input_ids = torch.randint(3, 50, (2, 9))
+    labels = input_ids.masked_fill(torch.rand(2, 9) < 0.3, -100)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+def loss_and_gradients(model, **batch):
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, patched, batch):
+    expected, expected_grads = loss_and_gradients(model, **batch)
+    output, grads = loss_and_gradients(patched, **batch)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(grads, expected_grads)
+    return output
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_a_patched_model_has_the_loss_of_its_own_and_no_logits(rng, build):
+    model, batch = build().train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    output = assert_same_training(model, patched, batch)
+    assert output.logits is None and "logits" not in output
+    if isinstance(model, BertForMaskedLM):
+        return  # its own loss ignores the number of items
+    assert_same_training(model, patched, batch | {"num_items_in_batch": torch.tensor(23)})
+
+
+@pytest.mark.parametrize("build", [MODELS["causal"], MODELS["masked"]], ids=["causal", "masked"])
+def test_without_labels_and_in_evaluation_it_is_what_it_was(rng, build):
+    model, batch = build(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    assert torch.equal(patched.train()(**inputs).logits, model.train()(**inputs).logits)
+    ours, theirs = patched.eval()(**batch), model.eval()(**batch)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.loss, theirs.loss)
+
+
+def test_shifted_labels_and_token_weights(rng):
+    """Labels that stand where their logits are, as a diffusion model has them."""
+    model, batch = MODELS["causal"]().train(), draw_batch()
+    weights, targets = torch.rand(2, 9), batch.pop("labels")
+    logits = model(**batch).logits
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    patched = patch(copy.deepcopy(model))
+    options = {"labels": targets, "token_weights": weights, "num_items_in_batch": 7}
+    for mode in (True, False):
+        loss = patched.train(mode)(**batch, **options, shift_labels=targets).loss
+        torch.testing.assert_close(loss, (each * weights.flatten()).sum() / 7)
+    moved = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="none")
+    expected = (moved * weights[:, 1:].flatten()).sum() / 7
+    torch.testing.assert_close(patched(**batch, **options).loss, expected)
+    patched.lm_head.__class__ = torch.nn.Linear
+    with pytest.raises(
+        ValueError, match="token_weights: the head of this LlamaForCausalLM no longer computes the loss"
+    ):
+        patched(**batch, **options)
+
+
+class Texts(Dataset):
+    def __init__(self, count):
+        self.ids = torch.randint(3, 50, (count, 9))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        labels = self.ids[index].clone()
+        labels[: 1 + index % 5] = -100
+        return {"input_ids": self.ids[index], "labels": labels, "not a column": 1}
+
+
+def test_the_trainer_takes_the_same_steps_with_a_patched_model(rng, seed, tmp_path, monkeypatch):
+    """Two micro-batches a step with different numbers of labels: both losses are divided by those of the whole."""
+    model, data = MODELS["causal"](), Texts(8)
+
+    def train(model):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+            optim="sgd", learning_rate=0.5, report_to="none", save_strategy="no", use_cpu=True, seed=seed % 1000,
+            disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=data).train()
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    expected = train(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model))
+    calls = []
+    monkeypatch.setattr("tabom.training.patch.computes_loss", lambda head: calls.append(head) or True)
+    torch.testing.assert_close(train(patched), expected)
+    assert len(calls) == 4
+    assert inspect.signature(patched.forward) == inspect.signature(model.forward)
+
+
+def test_unpatch_leaves_nothing_behind(rng):
+    model, batch = MODELS["causal"]().train(), draw_batch()
+    before = vars(model).keys()
+    plain = type(model), type(model.lm_head)
+    patched = patch(model)
+    assert patched is model and type(model).__name__ == "LlamaForCausalLM" and isinstance(model, LlamaForCausalLM)
+    held = model.forward  # as a wrapper would hold it
+    with pytest.raises(ValueError, match="computes a loss already; unpatch it first"):
+        patch(model)
+    assert unpatch(model) is model and (type(model), type(model.lm_head)) == plain
+    assert vars(model).keys() == before
+    assert model(**batch).logits is not None and held(**batch).logits is not None
+    with pytest.raises(ValueError, match="this LlamaForCausalLM is not patched"):
+        unpatch(model)
+
+
+def test_lora_before_and_after(rng):
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model, batch = peft.get_peft_model(MODELS["causal"](), lora).train(), draw_batch()
+    assert_same_training(model, patch(copy.deepcopy(model)), batch)
+    on_head = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    with pytest.raises(ValueError, match=r"head of this LlamaForCausalLM is peft.*only a plain torch.nn.Linear"):
+        patch(peft.get_peft_model(MODELS["causal"](), on_head))
+    late = peft.get_peft_model(patch(MODELS["causal"]()), on_head).train()
+    assert late(**batch).logits is not None, "an adapter on the head hides it, and the model's own loss is taken"
+
+
+def test_a_copy_computes_its_own_loss(rng):
+    model, batch = patch(MODELS["causal"]()).train(), draw_batch()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    assert abs(other(**batch).loss.item() - torch.tensor(50.0).log().item()) < 1e-5
+    assert abs(model(**batch).loss.item() - torch.tensor(50.0).log().item()) > 1e-3
+
+
+def test_what_cannot_be_patched_is_refused():
+    with pytest.raises(TypeError, match="model: expected a transformers model, got Linear"):
+        patch(torch.nn.Linear(2, 2))
+    model = MODELS["causal"]()
+    model.loss_function = F.cross_entropy
+    with pytest.raises(ValueError, match="expected that of a causal or masked language model"):
+        patch(model)
+    with pytest.raises(ValueError, match=r"head of this BertForSequenceClassification is .*NoneType"):
+        patch(BertForSequenceClassification(BertConfig(**BERT_SIZES)))
