@@ -417,7 +417,7 @@ def fused_linear_cross_entropy(
     """sum(token_weights * cross_entropy) / num_tokens of the logits `hidden @ weight.T + bias`, a chunk at a time.
 
     `F.cross_entropy` of a linear layer without its logits: loss and gradients are computed together, and backward
-    scales them by the upstream gradient. It never waits for the device.
+    scales them by the upstream gradient. Without `tp_group` it never waits for the device.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
