@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
