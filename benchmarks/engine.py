@@ -5,8 +5,8 @@
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
 dLLM's sampler does, and one that does what Dream's code does. The steps of the peers all cost the same, and so
-do the blocks of the plain loop: the first are timed, and count for all. The lab's model, and one layer for more prompts and
-other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
+do the blocks of the plain loop: the first are timed, and count for all. The lab's model, and one layer for more prompts
+and other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
 answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
 benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
 """
