@@ -401,8 +401,8 @@ def costs() -> Iterator[list[dict[str, Any]]]:
 
 
 def large_costs() -> Iterator[list[dict[str, Any]]]:
-    """Under Dream's vocabulary, fewer prompts."""
-    yield measure(*large_vocabulary(this_device()), [PLAIN, "exact", "block", *PEERS], 4, MOSTLY_SHORT, 4)
+    """Under Dream's vocabulary, fewer prompts, 4 at a time."""
+    yield measure(*large_vocabulary(this_device()), [PLAIN, "exact", "block", *PEERS], 8, MOSTLY_SHORT, 4)
 
 
 def main() -> None:

@@ -225,6 +225,22 @@ def test_the_table_of_the_engine_in_the_notes_is_what_its_json_says():
     assert engine.costs_table(figures) in Path("benchmarks/NOTES.md").read_text()
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/sampling.md", "benchmarks/NOTES.md"])
+def test_how_many_fewer_positions_documents_claim_is_what_the_json_says(document):
+    figures = json.loads(Path("benchmarks/results/engine-cpu.json").read_text())["figures"]
+
+    def fewer(contender, digits, narrow):
+        found = [f["fewer"] for f in figures if f["contender"] == contender and (f["lengths"] == "narrow") == narrow]
+        return " to ".join(f"{value:.{digits}f}" for value in sorted({min(found), max(found)}))
+
+    claim = (
+        f"{fewer('exact', 1, False)} times fewer positions than padded batches where lengths differ widely, "
+        f"{fewer('exact', 1, True)} times where they hardly do; with a block cache, an approximation, "
+        f"{fewer('block', 0, False)} and {fewer('block', 0, True)} times"
+    )
+    assert claim in " ".join(Path(document).read_text().split())
+
+
 def test_what_caches_change_is_measured(capsys):
     fidelities = engine.fidelity(4)
     assert all(record["equal_responses"] == 1 for record in fidelities if record["contender"] == "exact")

@@ -25,9 +25,9 @@ SMALL = [  # what the page says, and what stands for it here
     (r"\b100\b", "6"),
     (r"^gsm8k$", "gsm8k_here"),
 ]
-MORE = {  # what a command gets besides: the recipe is made for a GPU, and lm-eval's own data is on the hub
-    "train": ["--model", "tiny", "--dtype", "float32", "--bf16", "false", "--num_train_epochs", "1"],
-    "lm_eval": ["--include_path", ".", "--output_path", "runs/lm_eval"],
+MORE = {  # what a command gets besides: recipe and task are for longer models, lm-eval's data is on the hub
+    "train": shlex.split("--model tiny --dtype float32 --bf16 false --num_train_epochs 1 --max_response_length 64"),
+    "lm_eval": ["--include_path", ".", "--output_path", "runs/lm_eval", "--num_fewshot", "0"],
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tabom.models.diffusion_model import DiffusionModel, logits_at
-from tabom.sampling.policies import choose
+from tabom.sampling.policies import choose, steps_that_unmask, time_shares
 from tabom.sampling.sampler import SamplerConfig, left_pad, read_candidates
 from tabom_kernels import mix_keys
 
@@ -64,7 +64,8 @@ def trajectory_log_likelihood(
     likelihoods of all responses add up to 1. Tokens of one step are taken as independent, as the sampler draws them.
 
     Args:
-        config: of the policy and `tokens_per_step`; blocks, `steps` and temperature are left aside.
+        config: of the policy and `tokens_per_step`; blocks, `steps` and temperature are left aside, so Dream's time
+            schedule runs over as many steps as the response has tokens.
 
     Returns:
         The log-likelihood, and whether every token is the most probable one at its step.
@@ -79,7 +80,8 @@ def trajectory_log_likelihood(
     seeds = torch.tensor([config.seed], device=model.device)
     total, is_greedy = 0.0, True
     [block] = config.plan(length)
-    for step in range(block.steps):
+    shares = time_shares(block.steps, config.eps).tolist()
+    for step in steps_that_unmask(config.policy, block.steps, length, config.eps):
         b, t = hidden.nonzero(as_tuple=True)
         if len(t) == 0:
             break
@@ -87,7 +89,7 @@ def trajectory_log_likelihood(
         logits = logits_at(model.model, rows, **inputs)
         logits[:, model.mask_token_id] = -torch.inf
         token, candidates = read_candidates(logits, hidden, mix_keys(seeds[b], step, t), config)
-        chosen = choose(candidates, block._replace(index=step), config)
+        chosen = choose(candidates, block._replace(index=step, share=shares[step]), config)
         log_p = logits.float().log_softmax(-1).gather(1, target[0, t, None])[:, 0]
         total += log_p[chosen[0, t]].double().sum().item()
         is_greedy &= bool((token == target)[chosen].all())

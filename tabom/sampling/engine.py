@@ -39,6 +39,12 @@ from tabom_kernels import mix_keys
 MOST_ON_A_CPU = 2**12
 """Positions: a step of more is no faster a position (the lab's model: 57 µs of a core at 3200, 53 µs at 6400)."""
 
+MOST_ON_A_GPU = 2**14
+"""Positions, where no cache keeps them. Below some 300 rows a matmul waits for its bf16 weights (990 TFLOP/s over 3.35
+TB/s on an H100's data sheet), beyond for its arithmetic: at 2**14 reading the weights takes 2 % as long. More is hardly
+faster a position, takes memory, and has the first answers come later. By arithmetic, not yet measured.
+"""
+
 
 class Request(NamedTuple):
     """A prompt's token ids, how many tokens to answer, and the seed of its random numbers."""
@@ -377,10 +383,11 @@ def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: 
 
 
 def default_budget(model: DiffusionModel, keeps: bool = False) -> int:
-    """Positions a step that take half of the free memory; the other half is for what the allocator wastes.
+    """Positions a step that take half of the free memory, and no more than make a position cheaper.
 
-    Dream-7B in bf16 takes 2 * (2 * 3584 + 3 * 152064) bytes a position, 0.93 MB, so that 60 GB free after its weights
-    hold 32 000 positions, 60 sequences of 500.
+    The other half is for what the allocator wastes. Dream-7B in bf16 takes 2 * (2 * 3584 + 3 * 152064) bytes a
+    position, 0.93 MB, so that 60 GB free after its weights hold 32 000 positions; a step gets `MOST_ON_A_GPU` of them,
+    40 sequences of 400. With a cache on a GPU memory alone decides, as a step computes but a block of each sequence.
 
     Args:
         keeps: whether a cache keeps keys and values, see `bytes_per_position`.
@@ -390,7 +397,9 @@ def default_budget(model: DiffusionModel, keeps: bool = False) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fitting = max(1, free // 2 // bytes_per_position(model.model.config, model.model.dtype.itemsize, keeps))
-    return fitting if model.device.type == "cuda" else min(fitting, MOST_ON_A_CPU)
+    if model.device.type == "cuda":
+        return fitting if keeps else min(fitting, MOST_ON_A_GPU)
+    return min(fitting, MOST_ON_A_CPU)
 
 
 def bytes_per_position(config: PreTrainedConfig, itemsize: int, keeps: bool) -> int:

@@ -58,7 +58,10 @@ def test_likelihoods_along_the_decoding_add_up_to_one(seed):
     assert total == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("policy, per_step", [("entropy", 1), ("confidence", 1), ("margin", 2)])
+@pytest.mark.parametrize(
+    "policy, per_step",
+    [("entropy", 1), ("confidence", 1), ("margin", 2), ("dream_entropy", None), ("dream_origin", None)],
+)
 def test_a_greedy_answer_is_greedy_and_another_is_not(model, policy, per_step):
     config = SamplerConfig(max_new_tokens=5, policy=policy, tokens_per_step=per_step)
     prompt = encode_prompt(model.tokenizer, "sort 312=")

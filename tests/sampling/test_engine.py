@@ -445,10 +445,13 @@ def test_the_budget_is_half_of_the_free_memory_over_what_a_position_takes(monkey
     config = PreTrainedConfig.from_dict({**DREAM_7B, "head_dim": 128})
     network = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
     model = SimpleNamespace(model=network, device=network.device)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
-    assert default_budget(model) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064))
+    free = 20 * 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    assert default_budget(model) == 20 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064))
+    free = 60 * 10**9
+    assert default_budget(model) == 2**14, "no faster beyond"
     assert default_budget(model, keeps=True) == 60 * 10**9 // 2 // (2 * (2 * 3584 + 3 * 152064 + 28 * 2 * 4 * 128))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**5, 80 * 10**9))
+    free = 10**5
     assert default_budget(model) == 1, "one request at a time, where nothing is free"
 
 
