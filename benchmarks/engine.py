@@ -4,9 +4,9 @@
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
-dLLM's sampler does, and one that does what Dream's code does. The steps of a fixed batch all cost the same: of the
-plain loop and of the peers the first are timed, and count for all. The lab's model, and one layer for more prompts and
-other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
+dLLM's sampler does, and one that does what Dream's code does. The steps of the peers all cost the same, and so
+do the blocks of the plain loop: the first are timed, and count for all. The lab's model, and one layer for more prompts
+and other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
 answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
 benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
 """
@@ -53,8 +53,8 @@ CACHES = {
 PLAIN = "plain loop"
 PEERS = ("dLLM's loop", "Dream's loop")
 
-TIMED_STEPS = {PLAIN: 16, **dict.fromkeys(PEERS, 4)}
-"""Of the first batch."""
+TIMED_STEPS = {PLAIN: BLOCK, **dict.fromkeys(PEERS, 4)}
+"""Of the first batch; a whole block of the plain loop, whose steps read ever fewer rows of it through the head."""
 
 
 class Asked(NamedTuple):
@@ -363,7 +363,7 @@ def costs_table(records: list[dict[str, Any]]) -> str:
             f"{record['positions'] / record['answer_tokens']:.0f}",
             f"{record['fewer']:.2f}",
             f"{record['tokens_per_second']:.1f}",
-            f"{plain['seconds'] / record['seconds']:.1f}",
+            f"{plain['seconds'] / record['seconds']:.2f}",
             f"{record['peak_bytes'] / 2**20:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -220,8 +220,9 @@ def test_the_peers_of_the_engine_answer_what_the_plain_loop_does(tiny_dream, few
             assert answer.index(tiny_dream.eos_token_id) == end - 1
 
 
-def test_the_table_of_the_engine_in_the_notes_is_what_its_json_says():
-    figures = json.loads(Path("benchmarks/results/engine-cpu.json").read_text())["figures"]
+@pytest.mark.parametrize("name", ["engine-cpu", "engine-large-cpu"])
+def test_the_table_of_the_engine_in_the_notes_is_what_its_json_says(name):
+    figures = json.loads(Path(f"benchmarks/results/{name}.json").read_text())["figures"]
     assert engine.costs_table(figures) in Path("benchmarks/NOTES.md").read_text()
 
 

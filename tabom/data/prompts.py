@@ -12,7 +12,7 @@ from tabom.data.sources import read_records
 from tabom.data.trajectories import (
     PROMPT_FIELDS,
     RecordError,
-    conversation,
+    closing_answer,
     is_finite_number,
     number_text,
     parse_prompt,
@@ -21,8 +21,9 @@ from tabom.data.trajectories import (
 )
 from tabom.data.verifiers import Answer, Check, Verdict, as_verifier, make_verifier, settings_of, verifier_for
 
-TEST_FIELDS = ("tests", "test_list", "test", "input_output")
+TEST_FIELDS = ("tests", "test_list", "test", "input_output", "public_test_cases")
 ANSWER_FIELDS = ("answer", "ground_truth_answer", "solution")
+CAPITALISED = ("Problem", "Question", "Solution", "Answer")
 MBPP_TASK = "{text}\n\nYour code should pass these tests:\n\n{tests}"
 
 
@@ -112,7 +113,8 @@ class PromptReader:
         return Item(self.dress(prompt), answer if is_tests(answer) else as_text(answer), verifier)
 
     def recognise(self, record: dict[str, Any]) -> Item:
-        """GSM8K, MATH-500, PRM12K and the like, HumanEval, MBPP, APPS, conversations, and our own records."""
+        """GSM8K, MATH-500, PRM12K and the like, HumanEval, MBPP, APPS, LiveCodeBench, conversations, and our own."""
+        record = {name.lower(): record[name] for name in CAPITALISED if name in record} | record  # AIME's
         tests = self.tests_of(record)
         if isinstance(record.get("question"), dict):  # PRM800K keeps problem and answer one level down
             record = {**record["question"], **record}
@@ -127,8 +129,10 @@ class PromptReader:
             prompt = MBPP_TASK.replace("{text}", task).replace("{tests}", "\n".join(texts(record, "test_list")))
         elif "problem" in record and not any(name in record for name in PROMPT_FIELDS):
             prompt = parse_prompt({"prompt": record["problem"]})
+        elif "question_content" in record:  # LiveCodeBench
+            prompt = with_starter_code(record, "question_content")
         elif record.get("starter_code") and isinstance(record.get("question"), str):  # APPS
-            prompt = f"{record['question']}\n\n{text(record, 'starter_code')}"
+            prompt = with_starter_code(record, "question")
         else:
             prompt = parse_prompt(record)
         if tests is not None:
@@ -143,6 +147,8 @@ class PromptReader:
             return None
         names = (*TEST_FIELDS, "entry_point", "test_setup_code", "test_imports")
         tests = {name: record[name] for name in names if name in record}
+        if "public_test_cases" in record and "metadata" in record:
+            tests["metadata"] = record["metadata"]
         if "entry_point" in record and "prompt" in record:
             tests["prompt"] = record["prompt"]
         return tests
@@ -158,6 +164,12 @@ class PromptReader:
         messages = as_messages(prompt)
         opening = [] if messages[0]["role"] == "system" else [{"role": "system", "content": self.system_prompt}]
         return [*opening, *messages]
+
+
+def with_starter_code(record: dict[str, Any], field: str) -> str:
+    """A question, and the code that its answer begins with, if there is some."""
+    question = text(record, field)
+    return f"{question}\n\n{text(record, 'starter_code')}" if record.get("starter_code") else question
 
 
 def has_tests(record: dict[str, Any]) -> bool:
@@ -179,10 +191,8 @@ def as_text(answer: Answer) -> str | None:
 
 def closing_solution(record: dict[str, Any]) -> str | None:
     """The closing message of the assistant, if it is a solution with a marked final answer."""
-    closing = conversation(record, "messages")[-1] if "messages" in record else None
-    if closing is None or closing["role"] != "assistant":
-        return None
-    return closing["content"] if verifier_for([closing["content"]]) == "math" else None
+    closing = closing_answer(record)
+    return closing if closing is not None and verifier_for([closing]) == "math" else None
 
 
 def read_prompts(

@@ -15,8 +15,16 @@ from tabom.data.sources import read_records
 STEPS_BELOW = 2**31
 """Steps are int32 in the kernels."""
 
-PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")
+CONVERSATION_FIELDS = ("messages", "conversations")
+PROMPT_FIELDS = ("prompt", "instruction", "question", *CONVERSATION_FIELDS)
 RESPONSE_FIELDS = ("response", "completion", "output", "gen_text", "answer")
+
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
+ROLES |= {"human": "user", "gpt": "assistant"}
+"""What data sets call a role, in small letters, and what chat templates do."""
+
+SHAREGPT = {"from": "role", "value": "content"}
+"""ShareGPT's names of a message's fields."""
 
 
 class RecordError(ValueError):
@@ -102,7 +110,7 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
 def parse_prompt(record: dict[str, Any]) -> Prompt:
     """The prompt under any of its names; a closing assistant message is the response, not the prompt."""
     field = first_present(record, PROMPT_FIELDS)
-    if field != "messages":
+    if field not in CONVERSATION_FIELDS:
         return conversation(record, field) if isinstance(record[field], list) else text(record, field)
     messages = conversation(record, field)
     prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -113,10 +121,9 @@ def parse_prompt(record: dict[str, Any]) -> Prompt:
 
 def parse_response(record: dict[str, Any]) -> str:
     """The response under any of its names, or the closing assistant message. Numbers are taken as text."""
-    if "messages" in record and not any(field in record for field in RESPONSE_FIELDS):
-        messages = conversation(record, "messages")
-        if messages[-1]["role"] == "assistant":
-            return messages[-1]["content"]
+    closing = None if any(field in record for field in RESPONSE_FIELDS) else closing_answer(record)
+    if closing is not None:
+        return closing
     field = first_present(record, RESPONSE_FIELDS)
     if is_finite_number(record[field]):
         return number_text(record[field])
@@ -133,19 +140,33 @@ def number_text(number: float) -> str:
     return str(int(number) if isinstance(number, float) and number.is_integer() else number)
 
 
+def closing_answer(record: dict[str, Any]) -> str | None:
+    """The closing message of a conversation, if it is the assistant's."""
+    field = next((field for field in CONVERSATION_FIELDS if field in record), None)
+    closing = conversation(record, field)[-1] if field else None
+    return closing["content"] if closing and closing["role"] == "assistant" else None
+
+
 def conversation(record: dict[str, Any], field: str) -> list[dict[str, str]]:
-    """A field that must be a conversation. What Arrow fills with None in a message is not there."""
+    """A field that must be a conversation, in the names of chat templates (see ROLES and SHAREGPT)."""
     messages = record[field]
-    is_conversation = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in messages
-    )
-    if not is_conversation or not messages:
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise RecordError(field, 'expected a list of {"role": ..., "content": ...} messages')
-    for message in messages:
-        check_unicode(field, message["content"])
-        check_unicode(field, message["role"])
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return [parse_message(message, field) for message in messages]
+
+
+def parse_message(message: dict[str, Any], field: str) -> dict[str, str]:
+    """One message of a conversation. What Arrow fills with None is not there."""
+    message = {name: value for name, value in message.items() if value is not None}
+    if "role" not in message:
+        message = {SHAREGPT.get(name, name): value for name, value in message.items()}
+    if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+        raise RecordError(field, 'expected a list of {"role": ..., "content": ...} messages')
+    check_unicode(field, message["content"])
+    role = ROLES.get(message["role"].lower())
+    if role is None:
+        raise RecordError(field, f"role {message['role']!r:.60}: expected one of {', '.join(ROLES)}")
+    return message | {"role": role}
 
 
 def first_present(record: dict[str, Any], fields: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ def model_card(
     settings: dict[str, Any],
     origins: Counter[tuple[str | None, str | None]],
     log_history: Sequence[dict[str, Any]],
-    best_step: int | None = None,
+    step: int,
     eval_prompts: str | None = None,
 ) -> ModelCard:
     """The card of a trained model.
@@ -43,11 +43,11 @@ def model_card(
         settings: what decided the weights, `objective` and the `adapter`s among them.
         origins: how many trajectories there are of each data source and method.
         log_history: of the trainer's state; the last value of every figure is reported.
-        best_step: of the checkpoint that was loaded in the end, whose evaluation is then reported.
+        step: of the weights; evaluations at others are of other weights, and are left out.
         eval_prompts: where the problems behind `eval_accuracy` came from.
     """
     is_hub_name = not Path(base).exists() and base.count("/") == 1
-    figures = last_figures(log_history, best_step)
+    figures = last_figures(log_history, step)
     evaluated = {key: figures[f"eval_{key}"][1] for key in ("accuracy", "loss") if f"eval_{key}" in figures}
     held_out = {"accuracy": Path(eval_prompts).name if eval_prompts else "prompts", "loss": "trajectories"}
     data = ModelCardData(
@@ -80,12 +80,12 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def last_figures(log_history: Sequence[dict[str, Any]], best_step: int | None) -> dict[str, tuple[int, float]]:
-    """The step and the value of every figure, those of evaluations at `best_step` where it is given."""
+def last_figures(log_history: Sequence[dict[str, Any]], evaluated_step: int) -> dict[str, tuple[int, float]]:
+    """The step and the value of every figure, those of evaluations at `evaluated_step` alone."""
     figures: dict[str, tuple[int, float]] = {}
     for entry in log_history:
         for key, value in entry.items():
-            is_of_other_weights = key.startswith("eval_") and best_step not in (None, entry["step"])
+            is_of_other_weights = key.startswith("eval_") and entry["step"] != evaluated_step
             if key not in ("step", "epoch") and not is_of_other_weights:
                 figures[key] = entry["step"], value
     return figures

@@ -136,6 +136,7 @@ class TabomTrainer(Trainer):
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._saving_in: Path | None = None
+        self._loaded_step: int | None = None  # of the checkpoint whose weights were loaded at the end
         self._losses: list[Tensor] = []  # of the step that is being made
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the global batch
         self._sums: dict[str, Tensor | float] = defaultdict(float)
@@ -173,7 +174,12 @@ class TabomTrainer(Trainer):
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"
             )
+        self._loaded_step = None
         return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loaded_step = self.state.best_global_step
 
     def _find_checkpoint(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on with, the same on every rank."""
@@ -351,7 +357,7 @@ class TabomTrainer(Trainer):
             {**self._describe_run(), "epochs": self.state.epoch, "steps": self.state.global_step},
             origins,
             self.state.log_history,
-            self.state.best_global_step if self.args.load_best_model_at_end else None,
+            self.state.global_step if self._loaded_step is None else self._loaded_step,
             self.args.eval_prompts,
         )
         card.save(Path(self.args.output_dir) / "README.md")

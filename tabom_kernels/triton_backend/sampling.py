@@ -6,7 +6,9 @@ that segment, as `reference.draw` says: the noise comes from the row's key alone
 
 Filters add a search for the lowest logit that top-k and top-p keep, over the bit patterns of floating-point numbers,
 which are in the order of their values: no sort. Each pass tries 16 thresholds at once, over all chunks in parallel, and
-leaves 1/16 of the interval: 4 passes in half precision, 8 in fp32, fewer where a search begins in a small interval.
+leaves 1/16 of the interval, of which the row's maximum cuts off what is above: 3 or 4 passes in half precision, up to 8
+in fp32. A search ends, and its other passes read nothing, once a threshold keeps what it must and no logit more; where
+both filters are asked for, top-p's begins in what top-k keeps.
 """
 
 import torch
@@ -26,6 +28,7 @@ from tabom_kernels.triton_backend.launch import (
     options,
 )
 from tabom_kernels.triton_backend.vocabulary import (
+    INTERPRETED,
     LN2,
     LOG2E,
     LOWEST,
@@ -44,6 +47,9 @@ from tabom_kernels.triton_backend.vocabulary import (
 GOLDEN_GAMMA = tl.constexpr(noise.GOLDEN_GAMMA % 2**64)
 MIX_1 = tl.constexpr(noise.MIX_1 % 2**64)
 MIX_2 = tl.constexpr(noise.MIX_2 % 2**64)
+
+SUM_ERROR = tl.constexpr(2.0**-14)
+"""Far above the rounding of a chunk's or row's sum of weights in fp32, relative to it."""
 
 LARGEST = {torch.bfloat16: 0x7F7F, torch.float16: 0x7BFF, torch.float32: 0x7F7FFFFF}
 """Of each dtype, the largest finite number's place in the order of its numbers, in which 0 is at 0."""
@@ -227,9 +233,36 @@ def number_at(order, dtype: tl.constexpr):
 
 
 @triton.jit
+def order_of(number, dtype: tl.constexpr):
+    """The place of a floating-point number in their order: `number_at` backwards."""
+    if dtype == tl.float32:
+        bits = number.to(tl.int32, bitcast=True).to(tl.int64)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFF)
+    else:
+        bits = number.to(dtype).to(tl.int16, bitcast=True).to(tl.int64)
+        return bits ^ ((bits >> 63) & 0x7FFF)
+
+
+@triton.jit
+def at_least_on_gpu(z, threshold):
+    """1.0 or 0.0 in one instruction, and a multiply-add then sums a weight: two a logit and threshold, not three."""
+    return tl.inline_asm_elementwise(
+        "set.ge.f32.f32 $0, $1, $2;", "=f,f,f", [z, threshold], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def interpreted_at_least(z, threshold):
+    return tl.where(z >= threshold, 1.0, 0.0)
+
+
+at_least = interpreted_at_least if INTERPRETED else at_least_on_gpu
+
+
+@triton.jit
 def masses_kernel(
     logits,
-    intervals,  # (N, 2) of the threshold's place in the order of numbers: the lowest, and past the highest
+    intervals,  # (N, 3) of the threshold's place in the order of numbers: lowest, past the highest, past the row's m
     masses,  # (N, CHUNKS, WAYS) of the logits from each of WAYS thresholds on, relative to the maximum of the chunk
     maxima,  # (N, CHUNKS)
     scale,  # log2 e / temperature
@@ -244,8 +277,8 @@ def masses_kernel(
 ):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    low = tl.load(intervals + row * 2)
-    high = tl.load(intervals + row * 2 + 1)
+    low = tl.load(intervals + row * 3)
+    high = tl.load(intervals + row * 3 + 1)
     if high - low > 1:
         step = (high - low + WAYS - 1) // WAYS
         start = logits + tl.multiple_of(row * row_stride, ALIGNMENT) + (chunk * CHUNK).to(tl.int64) * column_stride
@@ -256,7 +289,7 @@ def masses_kernel(
         tl.store(maxima + row * CHUNKS + chunk, m)
         for way in tl.static_range(WAYS):
             threshold = number_at(low + way * step, logits.dtype.element_ty)
-            mass = tl.sum(tl.where(z >= threshold, weight, 0.0))
+            mass = tl.sum(weight * at_least(z, threshold))
             tl.store(masses + (row * CHUNKS + chunk) * WAYS + way, mass)
 
 
@@ -277,8 +310,8 @@ def narrow_kernel(
     WAYS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    low = tl.load(intervals + row * 2)
-    high = tl.load(intervals + row * 2 + 1)
+    low = tl.load(intervals + row * 3)
+    high = tl.load(intervals + row * 3 + 1)
     if high - low > 1:
         step = (high - low + WAYS - 1) // WAYS
         chunk = tl.arange(0, CHUNKS_CEILING)
@@ -286,19 +319,31 @@ def narrow_kernel(
         inside = chunk < CHUNKS
         places = (row * CHUNKS + chunk[:, None]) * WAYS + way[None, :]
         mass = tl.load(masses + places, inside[:, None], other=0.0)
+        m_chunk = tl.load(maxima + row * CHUNKS + chunk, inside, other=LOWEST)
+        m = tl.max(m_chunk)
         if WEIGHTED:
-            m = tl.load(maxima + row * CHUNKS + chunk, inside, other=LOWEST)
-            mass *= exp2((m - tl.max(m)) * scale)[:, None]
+            mass *= exp2((m_chunk - m) * scale)[:, None]
         mass = tl.sum(mass, 0)
         if FIRST:
             target = kept * tl.sum(tl.where(way == 0, mass, 0.0)) if WEIGHTED else kept
             tl.store(targets + row, target)
+            past_m = order_of(m, dtype) + 1
+            tl.store(intervals + row * 3 + 2, past_m)
+            high = tl.minimum(high, past_m)
         else:
             target = tl.load(targets + row)
         last = tl.max(tl.where(mass >= target, way, 0))
         low += last * step
-        tl.store(intervals + row * 2, low)
-        tl.store(intervals + row * 2 + 1, tl.minimum(low + step, high))
+        mass_of_last = tl.sum(tl.where(way == last, mass, 0.0))
+        if WEIGHTED:
+            # What is left of the interval is one logit if it weighs less than two of the lightest that fit in it.
+            lightest = exp2((number_at(low, dtype) - m) * scale)
+            beyond = tl.sum(tl.where(way == last + 1, mass, 0.0))
+            found = (mass_of_last - beyond < 1.5 * lightest) & (lightest > SUM_ERROR * mass_of_last)
+        else:
+            found = mass_of_last <= target
+        tl.store(intervals + row * 3, low)
+        tl.store(intervals + row * 3 + 1, tl.where(found, low + 1, tl.minimum(low + step, high)))
     tl.store(thresholds + row, number_at(low, dtype))
 
 
@@ -359,12 +404,13 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
     thresholds, targets = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     masses = logits.new_empty((rows, chunks, FILTER_WAYS), dtype=torch.float32)
     maxima = logits.new_empty((rows, chunks), dtype=torch.float32)
-    intervals = logits.new_full((rows, 2), -largest - 1, dtype=torch.int64)
+    intervals = logits.new_full((rows, 3), largest + 2, dtype=torch.int64)
+    intervals[:, 0] = -largest - 1
     scale = LOG2E.value / temperature
     for kept, weighted in ((top_k, False), (top_p, True)):
         if kept is None:
             continue
-        intervals[:, 1] = largest + 2
+        intervals[:, 1] = intervals[:, 2]
         for search in range(8 * logits.itemsize // FILTER_BITS):
             masses_kernel[(rows * chunks,)](
                 logits,

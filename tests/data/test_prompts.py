@@ -28,8 +28,27 @@ APPS_METHOD = {
     "input_output": json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [2]}),
     "starter_code": "class Solution:\n    def f(self, x):\n        ",
 }
+LIVECODEBENCH = {
+    "question_title": "Double",
+    "question_content": "Double it.",
+    "public_test_cases": json.dumps([{"input": "1\n", "output": "2\n", "testtype": "stdin"}]),
+    "private_test_cases": "eJxrYJk6nQEAAzoBNw==",
+    "metadata": "{}",
+    "starter_code": "",
+}
+LIVECODEBENCH_METHOD = {
+    "question_content": "Repeat it.",
+    "public_test_cases": json.dumps([{"input": "[1]\n2", "output": "[1, 1]", "testtype": "functional"}]),
+    "metadata": json.dumps({"func_name": "f"}),
+    "starter_code": "class Solution:\n    def f(self, x, n):\n        ",
+}
+AIME = {"ID": "2024-I-1", "Problem": "1+1?", "Solution": r"It is $\boxed{2}$.", "Answer": 2}
 PRM12K = {"question": {"problem": "1+1?", "ground_truth_answer": "2"}}
 CHAT = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": r"It is \boxed{2}."}]}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": r"It is \boxed{2}."}],
+    "source": "x",
+}
 
 SHAPES = {  # record, verifier, prompt, a right response, a wrong one
     "gsm8k": (GSM8K, "math", GSM8K["question"], "So 7.", "So 8."),
@@ -45,6 +64,16 @@ SHAPES = {  # record, verifier, prompt, a right response, a wrong one
         "class Solution:\n    def f(self, x): return 2 * x",
         "class Solution:\n    def f(self, x): return x",
     ),
+    "livecodebench": (LIVECODEBENCH, "code", "Double it.", "print(2 * int(input()))", "print(1)"),
+    "livecodebench with a method": (
+        LIVECODEBENCH_METHOD,
+        "code",
+        "Repeat it.\n\n" + LIVECODEBENCH_METHOD["starter_code"],
+        "class Solution:\n    def f(self, x, n): return x * n",
+        "class Solution:\n    def f(self, x, n): return x",
+    ),
+    "aime": (AIME, "math", "1+1?", r"\boxed{2}", "3"),
+    "sharegpt": (SHAREGPT, "math", CHAT["messages"][:1], r"\boxed{2}", "3"),
     "prm12k": (PRM12K, "math", "1+1?", "2", "3"),
     "chat": (CHAT, "math", CHAT["messages"][:1], r"\boxed{2}", "3"),
     "numbers": ({"question": "What is 6 * 7?", "answer": 42}, "math", "What is 6 * 7?", "It is 42.", "It is 41."),

@@ -43,6 +43,26 @@ def test_messages_with_and_without_the_closing_answer():
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "HUMAN", "content": "q"}, {"role": "ASSISTANT", "content": "abc"}]},  # Ling-Coder
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "abc"}]},  # ShareGPT
+        {"messages": [{"role": "User", "content": "q", "from": None}, {"role": "assistant", "content": "abc"}]},
+    ],
+)
+def test_published_names_of_roles(record):
+    found = parse(record)
+    assert (found.prompt, found.response) == (MESSAGES, "abc")
+
+
+def test_an_unknown_role_is_named(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('\n{"messages": [{"role": "user", "content": "q"}, {"role": "oracle", "content": "abc"}]}\n')
+    with pytest.raises(ValueError, match=r"line 2: field 'messages': role 'oracle': expected one of .*human.*gpt"):
+        read_trajectories(path, TOKENIZER, len(TOKENIZER))
+
+
+@pytest.mark.parametrize(
     "response, expected",
     [(42, "42"), (42.0, "42"), (0.5, "0.5"), (-3, "-3"), ([{"role": "assistant", "content": "z"}], "z")],
 )

@@ -266,13 +266,27 @@ def test_a_phone_shows_it_without_scrolling_sideways(open_report, tmp_path, sche
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_every_token_is_readable_on_its_colour(open_report, tmp_path):
-    """Contrast of at least 4.5 (WCAG AA) at every step's colour."""
-    page = open_report(write_trajectories(tmp_path / "t.jsonl", 1))
-    colours = page.locator(".token").evaluate_all("all => all.map(t => [t.style.color, t.style.backgroundColor])")
-    for pair in colours:
-        bright, dark = sorted(map(luminance, pair), reverse=True)
-        assert (bright + 0.05) / (dark + 0.05) >= 4.5, pair
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_token_is_readable_on_a_chip_that_shows(open_report, tmp_path, scheme):
+    """Text on every step's colour: WCAG AA; the first and the last chip against the page; a token against its mask."""
+    page = open_report(write_trajectories(tmp_path / "t.jsonl", 1), color_scheme=scheme)
+    chips = page.locator(".token").evaluate_all("all => all.map(t => [t.style.color, t.style.backgroundColor])")
+    for pair in chips:
+        assert contrast(*pair) >= 4.5, pair
+    order = json.loads((tmp_path / "t.jsonl").read_text())["decoding_order"]
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator("#step").fill("0")
+    page.wait_for_timeout(300)  # the transition
+    mask = page.locator(".token").first.evaluate("token => getComputedStyle(token).backgroundColor")
+    for step in (0, max(order)):
+        chip = chips[order.index(step)][1]
+        assert contrast(chip, paper) >= 1.3 and contrast(chip, mask) >= 1.2, (step, chip, paper, mask)
+
+
+def contrast(one, other):
+    """WCAG's, from 1 to 21."""
+    bright, dark = sorted(map(luminance, (one, other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
 
 
 def luminance(colour):

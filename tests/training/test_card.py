@@ -15,21 +15,21 @@ HISTORY = [
 
 
 def test_the_results_are_those_of_the_weights_that_are_saved():
-    """With the best checkpoint loaded in the end, the evaluation of that one; else the last."""
-    for best_step, accuracy in ((1, 0.75), (None, 0.25)):
-        card = model_card("x", "somebody/base", SETTINGS, ORIGINS, HISTORY, best_step, "some/where/gsm8k_test.jsonl")
+    """Not those of a later evaluation, nor of an earlier one."""
+    for step, accuracy in ((1, 0.75), (2, 0.25)):
+        card = model_card("x", "somebody/base", SETTINGS, ORIGINS, HISTORY, step, "some/where/gsm8k_test.jsonl")
         [result] = card.data.eval_results
         assert (result.metric_type, result.metric_value) == ("accuracy", accuracy)
         assert result.dataset_name == "held-out gsm8k_test.jsonl"
-        assert f"| eval_accuracy | {accuracy:g} (step {best_step or 2}) |" in card.text
+        assert f"| eval_accuracy | {accuracy:g} (step {step}) |" in card.text
         assert "| loss | 1 (step 2) |" in card.text
 
 
 def test_settings_and_adapter():
-    card = model_card("x", "somebody/base", SETTINGS, ORIGINS, [])
+    card = model_card("x", "somebody/base", SETTINGS, ORIGINS, [], 0)
     assert card.data.base_model == "somebody/base" and card.data.library_name == "peft"
     assert "| learning_rate | 3e-05 |" in card.text and "| adapter r | 16 |" in card.text
     assert "- 3 trajectories of gsm8k, method entropy\n- 1 trajectories of unnamed, method unnamed" in card.text
     assert "abc" not in card.text and "bias" not in card.text and card.data.eval_results is None
-    card = model_card("x", "/no/hub/name", {**SETTINGS, "adapter": []}, Counter(), [])
+    card = model_card("x", "/no/hub/name", {**SETTINGS, "adapter": []}, Counter(), [], 0)
     assert card.data.base_model is None and card.data.library_name == "transformers"

@@ -69,12 +69,13 @@ def test_a_nameless_model_needs_its_tokenizer():
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """What a stub of the hub was sent: commit message, files."""
+    """What a stub of the hub was sent: commit message, files, model card."""
     sent = []
 
     def upload_folder(folder_path, commit_message, ignore_patterns=(), run_as_future=False, **_):
         names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        sent.append((commit_message, {n for n in names if not any(fnmatch(n, each) for each in ignore_patterns)}))
+        files = {name for name in names if not any(fnmatch(name, each) for each in ignore_patterns)}
+        sent.append((commit_message, files, (Path(folder_path) / "README.md").read_text()))
         return SimpleNamespace(done=lambda: True, result=lambda: None)
 
     api = SimpleNamespace(
@@ -93,11 +94,41 @@ def test_the_command_line_pushes_weights_tokenizer_and_card(tmp_path, capsys, up
     peft = ["--use_peft", "true"] if use_peft else []
     assert main(["train", "--model", str(BASE_PATH), *arguments, *pushing, *peft, "--report_to", "none"]) == 0
     assert "pushed to somebody/tuned" in capsys.readouterr().out
-    assert [message for message, _ in uploads] == [f"Training in progress, step {n}" for n in (1, 2)] + ["Model save"]
+    assert [message for message, *_ in uploads] == [f"Training in progress, step {n}" for n in (1, 2)] + ["Model save"]
     weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
-    for message, files in uploads:
+    for message, files, _ in uploads:
         assert {weights, "tokenizer.json", "README.md"} <= files, message
         unwanted = {name for name in files if re.search(r"optimizer|saving|checkpoint", name)}
         assert not unwanted, f"{message}: {unwanted}"
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert "# tuned" in card.text and str(BASE_PATH) in card.text
+
+
+def test_a_pushed_card_shows_the_evaluation_of_the_pushed_weights(folder, uploads):
+    """The first checkpoint is the best one; the last push is of its weights again."""
+
+    class Worsening(TabomTrainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics["eval_quality"] = -self.state.global_step
+            return output
+
+    args = TabomConfig(
+        "run",
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="quality",
+        greater_is_better=True,
+        push_to_hub=True,
+        hub_strategy="every_save",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Worsening(str(folder), args, train_dataset=DATA, eval_dataset=DATA)
+    trainer.train()
+    trainer.save_model()
+    shown = [re.search(r"\| eval_loss \| .* \(step (\d)\)", card)[1] for *_, card in uploads]
+    assert shown == ["1", "2", "3", "1"]

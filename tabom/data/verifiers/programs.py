@@ -133,6 +133,8 @@ def read_tests(answer: Answer) -> Tests | None:
     if "test" in answer and "entry_point" in answer:
         source = f"{answer['test']}\ncheck({answer['entry_point']})\n"
         return Tests(source=source, header=answer.get("prompt", header), entry_point=answer["entry_point"])
+    if answer.get("public_test_cases"):
+        return read_tests(public_tests(answer["public_test_cases"], answer.get("metadata") or "{}"))
     if "inputs" in answer and "outputs" in answer:
         pairs = list(zip(answer["inputs"], answer["outputs"], strict=True))
         if answer.get("fn_name"):  # APPS: arguments and what the function returns, instead of text in and out
@@ -143,6 +145,16 @@ def read_tests(answer: Answer) -> Tests | None:
             tests = read_tests(answer[field])
             return tests and tests._replace(header=tests.header or header)
     return None
+
+
+def public_tests(cases: str, metadata: str) -> list | dict:
+    """LiveCodeBench's tests as pairs, or as a function's arguments (JSON, one a line) and what it returns (JSON)."""
+    cases = json.loads(cases)
+    if cases[0].get("testtype") != "functional":
+        return cases
+    inputs = [[json.loads(argument) for argument in case["input"].splitlines()] for case in cases]
+    outputs = [json.loads(case["output"]) for case in cases]
+    return {"fn_name": json.loads(metadata)["func_name"], "inputs": inputs, "outputs": outputs}
 
 
 def as_text(value: Any) -> str:

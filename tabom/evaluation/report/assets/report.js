@@ -2,7 +2,8 @@
 // Draws the report from the data packed into the page. All text goes in through textContent, never as markup.
 
 const $ = (id) => document.getElementById(id);
-const RAMP = [[0, 34, 78], [87, 93, 109], [165, 156, 116], [254, 232, 56]]; // cividis: the same to every kind of eye
+// cividis, the same to every kind of eye, without the ends that vanish on a dark and on a light page
+const RAMP = [[49, 67, 109], [109, 110, 115], [167, 157, 115], [234, 212, 74]];
 const SVG = "http://www.w3.org/2000/svg";
 const SECONDS_PER_REPLAY = 8;
 
