@@ -279,6 +279,13 @@ def test_a_mass_of_exactly_top_p_is_enough(backend):
     ]
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_the_nucleus_ends_between_neighbours(backend):
+    """A search that ends at an interval with one logit must tell it from one with two."""
+    logits = torch.tensor([[5.0, 3.0, 3.0 + 2.0**-20, -torch.inf]])
+    assert kept_columns(logits, top_p=0.85, temperature=1.0, backend=backend) == [[0, 2]]
+
+
 def kept_columns(logits, **settings):
     return [row.isfinite().nonzero().squeeze(1).tolist() for row in filter_logits(logits, **settings)]
 
