@@ -5,7 +5,10 @@ import json
 import datasets
 import pytest
 
+from tabom.cli.prompts import ReadingArguments
 from tabom.data.prompts import PromptReader, read_prompts
+from tabom.data.trajectories import read_trajectories
+from tabom.lab.model import character_tokenizer
 
 GSM8K = {"question": "Ann has 3 apples and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
 MATH500 = {"problem": "What is $1/2$?", "solution": r"It is $\boxed{\frac12}$.", "answer": r"\frac{1}{2}", "level": 1}
@@ -198,3 +201,48 @@ def test_errors_name_the_place(tmp_path, content, message):
         read_prompts(write(path, [{"prompt": "p"}]), reader=PromptReader(prompt_column="ask"))
     with pytest.raises(FileNotFoundError):
         read_prompts(tmp_path / "absent.parquet")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder for the hub: `datasets` finds the repositories of its names there, and lays them out as the hub does."""
+    real = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *rest, **options: real(str(tmp_path / name), *rest, **options)
+    )
+
+    def add(name, configs):
+        """A repository of Parquet files, one a configuration and split, which its README lists."""
+        listed = []
+        for config, splits in configs.items():
+            files = [{"split": split, "path": f"{config}/{split}-*"} for split in splits]
+            listed.append({"config_name": config, "data_files": files})
+            for split, records in splits.items():
+                path = tmp_path / name / config / f"{split}-00000-of-00001.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path, records)
+        (tmp_path / name / "README.md").write_text(f"---\n{json.dumps({'configs': listed})}\n---\n")
+
+    return add
+
+
+def test_a_name_of_the_hub_with_its_configuration_and_split(hub):
+    def problems(word):
+        return [{**GSM8K, "question": word}]
+
+    hub("openai/gsm8k", {name: {split: problems(f"{name} {split}") for split in ("train", "test")} for name in "ab"})
+    for config_name, split in (("a", "train"), ("b", "train"), ("b", "test"), ("a", None)):
+        prompts = ReadingArguments(config_name=config_name, split=split).read("openai/gsm8k")
+        assert prompts.prompts == [f"{config_name} {split or 'test'}"]
+        assert (prompts.name, prompts.verifier) == ("gsm8k", "math")
+    with pytest.raises(ValueError, match=r"available configs: \['a', 'b'\]"):
+        read_prompts("openai/gsm8k")
+    with pytest.raises(ValueError, match="dev"):
+        read_prompts("openai/gsm8k", config_name="a", split="dev")
+
+
+def test_trajectories_from_a_name_of_the_hub(hub):
+    hub("user/name", {"default": {"train": [{"prompt": "1+1=", "response": "2"}], "test": [{"prompt": "x"}]}})
+    tokenizer = character_tokenizer()
+    [trajectory], _ = read_trajectories("user/name", tokenizer, len(tokenizer))
+    assert (trajectory.prompt, trajectory.response) == ("1+1=", "2")
