@@ -123,13 +123,13 @@ class TabomConfig(TrainingArguments):
             self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
         for name in ("max_prompt_length", "max_response_length", "eval_num_prompts"):
             check_at_least(name, getattr(self, name), 1)
-        check_at_least("rank_weight", self.rank_weight, 0)
         if self.pad_response and self.max_response_length is None:
             raise ValueError("pad_response=True with max_response_length=None: give the length to fill up to")
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, float) and not isfinite(value):
                 raise ValueError(f"{each.name}={value}: expected a finite number")
+        check_at_least("rank_weight", self.rank_weight, 0)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: expected above 0 nats")
         check_reporting(self.report_to)
