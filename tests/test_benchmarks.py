@@ -262,8 +262,11 @@ def test_the_trainer_benchmark_runs_and_its_losses_agree(tiny_dream):
 def test_the_suite_runs_and_compares_with_a_stored_run(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks/suite.py", "-k", "softmax_entropy and 32000 and torch"]
     command += [f"--benchmark-storage={tmp_path}", "-p", "no:cacheprovider"]
-    save = subprocess.run([*command, "--benchmark-save=before"], capture_output=True, text=True)
-    compare = subprocess.run([*command, "--benchmark-compare"], capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    save, compare = (
+        subprocess.run([*command, option], capture_output=True, text=True, env=alone)
+        for option in ("--benchmark-save=before", "--benchmark-compare")
+    )
     assert save.returncode == compare.returncode == 0, save.stdout + compare.stdout
     assert "0001_before" in compare.stdout
 
