@@ -37,7 +37,7 @@ from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.loss import TabomLoss, denominator, reference_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
-from tabom_kernels.torch_backend import LogitTransform
+from tabom_kernels.torch_backend import LogitTransform, ceil_div
 from tabom_kernels.vocabulary_parallel import VocabularySlice, local, replicated, sharding_of, sum_over_ranks
 
 LOGITS_BUDGET = 2**28
@@ -90,11 +90,6 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int, lengths: Sequence[
 def plan_rows(rows: int, max_rows: int) -> Iterator[Chunk]:
     """About equal parts of at most `max_rows` rows: without a ranking sequences do not matter."""
     return (Chunk(slice(0, 0), piece) for piece in Chunk(slice(0, 0), slice(0, rows)).pieces(max_rows))
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
