@@ -47,16 +47,22 @@ def check_weights(model: torch.nn.Module, accelerator: Accelerator) -> None:
     Raises:
         FloatingPointError: a weight is not finite; names it.
     """
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         return
-    is_sharded = any(isinstance(p, DTensor) for p in trained.values())
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in trained.values()]
-    bad = torch.stack([~p.isfinite().all() for p in local]).int()
-    if is_sharded:
+    local = [own_part(p) for p in trained.values()]
+    bad = torch.stack([~part.isfinite().all() for part in local]).int()
+    if any(part is not p for part, p in zip(local, trained.values(), strict=True)):
         bad = accelerator.reduce(bad, reduction="sum")
     for name, count in zip(trained, bad.tolist(), strict=True):
         if count:
             raise FloatingPointError(
                 f"{name} is not finite: not saved; lower learning_rate, or go on from a checkpoint"
             )
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this rank has of a parameter: a shard of FSDP2's, a partition of DeepSpeed's ZeRO-3, or all of it."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    return getattr(parameter, "ds_tensor", parameter)

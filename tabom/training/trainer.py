@@ -156,6 +156,12 @@ class TabomTrainer(Trainer):
                 output_dtype=None,
                 cast_forward_inputs=False,
             )
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+            raise ValueError(
+                "deepspeed: ZeRO-3 without stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_model in a "
+                "config of accelerate) saves no model that loads; set it to true"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As transformers', from a checkpoint that is whole and of the same run, or none.
