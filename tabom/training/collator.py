@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,13 @@ class TrajectoryDataset(Dataset):
         trajectory = TokenizedTrajectory(**self.rows[index])
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
         return trajectory.prompt_token_ids, trajectory.response_token_ids, target
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        columns = self.table.select_columns(["prompt_token_ids", "response_token_ids"]).with_format("arrow")
+        lengths = (pc.add(*map(pc.list_value_length, batch.columns)) for batch in columns.iter(batch_size=1000))
+        return max((pc.max(each).as_py() for each in lengths), default=0)
 
     def asks_anything(self) -> bool:
         """Whether any record has a token to learn; drawn a few times, as a cut may fall between two steps."""

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -72,7 +72,7 @@ class TabomTrainer(Trainer):
 
     Raises:
         ValueError: several GPUs in one process, a tokenizer that is neither given nor to be found, a second adapter,
-            or a model that `load` or `describe` refuses.
+            records longer than the model's table of positions, or a model that `load` or `describe` refuses.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class TabomTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
 
-        def dataset(source: Any) -> TrajectoryDataset | None:
+        def dataset(name: str, source: Any) -> TrajectoryDataset | None:
             if source is None:
                 return None
             with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
-                return TrajectoryDataset(
+                examples = TrajectoryDataset(
                     source,
                     processing_class,
                     args.objective_settings,
@@ -123,13 +123,17 @@ class TabomTrainer(Trainer):
                     vocab_size=family.model.config.vocab_size,
                     **args.tokenizing_settings(family.pad_token_id),
                 )
+            check_positions(name, examples.longest, family.model.config)
+            return examples
 
         super().__init__(
             model=model,
             args=args,
             data_collator=TrajectoryCollator(family.mask_token_id, family.pad_token_id, family.logits_shift),
-            train_dataset=dataset(train_dataset),
-            eval_dataset=dataset([] if eval_dataset is None and eval_prompts is not None else eval_dataset),
+            train_dataset=dataset("train_dataset", train_dataset),
+            eval_dataset=dataset(
+                "eval_dataset", [] if eval_dataset is None and eval_prompts is not None else eval_dataset
+            ),
             processing_class=processing_class,
             **kwargs,
         )
@@ -386,6 +390,24 @@ class TabomTrainer(Trainer):
         if total.get("pairs"):
             terms["order_accuracy"] = total["in_order"] / total["pairs"]
         return terms
+
+
+def check_positions(name: str, longest: int, config: PreTrainedConfig) -> None:
+    """Warns of records longer than a model was made for; rotary positions at least go on there.
+
+    Raises:
+        ValueError: positions that a table holds end.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or longest <= positions:
+        return
+    message = (
+        f"{name}: a record of {longest} tokens, and the model has {positions} positions (max_position_embeddings); "
+        "shorten records by max_prompt_length and max_response_length"
+    )
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(message)
+    logger.warning(message)
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:

@@ -465,6 +465,31 @@ def test_models_that_do_not_fit_are_refused(model):
         describe(model.model, model.tokenizer)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_records_that_the_model_has_no_positions_for(tmp_path, rng, caplog, padded):
+    """Rotary positions go on beyond what was trained; those of a table end."""
+    trajectories, args = make_trajectories(rng), config(tmp_path)
+    if padded:
+        args = config(tmp_path, pad_response=True, max_response_length=30)
+    dataset = TrajectoryDataset(
+        trajectories,
+        random_model(0).tokenizer,
+        ObjectiveSettings(),
+        0,
+        max_response_length=args.max_response_length,
+        pad_token_id=0 if padded else None,
+    )
+    longest = max(len(prompt) + len(response) for prompt, response, _ in (dataset[0, i] for i in range(len(dataset))))
+    for positions, said in ((longest, False), (longest - 1, True)):
+        caplog.clear()
+        network = random_model(0, max_position_embeddings=positions)
+        TabomTrainer(network.model, args, trajectories, processing_class=network.tokenizer)
+        assert (f"train_dataset: a record of {longest} tokens" in caplog.text) is said
+    network.model.config.rope_parameters = None
+    with pytest.raises(ValueError, match=f"has {longest - 1} positions .*max_response_length"):
+        TabomTrainer(network.model, args, trajectories, processing_class=network.tokenizer)
+
+
 @pytest.mark.parametrize(
     "setting",
     [{"supervised_window": 0}, {"rank_window": -1}, {"rank_window": "some"}, {"rank_window": 1.5}, {"mask_ratio": 0.0}],
