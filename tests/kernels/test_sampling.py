@@ -173,7 +173,7 @@ def test_noise_has_all_its_digits_at_both_ends(bits):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_token_of_probability_1e_12_is_drawn_as_often(rng, backend, distance):
     """By importance sampling: of keys whose noise for the rare token is in the lowest 2^-38 of its range, it wins
-    against the certain one, in its own segment or another, in 2^38 times its share of all keys."""
+    against the certain one, in its own segment or another, where its noise / 1e-12 is below an exponential number."""
     rare, draws = distance * SEGMENT + 1, 40_000
     logits = torch.full((1, 2 * SEGMENT), -torch.inf)
     logits[0, 0], logits[0, rare] = 0.0, math.log(1e-12)
@@ -181,6 +181,7 @@ def test_a_token_of_probability_1e_12_is_drawn_as_often(rng, backend, distance):
     keys = torch.tensor([key_of(-1 - rng.randrange(2**26), counter) for _ in range(draws)])
     token = unmask_statistics(logits.expand(draws, -1), temperature=1.0, generator=keys, backend=backend).token
     share = 2.0**38 * 1e-12
+    share *= 1 - math.exp(-1 / share)  # the mean of exp(-u / share) over u from 0 to 1
     assert (token == rare).double().mean() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / draws))
 
 
