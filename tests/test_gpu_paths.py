@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import gpu_first, kernels, loss, measure, model, models, old_form, sampler, scaling, trainer
 from benchmarks.gpu_first import Part
-from tabom_kernels import triton_backend
 from tabom.lab.dry_run import random_model
+from tabom_kernels import triton_backend
 
 DEVICE_NAME = "NVIDIA H100 80GB HBM3"
 
