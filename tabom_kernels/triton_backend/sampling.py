@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels import noise
+from tabom_kernels.torch_backend import ceil_div
 from tabom_kernels.triton_backend.launch import (
     CHUNK_WARPS,
     DRAW_WARPS,
@@ -359,7 +360,7 @@ def unmask_statistics(
     if rows == 0:
         return token, probability, margin, entropy
     blocks = chunking(logits)
-    chunks, segments = blocks["CHUNKS"], triton.cdiv(columns, noise.SEGMENT)
+    chunks, segments = blocks["CHUNKS"], ceil_div(columns, noise.SEGMENT)
     weights = thresholds = None
     if keys is not None:
         weights = logits.new_empty((rows, segments), dtype=torch.float32)
