@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+BEFORE_BASE_2 := a35388f
 
-.PHONY: demo test lint format docs bench triton-newest gpu gpu-first gpu-peers gpu-models clean
+.PHONY: demo test lint format docs bench triton-newest old-kernels gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -32,6 +33,12 @@ bench: $(INSTALLED)
 triton-newest: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target .triton-newest triton
 
+# The kernels as they were before base 2: `gpu-first` times them beside today's.
+old-kernels:
+	rm -rf .old-kernels
+	mkdir .old-kernels
+	git archive $(BEFORE_BASE_2) tabom_kernels | tar -x -C .old-kernels
+
 # These run on the machine's own Python, whose torch sees the GPU: nothing is installed. `gpu` stays under ten minutes.
 gpu:
 	$(PYTHON) -m pytest tests/kernels -q
@@ -39,6 +46,7 @@ gpu:
 	$(PYTHON) -m benchmarks.loss --ours --rows 64 256 1024
 
 gpu-first:
+	-$(MAKE) old-kernels
 	$(PYTHON) -m benchmarks.gpu_first
 
 gpu-peers:
@@ -60,4 +68,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .triton-newest runs
+	rm -rf $(VENV) .triton-newest .old-kernels runs

@@ -350,13 +350,14 @@ def fidelity(count: int) -> list[dict[str, Any]]:
 def costs_table(records: list[dict[str, Any]]) -> str:
     """Positions, time and memory of each contender, and how many times fewer and faster than the plain loop."""
     lines = [
-        "| model, prompts, lengths | | positions an answer's token | fewer | tokens a second | faster | peak, MiB |",
+        "| model, prompts by batch, lengths | | positions an answer's token | fewer | tokens a second | faster | MiB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for record in records:
         case = ""
         if record["contender"] == PLAIN:
-            plain, case = record, f"{record['model']}, {record['prompts']}, {record['lengths']}"
+            plain = record
+            case = f"{record['model']}, {record['prompts']} by {record['batch_size']}, {record['lengths']}"
         cells = (
             case,
             record["contender"],
@@ -390,7 +391,7 @@ def print_caches(fidelities: list[dict[str, Any]]) -> None:
 
 
 def costs() -> Iterator[list[dict[str, Any]]]:
-    """The lab's model beside all peers; other lengths and more prompts on one layer."""
+    """The lab's model beside all peers; other lengths, more prompts and larger batches on one layer."""
     yield measure("the lab's", load(BASE_PATH), [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
     one_layer = tiny_dream(num_hidden_layers=1)
     for spread in SPREADS:
@@ -398,6 +399,8 @@ def costs() -> Iterator[list[dict[str, Any]]]:
     contenders = [PLAIN, "exact", "prefix", "block", "block, refresh 8", *PEERS]
     yield measure("one layer", one_layer, contenders, 32, MOSTLY_SHORT, 16)
     yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 64, MOSTLY_SHORT, 16)
+    for spread in ("wide", MOSTLY_SHORT):
+        yield measure("one layer", one_layer, [PLAIN, "exact", "block"], 128, spread, 32)
 
 
 def large_costs() -> Iterator[list[dict[str, Any]]]:

@@ -40,12 +40,13 @@ PARTS = {
     "tests": Part([PYTHON, "-m", "pytest", "tests/kernels", "-q"], 420),
     "check": Part(CHECK, 120),
     "kernels": Part([*KERNELS, "--ops", *FIRST, "--rows", "64", "256", "2048"], 240),
+    "old-form": Part([PYTHON, "-m", "benchmarks.old_form"], 120),
     "ncu": Part([*PROFILE, *KERNELS, "--once", "--rows", "64"], 240),
     "loss": Part([*LOSS, "--ours", "--rows", "64", "256", "1024"], 240),
-    "kernels-then": Part([*KERNELS, "--ops", *THEN, "--rows", "64", "256", "2048"], 240),
+    "kernels-then": Part([*KERNELS, "--ops", *THEN, "--rows", "64", "256", "2048"], 180),
     "sampler": Part([PYTHON, "-m", "benchmarks.sampler"], 240),
     "sanitizer": Part(["compute-sanitizer", *CHECK], 240),
-    "kernels-peers": Part([*KERNELS, "--peers", "--rows", "64", "2048"], 240),
+    "kernels-peers": Part([*KERNELS, "--peers", "--rows", "64", "2048"], 180),
     "loss-peers": Part([*LOSS, "--rows", "64", "256"], 180),
 }
 """By name, the most worth knowing first; 45 minutes, if every part runs into its limit."""

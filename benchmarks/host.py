@@ -12,10 +12,11 @@ import os
 import pstats
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -38,27 +39,33 @@ class NoDriver:
         return GPUTarget("cuda", 90, 32)
 
 
-class NoKernel(NamedTuple):
-    """Of a launch, what stands for the compiled code."""
+class NoKernel(CompiledKernel):
+    """What Triton knows of a compiled kernel, without the code and without the launch."""
 
-    function: None = None
-    packed_metadata: None = None
+    module = function = packed_metadata = None
 
-    def launch_metadata(self, *launch: Any) -> None:
-        return None
+    def __init__(self, source: ASTSource) -> None:
+        self.src, self.name = source, source.name
+
+    def _init_handles(self) -> None:
+        pass
 
     def run(self, *launch: Any) -> None:
-        return None
+        pass
 
 
 def without_a_gpu() -> None:
     """From now on, what Triton would compile and launch on a GPU is forgotten."""
 
-    def compile_nothing(kernel: JITFunction, key: Any, signature: Any, device: int, *rest: Any) -> NoKernel:
-        return kernel.device_caches[device][0].setdefault(key, NoKernel())
+    def compile_nothing(
+        kernel: JITFunction, key: Any, signature: Any, device: int, constants: Any, options: Any, attrs: Any, _: Any
+    ) -> NoKernel:
+        source = ASTSource(kernel, signature, constants, attrs)
+        source.hash()  # finds the globals that every launch looks at
+        return kernel.device_caches[device][0].setdefault(key, NoKernel(source))
 
     driver.set_active(NoDriver())
-    arguments.values_are_checked = lambda tensor: False  # as on a GPU
+    arguments.values_are_checked = lambda tensor: os.environ.get("TABOM_KERNELS_DEBUG") == "1"  # as on a GPU
     JITFunction._do_compile = compile_nothing
     assert isinstance(triton_backend.vocabulary.merge_kernel, JITFunction)
     # The kernels are defined, and not interpreted; from here on the backend takes tensors of the CPU.

@@ -1,6 +1,7 @@
 """Choosing a backend: modules whose functions share their names and signatures and know nothing of autograd."""
 
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -49,6 +50,7 @@ def check_triton(tensor: Tensor) -> None:
         raise ValueError(f"backend='triton': expected a CUDA tensor, got {tensor.device}; use 'torch'")
 
 
+@cache
 def closed_forms(backend: str) -> ModuleType:
     """The module of closed forms: Triton is imported by the first call that needs it."""
     return import_module(f"tabom_kernels.{backend}_backend")

@@ -37,25 +37,31 @@ def refuse_forward_mode(backend: str, *arguments: object) -> None:
             raise NotImplementedError(f"forward mode and torch.func: {MESSAGE}")
 
 
-def differentiable(op: CustomOpDef, setup_context: Callable, backward: Callable) -> Callable[..., Any]:
-    """Registers the derivative of `op`, and returns what calls it, which is the op only for what traces or compiles.
+def differentiable(op: CustomOpDef, setup_context: Callable, backward: Callable, results: int) -> Callable[..., Any]:
+    """Registers the derivative of `op`, and returns what calls it for its first `results` outputs.
 
-    In eager mode the dispatcher's Python and the schema of a custom op take longer than to launch all of its kernels.
+    That is the op only for what traces or compiles: in eager mode the dispatcher's Python and the schema of a custom op
+    take longer than to launch all of its kernels, and every output has a place in the graph.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = op._init_fn(*inputs)
         setup_context(ctx, inputs, output)
-        return output
+        return output[:results]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(op._name, (torch.autograd.Function,), methods)
 
     def call(first: Tensor, *arguments: Any) -> Any:
-        return function.apply(first, *arguments) if is_eager(first) else op(first, *arguments)
+        return function.apply(first, *arguments) if is_eager(first) else op(first, *arguments)[:results]
 
     return call
+
+
+def call_directly(op: CustomOpDef, first: Tensor, *arguments: Any) -> Any:
+    """The same for an op without a derivative."""
+    return (op._init_fn if is_eager(first) else op)(first, *arguments)
 
 
 def is_eager(tensor: Tensor) -> bool:

@@ -17,7 +17,8 @@ from tabom_kernels.arguments import (
 )
 from tabom_kernels.backends import Backend, closed_forms, resolve
 from tabom_kernels.derivatives import differentiable, refuse_forward_mode, refuse_second_derivatives
-from tabom_kernels.ranking import Form, as_setting
+from tabom_kernels.ranking import Form, as_settings
+from tabom_kernels.torch_backend import denominator
 from tabom_kernels.vocabulary import logits_gradient
 
 
@@ -82,13 +83,11 @@ def tabom_loss(
     counts = (token_weights, num_tokens, num_sequences)
     if backend == "reference":
         return reference_loss(logits, *batch, rank_weight, form, margin, temperature, *counts, ignore_index)
-    dtype = reference.working_dtype(logits.dtype)
-    temperature, margin, rank_weight, num_tokens, num_sequences = (
-        None if x is None else as_setting(x, dtype, logits.device)
-        for x in (temperature, margin, rank_weight or None, num_tokens, num_sequences)
+    temperature, margin, rank_weight, num_tokens, num_sequences = as_settings(
+        logits, temperature, margin, rank_weight or None, num_tokens, num_sequences
     )
     settings = (rank_weight, form, margin, token_weights, num_tokens, num_sequences, ignore_index)
-    return TabomLoss(*whole_loss(logits, temperature, *batch, *settings, inplace_backward, backend)[:3])
+    return TabomLoss(*whole_loss(logits, temperature, *batch, *settings, inplace_backward, backend))
 
 
 @torch.library.custom_op("tabom_kernels::tabom_loss", mutates_args=())
@@ -151,7 +150,7 @@ def loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     return by_logits, by_temperature, *[None] * 12
 
 
-whole_loss = differentiable(loss_op, save_for_gradient, loss_backward)
+whole_loss = differentiable(loss_op, save_for_gradient, loss_backward, results=3)
 
 
 def reference_loss(
@@ -182,8 +181,3 @@ def reference_loss(
         num_sequences = (reference.count_ordered_pairs(steps, cu_seqlens) > 0).sum()
     rank = losses.sum() / denominator(num_sequences)
     return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
-
-
-def denominator(count: float | Tensor) -> float | Tensor:
-    """What to divide a sum by that is 0 when `count` is 0."""
-    return count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else count or 1

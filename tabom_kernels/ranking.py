@@ -8,7 +8,13 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.arguments import INTEGERS, check_dtype, check_entropy, check_form, check_sequences
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import differentiable, refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.derivatives import (
+    call_directly,
+    differentiable,
+    is_eager,
+    refuse_forward_mode,
+    refuse_second_derivatives,
+)
 
 Form = Literal["logistic", "hinge", "plackett_luce"]
 
@@ -51,7 +57,7 @@ def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     return by_entropy, by_temperature, None, None, None, None, None
 
 
-rank_loss = differentiable(rank_loss_op, save_gradients, scale_gradients)
+rank_loss = differentiable(rank_loss_op, save_gradients, scale_gradients, results=1)
 
 
 @torch.library.custom_op("tabom_kernels::count_ordered_pairs", mutates_args=())
@@ -107,27 +113,30 @@ def trajectory_rank_loss(
     entropy = entropy.to(reference.working_dtype(entropy.dtype))
     if backend == "reference":
         return reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-    temperature, margin = (as_setting(x, entropy.dtype, entropy.device) for x in (temperature, margin))
+    temperature, margin = as_settings(entropy, temperature, margin)
     return rank_loss(entropy, temperature, margin, steps, cu_seqlens, form, backend)[0]
 
 
-def as_setting(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """() of a setting for an op: of a number on the CPU, from where it goes to a kernel as an argument of the launch.
+def as_settings(like: Tensor, *values: float | Tensor | None) -> list[float | Tensor | None]:
+    """What the closed forms take for settings beside `like`: numbers, or () in the dtype that they compute in.
 
     To an op, a setting is a tensor: for each new number torch.compile would compile anew, and for torch.full too.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    if torch.compiler.is_compiling():
-        return torch.zeros((), dtype=dtype, device=device) + value
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    numbers_stay, dtype = is_eager(like), reference.working_dtype(like.dtype)
+    settings = []
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.to(like.device, dtype)
+        elif value is not None and not numbers_stay:
+            value = torch.zeros((), dtype=dtype, device=like.device) + value
+        settings.append(value)
+    return settings
 
 
 def as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """() of the dtype and device of `like`; a number gets there without a copy that waits for the host."""
-    if isinstance(value, Tensor) or torch.compiler.is_compiling():
-        return as_setting(value, like.dtype, like.device)
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    [setting] = as_settings(like, value)
+    return setting if isinstance(setting, Tensor) else torch.full((), setting, dtype=like.dtype, device=like.device)
 
 
 def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -150,4 +159,4 @@ def count_ordered_pairs(steps: Tensor, cu_seqlens: Tensor, *, backend: Backend |
     backend = resolve(backend, steps)
     if backend == "reference":
         return reference.count_ordered_pairs(steps, cu_seqlens)
-    return count_op(steps, cu_seqlens, backend)
+    return call_directly(count_op, steps, cu_seqlens, backend)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.arguments import check_logits, check_rows, check_scalar
 from tabom_kernels.backends import Backend, closed_forms, resolve
+from tabom_kernels.derivatives import call_directly
 from tabom_kernels.noise import row_keys
 
 
@@ -113,4 +114,4 @@ def unmask_statistics(
     top_k, top_p = filters_that_cut(logits, top_k, top_p)
     if backend == "reference":
         return UnmaskStatistics(*reference.unmask_statistics(logits, temperature, top_k, top_p, keys))
-    return UnmaskStatistics(*unmask_statistics_op(logits, temperature, top_k, top_p, keys, backend))
+    return UnmaskStatistics(*call_directly(unmask_statistics_op, logits, temperature, top_k, top_p, keys, backend))

@@ -159,7 +159,7 @@ class RankLoss(NamedTuple):
 
 
 def trajectory_rank_loss(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float | Tensor, temperature: float | Tensor
 ) -> RankLoss:
     """Loss and gradients over the pairs of ranked rows, sequences of similar length together."""
     pairs = count_ordered_pairs(steps, cu_seqlens)
@@ -193,34 +193,34 @@ def weighted_loss(
     labels: Tensor,
     ignore_index: int,
     token_weights: Tensor | None,
-    num_tokens: Tensor | None,
+    num_tokens: float | Tensor | None,
     steps: Tensor,
     cu_seqlens: Tensor,
     form: str,
-    margin: Tensor,
-    temperature: Tensor,
-    rank_weight: Tensor | None,
-    num_sequences: Tensor | None,
+    margin: float | Tensor,
+    temperature: float | Tensor,
+    rank_weight: float | Tensor | None,
+    num_sequences: float | Tensor | None,
 ) -> WeightedLoss:
     """Both means and their sum, CE alone without a `rank_weight`. A denominator of None is counted, 0 counts as 1."""
     is_used = labels != ignore_index
     weights = cross_entropy.new_ones(()) if token_weights is None else token_weights.to(cross_entropy.dtype)
     weights = weights.expand_as(cross_entropy).masked_fill(~is_used, 0.0)
-    tokens = not_zero(is_used.sum() if num_tokens is None else num_tokens).to(cross_entropy.dtype)
+    tokens = denominator(is_used.sum().to(cross_entropy.dtype) if num_tokens is None else num_tokens)
     mean = (cross_entropy * weights).sum() / tokens
     grad_ce = weights / tokens
     if rank_weight is None:
         return WeightedLoss(mean.clone(), mean, torch.zeros_like(mean), grad_ce, None, torch.zeros_like(mean))
     rank = trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
-    sequences = not_zero((rank.pairs > 0).sum() if num_sequences is None else num_sequences).to(mean.dtype)
+    sequences = denominator((rank.pairs > 0).sum().to(mean.dtype) if num_sequences is None else num_sequences)
     rank_mean, factor = rank.loss.sum() / sequences, rank_weight / sequences
     grads = (grad_ce, rank.grad_entropy * factor, rank.grad_temperature.sum() * factor)
     return WeightedLoss(mean + rank_weight * rank_mean, mean, rank_mean, *grads)
 
 
-def not_zero(count: Tensor) -> Tensor:
+def denominator(count: float | Tensor) -> float | Tensor:
     """What to divide a sum by that is 0 when `count` is 0."""
-    return count.masked_fill(count == 0, 1)
+    return count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else count or 1
 
 
 def sequences_alike(steps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -243,7 +243,7 @@ def sequences_alike(steps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> Iterato
 
 
 def pairwise_sums(
-    e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
+    e: Tensor, steps: Tensor, form: str, margin: float | Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ordered pairs: loss (B,), dE (B, T), dtau (B,) and the number of pairs (B,)."""
 
@@ -270,7 +270,7 @@ def pairwise_sums(
 
 
 def plackett_luce_sums(
-    e: Tensor, steps: Tensor, form: str, margin: Tensor, temperature: Tensor
+    e: Tensor, steps: Tensor, form: str, margin: float | Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the ranked rows: loss (B,), dE (B, T), dtau (B,) and the number of rows (B,).
 

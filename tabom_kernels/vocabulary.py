@@ -8,7 +8,13 @@ from torch import Tensor
 from tabom_kernels import reference
 from tabom_kernels.arguments import check_labels, check_logits, check_overlap
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import differentiable, is_eager, refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.derivatives import (
+    call_directly,
+    differentiable,
+    is_eager,
+    refuse_forward_mode,
+    refuse_second_derivatives,
+)
 from tabom_kernels.torch_backend import VocabularyStatistics
 
 
@@ -100,7 +106,7 @@ def statistics_backward(ctx: Any, grad_ce: Tensor | None, grad_entropy: Tensor |
 def logits_gradient(inplace: bool, logits: Tensor, *arguments: Any) -> Tensor:
     """(N, V) dL/dlogits, over the logits or beside them."""
     if not inplace:
-        return (gradient_op._init_fn if is_eager(logits) else gradient_op)(logits, *arguments)
+        return call_directly(gradient_op, logits, *arguments)
     if is_eager(logits):
         inplace_gradient_op._init_fn(logits, *arguments)
         torch.autograd.graph.increment_version(logits)
@@ -109,7 +115,7 @@ def logits_gradient(inplace: bool, logits: Tensor, *arguments: Any) -> Tensor:
     return logits
 
 
-statistics = differentiable(statistics_op, save_statistics, statistics_backward)
+statistics = differentiable(statistics_op, save_statistics, statistics_backward, results=2)
 
 
 def softmax_entropy(logits: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -165,4 +171,4 @@ def cross_entropy_with_entropy(
     refuse_forward_mode(backend, logits)
     if backend == "reference":
         return reference.cross_entropy_with_entropy(logits, labels, ignore_index)
-    return statistics(logits, labels, ignore_index, inplace_backward, backend)[:2]
+    return statistics(logits, labels, ignore_index, inplace_backward, backend)

@@ -2,14 +2,18 @@
 
 import contextlib
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_first, kernels, loss, measure, model, models, sampler, scaling, trainer
+from benchmarks import gpu_first, kernels, loss, measure, model, models, old_form, sampler, scaling, trainer
 from benchmarks.gpu_first import Part
 from tabom.lab.dry_run import random_model
+from tabom_kernels import triton_backend
 
 DEVICE_NAME = "NVIDIA H100 80GB HBM3"
 
@@ -66,7 +70,7 @@ def gpu(monkeypatch, tmp_path):
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    for module in (measure, kernels, loss, scaling, sampler, trainer, models, gpu_first):
+    for module in (measure, kernels, loss, scaling, sampler, trainer, models, gpu_first, old_form):
         monkeypatch.setattr(module, "is_gpu", lambda device: True, raising=False)
     monkeypatch.setattr(measure, "CEILINGS_ON_GPU", (64, 8, 2))
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
@@ -109,6 +113,34 @@ def test_a_profiler_gets_every_op_once(gpu, monkeypatch):
     once = ["ours", "entropy alone", "ours", "ours", "ours", "ours, temperature", "ours, top-p"]
     assert called == [*once, *["ours"] * len(kernels.FORMS)]
     assert not list(gpu.glob("*.json"))
+
+
+def test_the_old_form_beside_the_new(gpu, rng, monkeypatch):
+    monkeypatch.setattr(kernels, "SHAPES", [(3, 50), (5, 50)])
+    monkeypatch.setattr(old_form, "ROWS", (3,))
+    monkeypatch.setattr(old_form, "FOLDER", gpu / "old")
+    with pytest.raises(SystemExit, match="make old-kernels"):
+        old_form.main()
+    (gpu / "old").mkdir()
+    [commit] = re.findall(r"BEFORE_BASE_2 := (\w+)", Path("Makefile").read_text())
+    command = f"git archive {commit} tabom_kernels | tar -x -C {gpu / 'old'}"
+    if subprocess.run(command, shell=True, capture_output=True).returncode:
+        pytest.skip(f"git has no history here: {command}")
+    old_form.main()
+    figures = read(gpu, "old-form")["figures"]
+    assert {figure["size"] for figure in figures} == {"3 x 50"}
+    each = {(figure["op"], figure["contender"]) for figure in figures}
+    assert each == {(op, form) for op in ("statistics", "gradient", "greedy") for form in ("before base 2", "now")}
+    old = old_form.load_backend(gpu / "old")
+    assert Path(old.__file__).is_relative_to(gpu) and sys.modules["tabom_kernels.triton_backend"] is triton_backend
+    batches = kernels.draw_batches(torch.device("cpu"), 3, 50, 1)
+    for op in old_form.FLOOR:
+        torch.manual_seed(0)  # of the upstream gradient
+        function, [arguments] = op(old, batches)
+        theirs = function(*arguments)
+        torch.manual_seed(0)
+        function, [arguments] = op(triton_backend, batches)
+        torch.testing.assert_close(theirs, function(*arguments), atol=1e-5, rtol=0.01)
 
 
 def test_what_was_measured_before_a_crash_is_kept(gpu, monkeypatch):
@@ -187,6 +219,7 @@ def test_the_parts_of_the_first_session_are_commands_that_exist(capsys):
         module = part.command[part.command.index("-m") + 1]
         assert module in ("pytest", "tabom_kernels.check") or module.removeprefix("benchmarks.") in (
             "kernels",
+            "old_form",
             "loss",
             "sampler",
         )

@@ -103,7 +103,7 @@ def print_verdicts(console: Console, results: Results) -> None:
     console.print(
         "\n'Higher' and 'lower' are differences of more than two standard errors, over problems and over seeds. Two "
         "seeds say little of the spread over training runs, and one tiny model nothing of larger ones: "
-        "docs/study.md has more seeds, tasks and a second base.",
+        "docs/study.md has more seeds, longer training, more tasks and a second base.",
         highlight=False,
     )
 

@@ -82,20 +82,35 @@ def logits_at(
     """Runs the model and returns the logits of chosen positions only, (N, V).
 
     The rows are gathered just before the head, so the head never sees the others; the model's own forward does
-    everything else, such as scaling or capping the logits.
+    everything else, such as scaling or capping the logits. A model without such a head gives all logits.
 
     Args:
         rows: (N,) int64 indices into the flattened (B * L) positions of `inputs`.
         forward: called instead of `model`, for a caller that has replaced the model's forward.
         inputs: what the model's forward takes: `input_ids` (B, L), `attention_mask`, `position_ids`, ...
-    """
 
-    def keep_rows(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    Raises:
+        ValueError: the model does not give logits of each position.
+    """
+    shape, is_chosen = inputs["input_ids"].shape, False
+
+    def keep_rows(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        nonlocal is_chosen
         (hidden,) = args
+        if hidden.shape[:-1].numel() != shape.numel():
+            return None  # as ProphetNet's, which predicts several tokens at a position
+        is_chosen = True
         return (hidden.reshape(-1, hidden.shape[-1])[rows],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(keep_rows) if head is not None else None
     try:
-        return (forward or model)(**inputs).logits
+        logits = (forward or model)(**inputs).logits
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
+    if is_chosen:
+        return logits
+    if logits.shape[:-1] != shape:
+        raise ValueError(f"logits: expected those of {tuple(shape)} positions, got {tuple(logits.shape)}")
+    return logits.flatten(0, 1)[rows]

@@ -55,10 +55,16 @@ class TrajectoryDataset(Dataset):
         return len(self.table)
 
     def __getitem__(self, key: tuple[int, int]) -> Example | None:
-        epoch, index = key
-        if index == FILLER:
-            return None
-        trajectory = TokenizedTrajectory(**self.rows[index])
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example | None]:
+        """Those of a batch, which the table gives up at once in a fraction of the time."""
+        columns = self.rows[[index for _, index in keys if index != FILLER]]
+        trajectories = map(TokenizedTrajectory, *(columns[each.name] for each in fields(TokenizedTrajectory)))
+        return [None if index == FILLER else self.example(next(trajectories), epoch, index) for epoch, index in keys]
+
+    def example(self, trajectory: TokenizedTrajectory, epoch: int, index: int) -> Example:
+        """What is asked of that record in that epoch."""
         target = make_target(trajectory, self.settings, example_rng(self.seed, epoch, index))
         return trajectory.prompt_token_ids, trajectory.response_token_ids, target
 

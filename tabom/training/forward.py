@@ -36,7 +36,7 @@ Request = Callable[[Tensor, Tensor, Tensor | None], HeadLoss]
 
 
 class LinearWithLoss(torch.nn.Linear):
-    """A head that gives logits, or the loss that a `request` computes in their place.
+    """A head that gives logits, or one row of them that holds the loss that a `request` computes in their place.
 
     It takes the place of a linear layer's class, not of its `forward`, so that copies, casts, wrappers and
     torch.compile treat it as the layer that it is.
@@ -51,19 +51,31 @@ class LinearWithLoss(torch.nn.Linear):
         if self.request is None:
             return (self.gathered_logits or super().forward)(hidden)
         self.answer = self.request(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias)
-        return torch.cat([self.answer.loss[None], self.answer.loss.new_tensor(PROBE)])
+        loss, columns = self.answer.loss, self.out_features
+        others = loss.new_zeros(columns) if self.transform_is_known else probe_row(columns).to(loss)
+        row = torch.cat([loss[None], others[1:]])
+        return row.expand(*[1] * (hidden.dim() - 1), -1).clone()  # no view: models may write to their logits
 
 
 PROBE = (-16384.0, 0.0, 1.0, 16384.0)
 """Logits that every half precision holds exactly: what scales, caps or moves logits changes one of them."""
 
 
+REMEDY = "set fused_linear=False, and the logits of the selected rows are computed (or unpatch a model that is patched)"
+
+
+def probe_row(columns: int) -> Tensor:
+    """`PROBE` over and over, one row as long as logits are."""
+    return torch.tensor(PROBE).repeat(-(-columns // len(PROBE)))[:columns]
+
+
 def logit_transform(config: PreTrainedConfig) -> dict[str, float | None]:
     """What the model does to the logits of its head, as its config says: the `logit_scale` and `softcap` of the loss.
 
-    Soft-caps: Gemma 2 and later, T5Gemma, NanoChat (`final_logit_softcapping`), RecurrentGemma (`logits_soft_cap`).
+    Soft-caps: Gemma 2 and later, T5Gemma, NanoChat (`final_logit_softcapping`), RecurrentGemma (`logits_soft_cap`),
+    xLSTM (`output_logit_soft_cap`).
     Scales: Cohere (`logit_scale`), Falcon-H1 (`lm_head_multiplier`), HyperCLOVA X (`logits_scaling`) and Granite, which
-    divides by its `logits_scaling`.
+    divides by its `logits_scaling`, as MiniCPM3 does before its head.
     """
     config = config.get_text_config()
 
@@ -73,9 +85,11 @@ def logit_transform(config: PreTrainedConfig) -> dict[str, float | None]:
     scale = first_of("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
     if scale is not None and config.model_type.startswith("granite"):
         scale = 1 / scale
+    if config.model_type == "minicpm3":
+        scale = None
     return {
         "logit_scale": 1.0 if scale is None else scale,
-        "softcap": first_of("final_logit_softcapping", "logits_soft_cap"),
+        "softcap": first_of("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
     }
 
 
@@ -132,7 +146,7 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
                 result, entropy = fused_linear_tabom_loss(hidden[rows], weight, bias=bias, **arguments)
                 return HeadLoss(result.loss, (result, entropy))
 
-            answer, _ = loss_in_head(head, of_rows, transform, plain_forward, inputs)
+            answer, _ = loss_in_head(head, of_rows, model.config, plain_forward, inputs)
             result, entropy = answer.rest
             loss = result._replace(loss=answer.loss)
         else:
@@ -152,7 +166,7 @@ def computes_loss(head: torch.nn.Module) -> bool:
 def loss_in_head(
     head: LinearWithLoss,
     request: Request,
-    transform: dict[str, float | None],
+    config: PreTrainedConfig,
     forward: Callable[..., ModelOutput],
     inputs: dict[str, Any],
 ) -> tuple[HeadLoss, ModelOutput]:
@@ -163,34 +177,60 @@ def loss_in_head(
     logits; and it keeps a gradient of zero flowing through the wrappers, whose backward hooks sit there.
 
     Raises:
-        ValueError: the model does something else to its logits than `transform`, and the loss would miss it.
+        ValueError: the model does something else to its logits than its config says, or does not compute them from
+            one hidden state a position in its head, and the loss would miss it.
     """
-    head.request = request
+    columns = getattr(config.get_text_config(), "unpadded_vocab_size", None)  # Inkling cuts off the logits behind them
+    positions = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"].shape[:2].numel()
+
+    def checked_request(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss:
+        if len(hidden) != positions:
+            raise ValueError(f"the head of this model sees {len(hidden)} rows for {positions} positions: {REMEDY}")
+        if columns is not None:
+            weight, bias = weight[:columns], None if bias is None else bias[:columns]
+        return request(hidden, weight, bias)
+
+    head.request = checked_request
     try:
         output = forward(**inputs)
         answer = head.answer
     finally:
         head.request = head.answer = None
+    if answer is None:
+        raise ValueError(f"this model computes its logits without calling its output embeddings: {REMEDY}")
     if not head.transform_is_known:
-        check_probe(output.logits[1:], transform)
-        head.transform_is_known = True
-    loss = answer.loss + 0 * output.logits[0]
+        check_probe(output.logits.flatten(), probe_row(head.out_features)[:columns], logit_transform(config))
+        if not torch.compiler.is_compiling() and has_parameters_between(output.logits, answer.loss):
+            raise ValueError(f"this model changes its logits after the head by parameters that are trained: {REMEDY}")
+        head.transform_is_known = torch.is_grad_enabled()
+    loss = answer.loss + 0 * output.logits.flatten()[0]
     return answer._replace(loss=loss), type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 
 @torch.compiler.disable
-def check_probe(logits: Tensor, transform: dict[str, float | None]) -> None:
+def check_probe(logits: Tensor, probe: Tensor, transform: dict[str, float | None]) -> None:
     """Compares values on the host, which waits for the device: once for a model is enough.
 
     Models compute in the dtype of their logits: untouched ones are exact, others are rounded a few times.
     """
-    expected = reference.transformed(
-        torch.tensor(PROBE, dtype=torch.float64), transform["logit_scale"], transform["softcap"]
-    )
-    is_exact = expected.tolist() == list(PROBE)
-    tolerance = 0.0 if is_exact else 2 * torch.finfo(logits.dtype).eps
-    if not torch.allclose(logits.detach().cpu().double(), expected, rtol=tolerance, atol=0.0):
+    expected = reference.transformed(probe.double(), transform["logit_scale"], transform["softcap"])
+    tolerance = 0.0 if torch.equal(expected, probe.double()) else 2 * torch.finfo(logits.dtype).eps
+    found = logits.detach().cpu().double()
+    if found.shape != expected.shape or not torch.allclose(found[1:], expected[1:], rtol=tolerance, atol=0.0):
         raise ValueError(
-            f"this model changes its logits after the head, {list(PROBE)} to {logits.tolist()}, where its config says "
-            f"{transform}: set fused_linear=False, and the logits of the selected rows are computed"
+            f"this model changes its logits after the head, {len(probe)} of them, {probe[1:5].tolist()}..., to "
+            f"{len(found)}, {found[1:5].tolist()}..., where its config says {transform}: {REMEDY}"
         )
+
+
+def has_parameters_between(logits: Tensor, loss: Tensor) -> bool:
+    """Whether logits are made of a loss and of parameters, such as ESM's bias, which is zero at first."""
+    nodes, seen = [logits.grad_fn], {None, loss.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                return True
+            nodes += [parent for parent, _ in node.next_functions]
+    return False

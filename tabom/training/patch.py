@@ -1,7 +1,7 @@
 """The fused cross-entropy in any transformers model, for `transformers.Trainer` or a loop of one's own."""
 
 from functools import wraps
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tabom.training.forward import HeadLoss, LinearWithLoss, computes_loss, logi
 from tabom_kernels import fused_linear_cross_entropy
 
 SHIFTS = {"ForCausalLM": True, "ForMaskedLM": False, None: True}
-"""Whether a model's own loss shifts the labels, by its `loss_type`; without one, transformers takes it for causal."""
+"""Whether the loss of transformers shifts the labels, by the `loss_type` of a model; without one it does."""
 
 
 def patch(model: PreTrainedModel) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def patch(model: PreTrainedModel) -> PreTrainedModel:
             f"model: the loss of this {type(base).__name__} is {getattr(base, '_loss_function', loss_type)!r}; "
             "expected that of a causal or masked language model"
         )
-    head.__class__, base.__class__ = LinearWithLoss, with_fused_loss(type(base))
+    head.__class__, base.__class__ = LinearWithLoss, with_fused_loss(type(base), shift_of(type(base), loss_type))
     return model
 
 
@@ -81,7 +81,13 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def shift_of(plain: type[PreTrainedModel], loss_type: str | None) -> bool | None:
+    """Whether the model's own loss shifts the labels; None: only its code knows."""
+    is_of_transformers = "loss_function" in unwrap(plain.forward).__code__.co_names
+    return SHIFTS[loss_type] if is_of_transformers or not SHIFTS[loss_type] else None
+
+
+def with_fused_loss(plain: type[PreTrainedModel], shift: bool | None) -> type[PreTrainedModel]:
     """A class like `plain`, of the same name, whose forward computes the loss in its head."""
 
     @wraps(plain.forward)  # transformers.Trainer reads from the signature which columns a model takes
@@ -94,8 +100,13 @@ def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if weights is not None:
                 raise ValueError(f"token_weights: the head of this {plain.__name__} no longer computes the loss")
             return plain.forward(self, *args, **kwargs)
+        if shift is None and kwargs.get("shift_labels") is None:
+            raise ValueError(
+                f"labels: {plain.__name__} computes its loss in code of its own, which may shift the labels or not: "
+                "pass shift_labels too, labels that stand where their logits are"
+            )
         names = list(signature(plain.forward).parameters)[1:]
-        return forward_with_loss(self, plain, head, weights, **dict(zip(names, args, strict=False)), **kwargs)
+        return forward_with_loss(self, plain, head, shift, weights, **dict(zip(names, args, strict=False)), **kwargs)
 
     return type(plain.__name__, (plain,), {"forward": forward, "plain_class": plain, "__module__": plain.__module__})
 
@@ -104,6 +115,7 @@ def forward_with_loss(
     model: PreTrainedModel,
     plain: type[PreTrainedModel],
     head: LinearWithLoss,
+    shift: bool | None,
     token_weights: Tensor | None,
     *,
     labels: Tensor,
@@ -114,7 +126,7 @@ def forward_with_loss(
 ) -> ModelOutput:
     """The output of the plain forward with the loss, and without the logits."""
     targets = labels if shift_labels is None else shift_labels
-    if shift_labels is None and SHIFTS[getattr(model, "loss_type", None)]:
+    if shift_labels is None and shift:
         targets, token_weights = (
             x if x is None else F.pad(x, (0, 1), value=fill)[..., 1:]
             for x, fill in ((labels, ignore_index), (token_weights, 0.0))
@@ -137,7 +149,7 @@ def forward_with_loss(
         )
         return HeadLoss(loss)
 
-    answer, output = loss_in_head(head, of_rows, transform, lambda **inputs: plain.forward(model, **inputs), inputs)
+    answer, output = loss_in_head(head, of_rows, model.config, lambda **inputs: plain.forward(model, **inputs), inputs)
     output["loss"] = answer.loss
     if output.get("aux_loss") is not None:  # mixtures of experts add it to the loss of their labels
         output["loss"] = answer.loss + model.router_aux_loss_coef * output["aux_loss"].to(answer.loss.device)

@@ -5,7 +5,7 @@ the statistics of a row are bitwise the same in every batch.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -53,9 +53,13 @@ def options(warps: int) -> dict[str, int | bool]:
     return {"num_warps": warps, "enable_fp_fusion": True}
 
 
+power_of_2 = cache(triton.next_power_of_2)
+"""The next one; Triton's own takes microseconds, to be callable from kernels too."""
+
+
 def chunk_columns(columns: int, itemsize: int) -> int:
     """Columns of a chunk of a vocabulary of `columns` logits of `itemsize` bytes: a power of 2, at least 8."""
-    return min(CHUNK_BYTES // itemsize, max(8, triton.next_power_of_2(columns)))
+    return min(CHUNK_BYTES // itemsize, max(8, power_of_2(columns)))
 
 
 def pair_tiles(rows: int) -> int:
@@ -72,9 +76,14 @@ def alignment(start: int, row_stride: int, itemsize: int) -> int:
     return elements if start % 16 == 0 and row_stride % elements == 0 else 1
 
 
-def setting(value: torch.Tensor) -> torch.Tensor | float:
-    """What a kernel is given for a () setting: a number that the host knows, or the place of one that it does not."""
-    return value.item() if value.device.type == "cpu" else value
+def setting(value: float | torch.Tensor | None) -> float | torch.Tensor | None:
+    """What a kernel is given for a setting: a number that the host knows, or the place of one that it does not.
+
+    Of whole numbers Triton would compile some anew.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.is_cpu else value
+    return None if value is None else float(value)
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

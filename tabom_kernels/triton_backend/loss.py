@@ -6,7 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels.torch_backend import WeightedLoss
-from tabom_kernels.triton_backend.launch import SUM_BLOCK, SUM_SEQUENCES, SUM_WARPS, on_its_device, options, setting
+from tabom_kernels.triton_backend.launch import (
+    SUM_BLOCK,
+    SUM_SEQUENCES,
+    SUM_WARPS,
+    on_its_device,
+    options,
+    power_of_2,
+    setting,
+)
 from tabom_kernels.triton_backend.ranking import means_of, number, row_sums, store_entropy_gradients
 
 
@@ -110,14 +118,14 @@ def weighted_loss(
     labels: Tensor,
     ignore_index: int,
     token_weights: Tensor | None,
-    num_tokens: Tensor | None,
+    num_tokens: float | Tensor | None,
     steps: Tensor,
     cu_seqlens: Tensor,
     form: str,
-    margin: Tensor,
-    temperature: Tensor,
-    rank_weight: Tensor | None,
-    num_sequences: Tensor | None,
+    margin: float | Tensor,
+    temperature: float | Tensor,
+    rank_weight: float | Tensor | None,
+    num_sequences: float | Tensor | None,
 ) -> WeightedLoss:
     """Both means and their sum; see `torch_backend.weighted_loss`."""
     sequences = cu_seqlens.shape[0] - 1
@@ -128,14 +136,14 @@ def weighted_loss(
         steps, cu_seqlens = steps.contiguous(), cu_seqlens.contiguous()
         sums = row_sums(entropy, steps, cu_seqlens, form, margin, temperature)
         grad_entropy, ranking, tiles = torch.empty_like(entropy), (steps, cu_seqlens, *sums), len(sums.loss)
-    numbers = (None if x is None else setting(x) for x in (rank_weight, num_sequences))
     weighted_loss_kernel[(1,)](
         cross_entropy,
         labels,
         token_weights,
-        None if num_tokens is None else setting(num_tokens),
+        setting(num_tokens),
         *ranking,
-        *numbers,
+        setting(rank_weight),
+        setting(num_sequences),
         *scalars,
         grad_ce,
         grad_entropy,
@@ -146,7 +154,7 @@ def weighted_loss(
         ignore_index,
         PER_ROW=form == "plackett_luce",
         TILES=tiles,
-        SEQUENCES=min(SUM_SEQUENCES, triton.next_power_of_2(max(sequences, 1))),
+        SEQUENCES=min(SUM_SEQUENCES, power_of_2(max(sequences, 1))),
         BLOCK=SUM_BLOCK,
         **options(SUM_WARPS),
     )

@@ -290,7 +290,7 @@ class RowSums(NamedTuple):
 
 
 def row_sums(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float | Tensor, temperature: float | Tensor
 ) -> RowSums:
     """One launch, or two; every argument that has rows is contiguous."""
     rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
@@ -314,7 +314,7 @@ def row_sums(
 
 @on_its_device
 def trajectory_rank_loss(
-    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: Tensor, temperature: Tensor
+    entropy: Tensor, steps: Tensor, cu_seqlens: Tensor, form: str, margin: float | Tensor, temperature: float | Tensor
 ) -> RankLoss:
     """Loss and gradients over all pairs; see `torch_backend.trajectory_rank_loss`."""
     rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1

@@ -26,6 +26,7 @@ from tabom_kernels.triton_backend.launch import (
     MERGE_WARPS,
     on_its_device,
     options,
+    power_of_2,
 )
 from tabom_kernels.triton_backend.vocabulary import (
     INTERPRETED,
@@ -386,8 +387,8 @@ def unmask_statistics(
         COLUMNS=columns,
         CHUNK=blocks["CHUNK"],
         CHUNKS=chunks,
-        CHUNKS_CEILING=triton.next_power_of_2(chunks),
-        SEGMENTS_CEILING=triton.next_power_of_2(segments),
+        CHUNKS_CEILING=power_of_2(chunks),
+        SEGMENTS_CEILING=power_of_2(segments),
         **sizes,
         **options(MERGE_WARPS if keys is None else DRAW_WARPS),
     )
@@ -439,7 +440,7 @@ def filter_thresholds(logits: Tensor, temperature: float, top_k: int | None, top
                 FIRST=search == 0,
                 dtype=TRITON_DTYPE[logits.dtype],
                 CHUNKS=chunks,
-                CHUNKS_CEILING=triton.next_power_of_2(chunks),
+                CHUNKS_CEILING=power_of_2(chunks),
                 WAYS=FILTER_WAYS,
                 **options(MERGE_WARPS),
             )

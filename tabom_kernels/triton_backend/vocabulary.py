@@ -18,6 +18,8 @@ Logits that are to be scaled or soft-capped are so in registers, as they are rea
 instructions and no pass over the memory. Which logit is the best is decided before, as both rise with the logit.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,7 @@ from tabom_kernels.triton_backend.launch import (
     chunk_columns,
     on_its_device,
     options,
+    power_of_2,
 )
 
 LOG2E = tl.constexpr(1.44269502162933349609375)
@@ -313,7 +316,7 @@ def vocabulary_statistics(
         ignore_index,
         COLUMNS=blocks["COLUMNS"],
         CHUNKS=chunks,
-        CHUNKS_CEILING=triton.next_power_of_2(chunks),
+        CHUNKS_CEILING=power_of_2(chunks),
         **options(MERGE_WARPS),
     )
     return statistics
@@ -439,14 +442,20 @@ def vocabulary_gradient(
 
 def chunking(logits: Tensor) -> dict[str, int]:
     """The compile-time shape of a launch with one program a chunk."""
-    columns = logits.shape[1]
-    chunk = chunk_columns(columns, logits.itemsize)
+    return chunks_of(logits.shape[1], logits.itemsize) | {
+        "ALIGNMENT": alignment(logits.data_ptr(), logits.stride(0), logits.itemsize)
+    }
+
+
+@cache
+def chunks_of(columns: int, itemsize: int) -> dict[str, int]:
+    """How a row of so many logits is cut."""
+    chunk = chunk_columns(columns, itemsize)
     lanes = min(CHUNK_LANES, chunk)
     return {
         "COLUMNS": columns,
         "CHUNK": chunk,
         "CHUNKS": triton.cdiv(columns, chunk),
         "LANES": lanes,
-        "RUN": min(16 // logits.itemsize, chunk // lanes),
-        "ALIGNMENT": alignment(logits.data_ptr(), logits.stride(0), logits.itemsize),
+        "RUN": min(16 // itemsize, chunk // lanes),
     }

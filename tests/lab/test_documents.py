@@ -18,6 +18,15 @@ def test_the_table_of_the_demo_is_what_its_json_says():
     assert markdown_table(measures) in (ROOT / "README.md").read_text()
 
 
+def test_what_the_prose_says_of_the_whole_path_is_what_was_measured():
+    measures = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())["measures"]
+    here = measures["TABOM, whole path"]["1 a step"][0] - measures["NELBO"]["1 a step"][0]
+    with_8_attempts = tables(read_lines(ROOT / "docs" / "study_results.jsonl")).split("8 attempts a prompt\n")[1]
+    [study] = re.findall(r"TABOM, whole path, less NELBO \| 2 \| (\S+ \S+),", with_8_attempts)
+    prose = " ".join((ROOT / "README.md").read_text().split())
+    assert f"[the study](docs/study.md) finds the whole path {study} ahead and not {here:+.1f}." in prose
+
+
 def test_what_the_demo_depends_on_is_what_its_json_was_made_from():
     """Else the figures are of an older demo: run `make demo`, and put its results.json, pictures and table here."""
     document = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())

@@ -102,6 +102,16 @@ def test_logits_at_equals_the_rows_of_all_logits(model, rng):
     assert model.model(input_ids=input_ids).logits.shape == (3, 7, everything.shape[1])  # the hook is gone
 
 
+def test_a_model_without_logits_of_each_position_is_refused(model):
+    """As Perceiver, which has those of its longest input."""
+
+    def forward(input_ids):
+        return SimpleNamespace(logits=torch.zeros(3, 128, 40))
+
+    with pytest.raises(ValueError, match=r"expected those of \(3, 7\) positions, got \(3, 128, 40\)"):
+        logits_at(model.model, torch.arange(4), forward=forward, input_ids=torch.zeros(3, 7, dtype=torch.int64))
+
+
 def test_the_mask_token_is_never_chosen(model):
     with torch.no_grad():
         model.model.lm_head.weight[model.mask_token_id] = 100 * model.model.lm_head.weight.abs().max()

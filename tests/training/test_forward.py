@@ -8,20 +8,32 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
+    EsmConfig,
+    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    Inkling2ForCausalLM,
+    Inkling2TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -57,11 +69,29 @@ def llama_with_bias():
     return model
 
 
+def inkling2():
+    """Soft-caps, then cuts off what pads its vocabulary."""
+    swa = {f"swa_{name}": SIZES[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 2, "num_experts_per_tok": 1}
+    sizes = SIZES | swa | experts | {"vocab_size": 53, "unpadded_vocab_size": 50}
+    return Inkling2ForCausalLM(Inkling2TextConfig(**sizes, final_logit_softcapping=3.0))
+
+
+def bart():
+    """Adds a bias, `final_logits_bias`, that is zero in every checkpoint."""
+    sizes = {"d_model": 16, "vocab_size": 50, "pad_token_id": 0, "forced_eos_token_id": None, "init_std": 0.3}
+    sizes |= {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    return BartForConditionalGeneration(BartConfig(**sizes))
+
+
 MODELS = {
     "untied": llama,
     "tied": lambda: llama(tie_word_embeddings=True),
     "bias": llama_with_bias,
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "bart": bart,
     "bert": lambda: BertForMaskedLM(BertConfig(**BERT_SIZES)),
     "modernbert": lambda: ModernBertForMaskedLM(
         ModernBertConfig(**BERT_SIZES, global_attn_every_n_layers=1, cls_token_id=1, sep_token_id=2, eos_token_id=2)
@@ -72,7 +102,14 @@ CHANGED_LOGITS = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, final_logit_softcapping=5.0)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+    "minicpm3": lambda: MiniCPM3ForCausalLM(
+        MiniCPM3Config(**SIZES, dim_model_base=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8)
+    ),
+    "inkling2": inkling2,
 }
+
+
+SHARDED = "gemma2", "granite", "cohere"
 
 
 def draw_batch(shift=0):
@@ -130,20 +167,77 @@ def test_the_logits_of_the_rows_do_for_every_model(rng, build):
     assert_same_training(build().eval(), draw_batch(), fused_linear=False)
 
 
-@pytest.mark.parametrize("build, attribute", [(CHANGED_LOGITS["cohere"], "logit_scale"), (llama, None)])
-def test_what_the_config_does_not_say_is_refused_with_the_remedy(rng, build, attribute):
-    """A scale that is not the config's, and logits that are moved."""
+def rescaled():
+    model = CHANGED_LOGITS["cohere"]()
+    model.logit_scale = 0.31
+    return model
+
+
+def biased():
+    model = bart()
+    model.final_logits_bias[0, 7] = 0.5
+    return model
+
+
+def moved():
+    return changed(lambda logits: logits + 0.5)
+
+
+def cut():
+    return changed(lambda logits: logits[..., :-3])
+
+
+def changed(change):
+    model = llama()
+    plain = model.forward
+    model.forward = lambda **inputs: SimpleNamespace(logits=change(plain(**inputs).logits))
+    return model
+
+
+@pytest.mark.parametrize("build", [rescaled, biased, moved, cut])
+def test_what_the_config_does_not_say_is_refused_with_the_remedy(rng, build):
+    """A scale that is not the config's; logits that are moved, one of them, all of them; fewer logits."""
     model, batch = build().eval(), draw_batch()
-    if attribute is None:
-        plain = model.forward
-        model.forward = lambda **inputs: SimpleNamespace(logits=plain(**inputs).logits + 0.5)
-    else:
-        setattr(model, attribute, 0.31)
     add_loss_to_forward(model, **LOSS)
     with pytest.raises(ValueError, match=r"changes its logits after the head.* config says .*set fused_linear=False"):
         model(**batch)
     del batch["rows"], batch["labels"], batch["steps"], batch["cu_seqlens"]
-    assert model(**batch).logits.shape == (3, 9, 50), "the head is itself again"
+    assert model(**batch).logits.shape[:2] == (3, 9), "the head is itself again"
+
+
+def mobilebert():
+    """Multiplies with weights of its own beside those of its output embeddings, which it does not call."""
+    config = MobileBertConfig(**BERT_SIZES, embedding_size=8, num_feedforward_networks=1)
+    return MobileBertForMaskedLM(config).double()  # its gradients are not stable in fp32
+
+
+def prophetnet():
+    """Predicts two tokens at each position."""
+    sizes = {f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")}
+    sizes |= {f"num_{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    return ProphetNetForCausalLM(ProphetNetConfig(**sizes, vocab_size=50, hidden_size=16, init_std=0.3))
+
+
+@pytest.mark.parametrize(
+    "build, problem", [(mobilebert, "without calling its output embeddings"), (prophetnet, "54 rows for 27 positions")]
+)
+def test_a_head_without_one_hidden_state_a_position_is_refused_and_the_remedy_helps(rng, build, problem):
+    model, batch = build().eval(), draw_batch()
+    assert_same_training(copy.deepcopy(model), batch, fused_linear=False)
+    add_loss_to_forward(model, **LOSS)
+    with pytest.raises(ValueError, match=rf"{problem}.*set fused_linear=False"):
+        model(**batch)
+
+
+def test_a_bias_that_is_trained_after_the_head_is_refused_while_it_is_still_zero(rng):
+    model, batch = EsmForMaskedLM(EsmConfig(**BERT_SIZES, mask_token_id=1)).eval(), draw_batch()
+    assert not model.lm_head.bias.any() and model.get_output_embeddings().bias is None
+    assert_same_training(copy.deepcopy(model), batch, fused_linear=False)
+    add_loss_to_forward(model, **LOSS)
+    with torch.no_grad():
+        model(**batch)
+    with pytest.raises(ValueError, match=r"by parameters that are trained: set fused_linear=False"):
+        model(**batch)
 
 
 def test_every_config_that_names_a_transform_is_known():
@@ -158,6 +252,8 @@ def test_every_config_that_names_a_transform_is_known():
     assert found["gemma2"] == {"logit_scale": 1.0, "softcap": 30.0} == found["recurrent_gemma"]
     assert found["cohere2"] == {"logit_scale": 0.0625, "softcap": None}
     assert found["llama"] == {"logit_scale": 1.0, "softcap": None}
+    assert forward_module.logit_transform(CONFIG_MAPPING["minicpm3"]()) == found["llama"], "before its head"
+    assert forward_module.logit_transform(CONFIG_MAPPING["xlstm"]())["softcap"] == 30.0
     assert found["nanochat"]["softcap"] == 15.0 and found["falcon_h1"]["logit_scale"] == 1.0
 
 
@@ -200,7 +296,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("build", [llama, MODELS["tied"], MODELS["bias"], *CHANGED_LOGITS.values()])
+@pytest.mark.parametrize("build", [llama, MODELS["tied"], MODELS["bias"], *map(CHANGED_LOGITS.get, SHARDED)])
 def test_sharded_in_bf16_the_loss_stays_in_fp32(rng, one_process, build):
     """FSDP2 casts what the head and the model return."""
     model, batch = build().eval(), draw_batch()

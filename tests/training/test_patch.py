@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -100,6 +102,19 @@ def test_shifted_labels_and_token_weights(rng):
         ValueError, match="token_weights: the head of this LlamaForCausalLM no longer computes the loss"
     ):
         patched(**batch, **options)
+
+
+def test_a_loss_of_the_models_own_code_needs_labels_that_stand_where_their_logits_are(rng):
+    """BART's decoder does not shift its labels, and nothing but its code says so."""
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "dropout": 0.0}
+    model, batch = BartForCausalLM(BartConfig(**sizes, vocab_size=50, init_std=0.3)).train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r"labels: BartForCausalLM computes its loss in code of its own.*shift_labels"):
+        patched(**batch)
+    expected, expected_grads = loss_and_gradients(model, **batch)
+    output, grads = loss_and_gradients(patched, **batch, shift_labels=batch["labels"])
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(grads, expected_grads)
 
 
 class Texts(Dataset):

@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -19,8 +20,9 @@ from tabom.training import collator
 from tabom.training.collator import FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
 from tabom.training.config import TabomConfig
 from tabom.training.forward import add_loss_to_forward
-from tabom.training.objectives import ObjectiveSettings
+from tabom.training.objectives import ObjectiveSettings, make_target
 from tabom.training.trainer import TabomTrainer
+from tabom.training.windows import example_rng
 from tabom_kernels import count_ordered_pairs, softmax_entropy, tabom_loss
 from tests.conftest import random_model
 
@@ -231,6 +233,22 @@ def test_an_epoch_is_filled_up_with_what_asks_nothing(model, rng, length, multip
     for name in ("rows", "labels", "steps", "token_weights", "num_tokens", "num_sequences"):
         assert torch.equal(filled[name], plain[name]), name
     assert filled["input_ids"].shape[0] == length + fillers == len(filled["cu_seqlens"]) - 1
+
+
+def test_examples_of_a_batch_are_those_of_its_keys(model, rng):
+    trajectories = make_trajectories(rng, 6)
+    dataset = TrajectoryDataset(trajectories, model.tokenizer, ObjectiveSettings("tabom", 4, 4), seed=0)
+    keys = [(1, 4), (0, FILLER), (2, 0), (1, 4), (1, 2), (0, 4)]
+    batch = dataset.__getitems__(keys)
+    assert [each is None for each in batch] == [index == FILLER for _, index in keys]
+    for (epoch, index), example in zip(keys, batch, strict=True):
+        if index != FILLER:
+            trajectory = trajectories[index]
+            target = make_target(trajectory, dataset.settings, example_rng(0, epoch, index))
+            assert example[:2] == (model.tokenizer(trajectory.prompt).input_ids, trajectory.response_token_ids)
+            for found, expected in zip(example[2], target, strict=True):
+                np.testing.assert_array_equal(found, expected)
+    assert dataset.__getitems__([(0, FILLER)] * 2) == [None, None]
 
 
 def test_logs_hold_the_terms_of_the_loss(tmp_path, rng):
