@@ -355,7 +355,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return target
 
 
-fused_loss = differentiable(fused_linear_op, save_gradients, scale_gradients)
+fused_loss = differentiable(fused_linear_op, save_gradients, scale_gradients, results=4)
 
 
 def fused_linear_tabom_loss(
@@ -573,7 +573,7 @@ def loss_of_head(
     scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
     temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, cross_entropy, rank, entropy, *_ = fused_loss(
+    loss, cross_entropy, rank, entropy = fused_loss(
         hidden,
         weight,
         bias,
