@@ -9,6 +9,12 @@ and the chunk's gradient is finished before the next one begins: two matmuls wit
 one, nothing computed twice. A ranked sequence longer than a chunk takes two sweeps over its pieces, statistics and
 gradients; without a ranking every row is on its own. Backward only scales.
 
+The gradient of a trainable head is a sum over the chunks, which must not be rounded each time, and fp32 sums are twice
+as large as a bf16 head's gradient. So with a bf16 head more than one chunk is walked the other way, over slabs of the
+vocabulary with the logits of all rows: then the gradient of a slab's weights is one product, and what is added up in
+fp32 is dhidden, which is small. A row's statistics are known after all slabs: two sweeps, of which the second goes back
+from the slab whose logits are still there.
+
 A model may scale and soft-cap its logits, z = softcap * tanh(logit_scale * (hidden @ weight.T) / softcap): both are
 applied where the closed forms read a logit, and are one factor of the gradient.
 """
@@ -34,17 +40,31 @@ from tabom_kernels.arguments import (
     check_transform,
 )
 from tabom_kernels.backends import Backend, closed_forms, resolve
-from tabom_kernels.derivatives import refuse_forward_mode, refuse_second_derivatives
+from tabom_kernels.derivatives import differentiable, refuse_forward_mode, refuse_second_derivatives
 from tabom_kernels.loss import TabomLoss, denominator, reference_loss
 from tabom_kernels.ranking import Form, as_scalar, count_ordered_pairs
 from tabom_kernels.torch_backend import LogitTransform, ceil_div
-from tabom_kernels.vocabulary_parallel import VocabularySlice, local, replicated, sharding_of, sum_over_ranks
+from tabom_kernels.vocabulary_parallel import (
+    VocabularySlice,
+    local,
+    merge_ranks,
+    merge_slices,
+    replicated,
+    sharding_of,
+    sum_over_ranks,
+)
 
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
 
 VOCABULARY_SLICE = 8192
-"""Rows of the head whose product in fp32, or scaled gradient, is in memory at once."""
+"""Rows of the head whose scaled gradient is in memory at once."""
+
+PRODUCT_TILE = 2048
+"""Rows and terms of a product in fp32 that are converted at once where no matmul of half precision adds up in it."""
+
+ALIGNMENT = 8
+"""Logits in half precision that a GPU reads at once, 16 bytes."""
 
 
 class Chunk(NamedTuple):
@@ -53,14 +73,15 @@ class Chunk(NamedTuple):
     sequences: slice
     rows: slice
 
-    def pieces(self, size: int) -> list[slice]:
-        """The rows in equal pieces of at most `size`; one piece even without rows."""
-        count = ceil_div(self.rows.stop - self.rows.start, size)
-        share = max(1, ceil_div(self.rows.stop - self.rows.start, max(count, 1)))
-        return [
-            slice(start, min(start + share, self.rows.stop))
-            for start in range(self.rows.start, max(self.rows.stop, self.rows.start + 1), share)
-        ]
+
+def even_slices(whole: slice, most: int) -> list[slice]:
+    """A range in equal parts of at most `most`; one part even if it is empty."""
+    size = whole.stop - whole.start
+    share = max(1, ceil_div(size, max(1, ceil_div(size, most))))
+    return [
+        slice(start, min(start + share, whole.stop))
+        for start in range(whole.start, max(whole.stop, whole.start + 1), share)
+    ]
 
 
 def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int, lengths: Sequence[int] | None = None) -> Iterator[Chunk]:
@@ -89,7 +110,13 @@ def plan_chunks(cu_seqlens: Tensor, rows: int, max_rows: int, lengths: Sequence[
 
 def plan_rows(rows: int, max_rows: int) -> Iterator[Chunk]:
     """About equal parts of at most `max_rows` rows: without a ranking sequences do not matter."""
-    return (Chunk(slice(0, 0), piece) for piece in Chunk(slice(0, 0), slice(0, rows)).pieces(max_rows))
+    return (Chunk(slice(0, 0), piece) for piece in even_slices(slice(0, rows), max_rows))
+
+
+def plan_slabs(columns: int, count: int) -> list[slice]:
+    """The vocabulary in about so many equal slabs, whose rows of logits are as aligned as those of the whole."""
+    width = ALIGNMENT * ceil_div(columns, ALIGNMENT * count)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
@@ -103,52 +130,66 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bo
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total (V, n) = beta * total + a @ b, with sums in the dtype of `total`; a and b may be in half precision."""
+    """total = beta * total + a @ b, with sums in the dtype of `total`; a and b may be in half precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=beta)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        for start in range(0, total.shape[0], VOCABULARY_SLICE):
-            part = slice(start, start + VOCABULARY_SLICE)
-            total[part].addmm_(a[part].to(total.dtype), b.to(total.dtype), beta=beta)
+        for rows in even_slices(slice(0, a.shape[0]), PRODUCT_TILE):
+            for terms in even_slices(slice(0, a.shape[1]), PRODUCT_TILE):
+                tile = a[rows, terms].to(total.dtype)
+                total[rows].addmm_(tile, b[terms].to(total.dtype), beta=beta if terms.start == 0 else 1)
+
+
+def is_by_columns(hidden: Tensor, max_chunk_rows: int, wanted: list[bool]) -> bool:
+    """Whether the logits are walked over the vocabulary: for a trained bf16 head and more than one chunk."""
+    return hidden.dtype == torch.bfloat16 and wanted[1] and hidden.shape[0] > max_chunk_rows
 
 
 class HeadGradients:
-    """Gradients by hidden (N, D), weight (V, D) and bias (V,), added up piece by piece; empty unless wanted.
+    """Gradients by hidden (N, D), weight (V, D) and bias (V,), from tiles of the logits; empty unless wanted.
 
-    Those of weight and bias are sums over all rows, and kept in fp32 unless `dtype_of_sums` says otherwise.
+    A tile has all columns or all rows: the products of one gradient are added up, and those of the other one stand side
+    by side.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], max_chunk_rows: int
     ) -> None:
         self.inputs, self.wanted, self.beta = (hidden, weight), wanted, 0
-        dtype = dtype_of_sums(hidden, max_chunk_rows)
-        self.hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
-        self.bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=reference.working_dtype(hidden.dtype))
+        self.is_by_columns = is_by_columns(hidden, max_chunk_rows, wanted)
+        self.hidden, self.weight, self.bias = empty_gradients(hidden, weight, max_chunk_rows, wanted)
+        self.bias.zero_()
 
-    def add(self, rows: slice, dlogits: Tensor) -> None:
-        """The part of `rows`, from their (n, V) dL/dlogits."""
+    def add(self, rows: slice, columns: slice, dlogits: Tensor) -> None:
+        """The part of a tile, from its dL/dlogits."""
         hidden, weight = self.inputs
         if self.wanted[2]:
-            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+            self.bias[columns] += dlogits.sum(0, dtype=self.bias.dtype)
         dlogits = dlogits.to(hidden.dtype)
+        by_hidden, by_weight = (self.beta, 0) if self.is_by_columns else (0, self.beta)
         if self.wanted[0]:
-            self.hidden[rows] = dlogits @ weight
+            add_product(self.hidden[rows], dlogits, weight[columns], by_hidden)
         if self.wanted[1]:
-            add_product(self.weight, dlogits.T, hidden[rows], self.beta)
-        self.beta = 1  # the first piece has overwritten the memory
+            add_product(self.weight[columns], dlogits.T, hidden[rows], by_weight)
+        self.beta = 1  # the first tile has overwritten the memory
 
 
-def dtype_of_sums(hidden: Tensor, max_chunk_rows: int) -> torch.dtype:
-    """What the weight's gradient is kept in until backward: fp32, but bf16 where it is the product of one chunk.
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, max_chunk_rows: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for those by hidden, weight and bias, of no elements unless wanted.
 
-    A matmul adds up in fp32 by itself; only sums of products would be rounded each time. fp16 would overflow.
+    What is added up is kept in fp32 until backward. A single product is not, as a matmul adds up in fp32 by itself; but
+    by the weight in fp16 it would overflow.
     """
-    is_one_product = hidden.dtype == torch.bfloat16 and hidden.shape[0] <= max_chunk_rows
-    return torch.bfloat16 if is_one_product else reference.working_dtype(hidden.dtype)
+    dtype = reference.working_dtype(hidden.dtype)
+    of_hidden = dtype if is_by_columns(hidden, max_chunk_rows, wanted) else hidden.dtype
+    of_weight = torch.bfloat16 if hidden.dtype == torch.bfloat16 else dtype
+    by_hidden = torch.empty_like(hidden, dtype=of_hidden) if wanted[0] else hidden.new_empty(0, dtype=of_hidden)
+    by_weight = torch.empty_like(weight, dtype=of_weight) if wanted[1] else weight.new_empty(0, dtype=of_weight)
+    return by_hidden, by_weight, hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
 
 
 @torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
@@ -184,7 +225,6 @@ def fused_linear_op(
     a sum over rows with large weights above the largest.
     """
     forms = closed_forms(backend)
-    vocabulary = forms if tp_group is None else VocabularySlice(forms, tp_group, first_column)
     transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
     dtype = reference.working_dtype(hidden.dtype)
     ce_sum, rank_sum, grad_temperature = (hidden.new_zeros((), dtype=dtype) for _ in range(3))
@@ -199,22 +239,36 @@ def fused_linear_op(
     grad_ce = grad_ce * (unit / num_tokens)
     rank_scale = None if rank_weight is None else rank_weight * unit / num_sequences
     gradients = HeadGradients(hidden, weight, bias, wanted, max_chunk_rows)
+    tile_rows, slabs = max_chunk_rows, [slice(0, weight.shape[0])]
+    if gradients.is_by_columns:
+        tile_rows = hidden.shape[0]
+        slabs = plan_slabs(weight.shape[0], ceil_div(tile_rows, max_chunk_rows))
+    is_whole = tp_group is None and len(slabs) == 1
+    slab_forms = [forms if is_whole else VocabularySlice(forms, first_column + slab.start) for slab in slabs]
     chunks = (
-        plan_rows(hidden.shape[0], max_chunk_rows)
+        plan_rows(hidden.shape[0], tile_rows)
         if rank_scale is None
-        else plan_chunks(cu_seqlens, hidden.shape[0], max_chunk_rows, lengths)
+        else plan_chunks(cu_seqlens, hidden.shape[0], tile_rows, lengths)
     )
+
+    def logits_of(rows: slice, columns: slice) -> Tensor:
+        return project(hidden[rows], weight[columns], None if bias is None else bias[columns], fp32_logits)
 
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in chunks:
-            pieces = chunk.pieces(max_chunk_rows)
-            logits, statistics = None, []
+            pieces, statistics = even_slices(chunk.rows, tile_rows), []
             for rows in pieces:
-                del logits  # before the next piece's are made
-                logits = project(hidden[rows], weight, bias, fp32_logits)
-                statistics.append(vocabulary.vocabulary_statistics(logits, labels[rows], ignore_index, transform))
-                entropy[rows] = statistics[-1].entropy
-                ce_sum += (statistics[-1].cross_entropy * grad_ce[rows]).sum()
+                of_slabs = []
+                for columns, slab in zip(slabs, slab_forms, strict=True):
+                    logits = None  # before the next tile's are made
+                    logits = logits_of(rows, columns)
+                    of_slabs.append(slab.vocabulary_statistics(logits, labels[rows], ignore_index, transform))
+                whole = merge_slices(of_slabs, labels[rows], ignore_index)
+                if tp_group is not None:
+                    whole = merge_ranks(whole, labels[rows], ignore_index, tp_group)
+                statistics.append(whole)
+                entropy[rows] = whole.entropy
+                ce_sum += (whole.cross_entropy * grad_ce[rows]).sum()
             grad_entropy = None
             if rank_scale is not None:
                 offsets = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.rows.start
@@ -227,15 +281,15 @@ def fused_linear_op(
                 grad_entropy[chunk.rows] = rank.grad_entropy * rank_scale
             if not any(wanted):
                 continue
-            for rows, saved in zip(pieces, statistics, strict=True):
-                if len(pieces) > 1:
-                    del logits
-                    logits = project(hidden[rows], weight, bias, fp32_logits)
+            for rows, saved in zip(reversed(pieces), reversed(statistics), strict=True):
                 row_grads = (grad_ce[rows], None if grad_entropy is None else grad_entropy[rows])
-                vocabulary.vocabulary_gradient(
-                    logits, labels[rows], ignore_index, saved, *row_grads, logits, None, transform
-                )
-                gradients.add(rows, logits)
+                for columns, slab in zip(reversed(slabs), reversed(slab_forms), strict=True):
+                    logits = logits_of(rows, columns) if logits is None else logits  # the last tile's are there
+                    slab.vocabulary_gradient(
+                        logits, labels[rows], ignore_index, saved, *row_grads, logits, None, transform
+                    )
+                    gradients.add(rows, columns, logits)
+                    logits = None
 
     if tp_group is not None and wanted[0]:
         sum_over_ranks(gradients.hidden, tp_group)
@@ -263,11 +317,8 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     dtype = reference.working_dtype(hidden.dtype)
     loss, cross_entropy, rank, by_temperature, unit = (hidden.new_empty((), dtype=dtype) for _ in range(5))
     entropy = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    by_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    sums = dtype_of_sums(hidden, max_chunk_rows)
-    by_weight = torch.empty_like(weight, dtype=sums) if wanted[1] else weight.new_empty(0, dtype=sums)
-    by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
-    return loss, cross_entropy, rank, entropy, by_hidden, by_weight, by_bias, by_temperature, unit
+    by_head = empty_gradients(hidden, weight, max_chunk_rows, wanted)
+    return loss, cross_entropy, rank, entropy, *by_head, by_temperature, unit
 
 
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -304,7 +355,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return target
 
 
-fused_linear_op.register_autograd(scale_gradients, setup_context=save_gradients)
+fused_loss = differentiable(fused_linear_op, save_gradients, scale_gradients, results=4)
 
 
 def fused_linear_tabom_loss(
@@ -336,8 +387,8 @@ def fused_linear_tabom_loss(
 
     Loss and gradients are computed together, in chunks of whole sequences; backward scales them by the upstream
     gradient. With `token_weights` its cross-entropy is NELBO's; without a ranking it is `fused_linear_cross_entropy`. A
-    batch of more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths`; any
-    other never waits for the device.
+    batch of more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths` or has a
+    trained head in bf16; any other never waits for the device.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
@@ -351,7 +402,8 @@ def fused_linear_tabom_loss(
         logit_scale, softcap: for models that change their logits z after the head, to `logit_scale * z` (Cohere;
             Granite divides) and then to `softcap * tanh(z / softcap)` (Gemma's `final_logit_softcapping`); in fp32.
         max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One ranked sequence with
-            more rows than that has its logits computed twice.
+            more rows than that has its logits computed twice, and so has every batch with more rows than that under a
+            trained head in bf16, a slab of the vocabulary at a time in the same memory.
         fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
         rank_weight, form, margin, temperature, token_weights, num_tokens, num_sequences, ignore_index: see
             `tabom_loss`. The temperature may require a gradient, as may hidden, weight and bias; what does not costs
@@ -521,7 +573,7 @@ def loss_of_head(
     scalars = (temperature, margin, denominator(num_tokens), denominator(num_sequences))
     temperature, margin, num_tokens, num_sequences = (as_scalar(x, like) for x in scalars)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, cross_entropy, rank, entropy, *_ = fused_linear_op(
+    loss, cross_entropy, rank, entropy = fused_loss(
         hidden,
         weight,
         bias,

@@ -1,15 +1,16 @@
-"""The closed forms where each rank of a group has a slice of the vocabulary, as tensor parallelism shards the head.
+"""The closed forms on slices of the vocabulary: a rank's, as tensor parallelism shards the head, or one's own in turn.
 
-Every rank sees all rows, and computes the logits of its columns. Four numbers a row of each slice,
+Whoever has a slice computes the logits of its columns for all rows. Four numbers a row of each slice,
 
-    m = its best logit      log S with S = sum exp(z - m)      its entropy H      the label's logit, if it is there
+    m = its best logit      log S with S = sum exp(z - m)      its entropy H      its cross-entropy
 
-are gathered once and merged as the chunks of a row are. With d = m_slice - m and U = (log S - H) * S,
+(inf if the label is elsewhere) are merged as the chunks of a row are; those of ranks are gathered once. With
+d = m_slice - m and U = (log S - H) * S,
 
     S = sum exp(d) * S_slice        U = sum exp(d) * (U_slice + d * S_slice)        E = log S - U / S
 
-where the 1 of the best slice's S is left out and not subtracted, as everywhere. Then each rank makes the gradient of
-its columns from the statistics of the whole row.
+where the 1 of the best slice's S is left out and not subtracted, as everywhere. Then the gradient of each slice's
+columns is made from the statistics of the whole row.
 """
 
 from types import ModuleType
@@ -92,33 +93,21 @@ def sum_over_ranks(tensor: Tensor, group_name: str) -> None:
 
 
 class VocabularySlice(NamedTuple):
-    """A backend's closed forms, for columns from `first` on of logits whose other columns the group's other ranks have.
+    """A backend's closed forms, for columns from `first` on of logits whose other columns are elsewhere.
 
-    What it takes and returns is of whole rows, but for the logits; labels are those of the whole vocabulary.
+    Labels are those of the whole vocabulary.
     """
 
     forms: ModuleType
-    group_name: str
     first: int
 
     def vocabulary_statistics(
         self, logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform | None = None
     ) -> VocabularyStatistics:
-        """Reads the (N, columns) logits once, and gathers 4 numbers a row from every rank."""
-        _, entropy, maximum, log_sum = self.forms.vocabulary_statistics(logits, None, ignore_index, transform)
-        column, is_here = self.columns_of(labels, logits, ignore_index)
-        label_logit = logits.gather(1, column[:, None]).squeeze(1).to(entropy.dtype)
-        if transform is not None:
-            transform.apply_(label_logit)
-        label_logit = label_logit.masked_fill(~is_here, -torch.inf)
-        own = torch.stack([maximum, log_sum, entropy, label_logit])
-        group = _resolve_process_group(self.group_name)
-        gathered = own.new_empty(group.size() * len(own), len(labels))
-        dist.all_gather_into_tensor(gathered, own, group=group)
-        *slices, label_logits = gathered.unflatten(0, (-1, len(own))).unbind(1)
-        statistics = merge_slices(*slices)
-        ce = statistics.log_sum - (label_logits.amax(0) - statistics.maximum)
-        return statistics._replace(cross_entropy=ce.masked_fill(labels == ignore_index, 0.0))
+        """Of these columns alone, from one read of (N, columns) logits; cross-entropies to labels elsewhere are inf."""
+        column, is_elsewhere = self.columns_of(labels, logits, ignore_index)
+        statistics = self.forms.vocabulary_statistics(logits, column, ignore_index, transform)
+        return statistics._replace(cross_entropy=statistics.cross_entropy.masked_fill(is_elsewhere, torch.inf))
 
     def vocabulary_gradient(
         self,
@@ -134,17 +123,16 @@ class VocabularySlice(NamedTuple):
     ) -> Tensor:
         """Reads the (N, columns) logits once and writes dL/dlogits to `out`, which may be `logits` itself.
 
-        A row whose label is on another rank has its first column for a label, and that column is mended.
+        The statistics are those of whole rows. A row whose label is elsewhere has its first column for a label, and
+        that column is mended.
         """
-        column, is_here = self.columns_of(labels, logits, ignore_index)
-        is_elsewhere = ~is_here & (labels != ignore_index)
+        column, is_elsewhere = self.columns_of(labels, logits, ignore_index)
         z, derivative = logits[:, 0].to(grad_ce.dtype, copy=True), torch.ones_like(grad_ce)
         if transform is not None:
             transform.apply_(z, derivative)
         log_p = (z - statistics.maximum - statistics.log_sum).clamp(min=LOWEST)
         first = grad_ce if grad_entropy is None else grad_ce - grad_entropy * (log_p + statistics.entropy)
         first = (log_p.exp() * first * derivative).to(out.dtype)
-        column = column.masked_fill(labels == ignore_index, ignore_index)
         self.forms.vocabulary_gradient(
             logits, column, ignore_index, statistics, grad_ce, grad_entropy, out, upstream, transform
         )
@@ -152,20 +140,34 @@ class VocabularySlice(NamedTuple):
         return out
 
     def columns_of(self, labels: Tensor, logits: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """(N,) columns of the labels in this slice, 0 where a label is not in it, and (N,) whether it is."""
-        column = labels - self.first
-        is_here = (column >= 0) & (column < logits.shape[1]) & (labels != ignore_index)
-        return column.masked_fill(~is_here, 0), is_here
+        """(N,) the labels as columns of this slice, 0 if they are not in it, and (N,) whether they are elsewhere."""
+        column, is_label = labels - self.first, labels != ignore_index
+        is_elsewhere = is_label & ((column < 0) | (column >= logits.shape[1]))
+        return column.masked_fill(is_elsewhere, 0).masked_fill(~is_label, ignore_index), is_elsewhere
 
 
-def merge_slices(maximum: Tensor, log_sum: Tensor, entropy: Tensor) -> VocabularyStatistics:
-    """The statistics of whole rows from those of their slices, (slices, N) each."""
+def merge_slices(slices: list[VocabularyStatistics], labels: Tensor, ignore_index: int) -> VocabularyStatistics:
+    """The statistics of rows from those of the slices of their columns."""
+    if len(slices) == 1:
+        return slices[0]
+    ce, entropy, maximum, log_sum = (torch.stack(part) for part in zip(*slices, strict=True))
     m, best = maximum.max(0)
-    is_best = torch.arange(len(maximum), device=m.device)[:, None] == best
+    is_best = torch.arange(len(slices), device=m.device)[:, None] == best
     is_nothing = (maximum == -torch.inf) & (m > -torch.inf)  # all of the slice is -inf, but not all of the row
     d, total = maximum - m, log_sum.exp()
+    label = (d + (log_sum - ce)).masked_fill(is_nothing, -torch.inf).amax(0)
     share = d.exp()
     rest = torch.where(is_best, log_sum.expm1(), share * total).masked_fill(is_nothing, 0.0).sum(0)
     weighted = (share * ((log_sum - entropy) * total + d * total)).masked_fill(is_nothing, 0.0).sum(0)
     log_sum = rest.log1p()
-    return VocabularyStatistics(None, log_sum - weighted / (1 + rest), m, log_sum)
+    ce = (log_sum - label).masked_fill(labels == ignore_index, 0.0)
+    return VocabularyStatistics(ce, log_sum - weighted / (1 + rest), m, log_sum)
+
+
+def merge_ranks(own: VocabularyStatistics, labels: Tensor, ignore_index: int, group_name: str) -> VocabularyStatistics:
+    """The same from the slices that the ranks of a group have: 4 numbers a row are gathered from each."""
+    own, group = torch.stack(own), _resolve_process_group(group_name)
+    gathered = own.new_empty(group.size() * len(own), own.shape[1])
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    slices = [VocabularyStatistics(*part.unbind()) for part in gathered.split(len(own))]
+    return merge_slices(slices, labels, ignore_index)

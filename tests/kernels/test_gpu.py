@@ -90,14 +90,16 @@ def test_nothing_waits_for_the_host(rng, form):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_many_chunks_do_not_wait_for_the_host_that_knows_their_lengths(rng):
+@pytest.mark.parametrize("is_trained, lengths", [(False, [32, 32]), (True, None)])
+def test_many_chunks_do_not_wait_for_the_host_that_knows_their_lengths(rng, is_trained, lengths):
+    """Slabs of the vocabulary, which a trained head takes, need no lengths."""
     _, *batch = draw_batch(64, 5000)
     hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(5000, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5000, 32, dtype=torch.bfloat16, requires_grad=is_trained)
 
     def step():
-        loss = fused_linear_tabom_loss(hidden, weight, *batch, lengths=[32, 32], max_chunk_rows=20)
-        torch.autograd.grad(loss.loss, (hidden, weight))
+        loss = fused_linear_tabom_loss(hidden, weight, *batch, lengths=lengths, max_chunk_rows=20)
+        torch.autograd.grad(loss.loss, (hidden, weight) if is_trained else hidden)
 
     step()
     torch.cuda.synchronize()

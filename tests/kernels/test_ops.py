@@ -63,6 +63,7 @@ def test_every_op_passes_opcheck(rng, backend):
                 (draw_head(bias=True), None, (1.0, None, 5)),
                 (draw_head(bias=False), [5, 4], (0.5, 3.0, 9)),
                 (draw_head(bias=True, dtype=torch.bfloat16), None, (1.0, None, 9)),
+                (draw_head(bias=True, dtype=torch.bfloat16), None, (1.0, None, 4)),
             )
         ),
         (

@@ -9,10 +9,19 @@ import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
 from tabom_kernels import fused_linear_tabom_loss, torch_backend
-from tabom_kernels.vocabulary_parallel import merge_slices
+from tabom_kernels.vocabulary_parallel import VocabularySlice, merge_slices
 from tests.kernels.inputs import VALUES, draw_labels, draw_sequences
 
 COLUMNS, WIDTH, LENGTHS = 31, 8, [5, 0, 9, 2]
+
+
+def merged(logits, labels, slices):
+    """The statistics of rows from those of slices of their columns."""
+    parts, first = [], 0
+    for z in logits.tensor_split(slices, 1):
+        parts.append(VocabularySlice(torch_backend, first).vocabulary_statistics(z, labels, -100))
+        first += z.shape[1]
+    return merge_slices(parts, labels, -100)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -21,25 +30,23 @@ def test_slices_merge_to_the_whole_row(rng, values, slices):
     logits = values(40, 31)
     if slices > 1:
         logits[::3, :11] = -torch.inf  # without the first third, and in one row without anything else
+    labels = torch.randint(31, (40,)).masked_fill(torch.rand(40) < 0.2, -100)  # some of them at -inf
     logits[5] = -torch.inf
-    parts = [torch_backend.vocabulary_statistics(z, None, -100)[1:] for z in logits.tensor_split(slices, 1)]
-    entropy, maximum, log_sum = (torch.stack(part) for part in zip(*parts, strict=True))
-    whole = torch_backend.vocabulary_statistics(logits, None, -100)
-    merged = merge_slices(maximum, log_sum, entropy)
-    assert merged.entropy[5].isnan()
-    for a, b in zip(merged[1:], whole[1:], strict=True):
+    whole = torch_backend.vocabulary_statistics(logits, labels, -100)
+    ours = merged(logits, labels, slices)
+    assert ours.entropy[5].isnan()
+    for a, b in zip(ours, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14, equal_nan=True)
 
 
 def test_certain_rows_stay_exact_in_fp32(rng):
-    logits = torch.randn(50, 31, dtype=torch.float64)
-    logits.scatter_(1, torch.randint(31, (50, 1)), torch.linspace(20, 45, 50, dtype=torch.float64)[:, None])
+    logits, best = torch.randn(50, 31, dtype=torch.float64), torch.randint(31, (50,))
+    logits.scatter_(1, best[:, None], torch.linspace(20, 45, 50, dtype=torch.float64)[:, None])
     logits = logits.float()
-    parts = [torch_backend.vocabulary_statistics(z, None, -100)[1:] for z in logits.tensor_split(3, 1)]
-    entropy, maximum, log_sum = (torch.stack(part) for part in zip(*parts, strict=True))
-    exact = torch_backend.vocabulary_statistics(logits.double(), None, -100).entropy
-    assert exact.min() < 1e-15
-    torch.testing.assert_close(merge_slices(maximum, log_sum, entropy).entropy.double(), exact, rtol=1e-5, atol=0)
+    ours, exact = merged(logits, best, 3), torch_backend.vocabulary_statistics(logits.double(), best, -100)
+    assert exact.entropy.min() < 1e-15 and exact.cross_entropy.min() < 1e-15
+    torch.testing.assert_close(ours.entropy.double(), exact.entropy, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.cross_entropy.double(), exact.cross_entropy, rtol=1e-5, atol=0)
 
 
 def draw_problem(dtype):
