@@ -43,7 +43,8 @@ from tabom_kernels.triton_backend.vocabulary import (
     load_logits,
     log1p,
     merge_chunks,
-    sums_without_the_best,
+    sums_by_lane,
+    without_the_best,
 )
 
 GOLDEN_GAMMA = tl.constexpr(noise.GOLDEN_GAMMA % 2**64)
@@ -105,7 +106,8 @@ def unmask_kernel(
     run = LANES * tl.arange(0, STEPS)[:, None] + lane[None, :]
     winner = tl.min(tl.min(tl.where(best_of_run == m, run, LANES * STEPS - 1), 0)) % LANES
     w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
-    rest, U = sums_without_the_best(z, w, w == m, m, winner, LANES)
+    S_of_lane, U_of_lane = sums_by_lane(z, m, LANES, True)
+    rest, U = without_the_best(S_of_lane, U_of_lane, w, w == m, m, winner, LANES)
     token = tl.min(tl.where(w == m, column_of_w, COLUMNS))
     others = tl.maximum(
         tl.where(column_of_w == token, -float("inf"), w), tl.where(lane == winner, -float("inf"), best_of_lane)
