@@ -1,5 +1,6 @@
 """The loss inside the model's own forward, so that DDP, FSDP and LoRA hooks fire around it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from transformers.utils import ModelOutput
 
 from tabom.models.diffusion_model import logits_at
 from tabom_kernels import fused_linear_tabom_loss, reference, softmax_entropy, tabom_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,7 +34,7 @@ class HeadLoss(NamedTuple):
     rest: Any = None
 
 
-Request = Callable[[Tensor, Tensor, Tensor | None], HeadLoss]
+Request = Callable[[Tensor, Tensor, Tensor | None], HeadLoss | None]
 """Computes a loss from the hidden states (N, D) of all positions, and the weight (V, D) and bias (V,) of the head."""
 
 
@@ -44,24 +47,22 @@ class LinearWithLoss(torch.nn.Linear):
 
     request: Request | None = None
     answer: HeadLoss | None = None
-    transform_is_known = False  # whether the model was seen to do to its logits what its config says
+    fits: bool | None = None  # whether the loss is that of the model's logits; None: the model was not run yet
     gathered_logits: Callable[[Tensor], Tensor] | None = None  # of a head that is sharded over the vocabulary
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.request is None:
+        if self.request is not None:
+            self.answer = self.request(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias)
+        if self.answer is None:
             return (self.gathered_logits or super().forward)(hidden)
-        self.answer = self.request(hidden.reshape(-1, hidden.shape[-1]), self.weight, self.bias)
         loss, columns = self.answer.loss, self.out_features
-        others = loss.new_zeros(columns) if self.transform_is_known else probe_row(columns).to(loss)
+        others = loss.new_zeros(columns) if self.fits else probe_row(columns).to(loss)
         row = torch.cat([loss[None], others[1:]])
         return row.expand(*[1] * (hidden.dim() - 1), -1).clone()  # no view: models may write to their logits
 
 
 PROBE = (-16384.0, 0.0, 1.0, 16384.0)
 """Logits that every half precision holds exactly: what scales, caps or moves logits changes one of them."""
-
-
-REMEDY = "set fused_linear=False, and the logits of the selected rows are computed (or unpatch a model that is patched)"
 
 
 def probe_row(columns: int) -> Tensor:
@@ -97,14 +98,14 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     """Lets `model(**batch)` take a batch of `TrajectoryCollator` and return a `LossOutput`.
 
     Without `rows` among its arguments the model's forward is what it was. With them, the head is computed together
-    with the loss and the logits are never whole, if the head is a plain linear layer; a head of another kind, such as
-    one with a LoRA adapter, gives the logits of the rows.
+    with the loss and the logits are never whole, if the head is a plain linear layer whose logits the model scales or
+    soft-caps as its config says, if at all. Else, as with a LoRA adapter on the head, the logits of the rows are
+    computed; that the model does more to its logits is found, and logged, in its first run.
 
     Args:
         model: any transformers model with output embeddings; its `forward` is replaced on this instance, and a linear
             head becomes a `LinearWithLoss`.
-        fused_linear: False: the logits of the rows for any head, and whatever the model does to them afterwards. The
-            fused head scales and soft-caps them as `logit_transform` reads from the config.
+        fused_linear: False: the logits of the rows for any head.
         loss_settings: passed on to `tabom_kernels`: rank_weight, form, margin, temperature, backend.
     """
     plain_forward = model.forward
@@ -136,7 +137,7 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
         batch = {"labels": labels, "steps": steps, "cu_seqlens": cu_seqlens}
         options = {"token_weights": token_weights, "num_tokens": num_tokens, "num_sequences": num_sequences}
         options |= loss_settings
-        head = model.get_output_embeddings()
+        head, answer = model.get_output_embeddings(), None
         if computes_loss(head):
             if torch.compiler.is_compiling():
                 lengths = None  # numbers would be compiled for
@@ -147,6 +148,7 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
                 return HeadLoss(result.loss, (result, entropy))
 
             answer, _ = loss_in_head(head, of_rows, model.config, plain_forward, inputs)
+        if answer is not None:
             result, entropy = answer.rest
             loss = result._replace(loss=answer.loss)
         else:
@@ -159,8 +161,8 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
 
 
 def computes_loss(head: torch.nn.Module) -> bool:
-    """Whether the head is a `LinearWithLoss` itself: adapters hide it, and offloading replaces its forward."""
-    return isinstance(head, LinearWithLoss) and "forward" not in vars(head)
+    """Whether the head is a `LinearWithLoss` that fits: adapters hide it, and offloading replaces its forward."""
+    return isinstance(head, LinearWithLoss) and head.fits is not False and "forward" not in vars(head)
 
 
 def loss_in_head(
@@ -169,58 +171,71 @@ def loss_in_head(
     config: PreTrainedConfig,
     forward: Callable[..., ModelOutput],
     inputs: dict[str, Any],
-) -> tuple[HeadLoss, ModelOutput]:
+) -> tuple[HeadLoss | None, ModelOutput]:
     """Runs the model with a head that answers a request; its answer, and the output of the model, without logits.
 
     The loss leaves the head by the side, in the fp32 that it was computed in, as wrappers (FSDP2's mixed precision)
     cast what a module returns. What the head returns, once it is through the model, tells what the model does to its
     logits; and it keeps a gradient of zero flowing through the wrappers, whose backward hooks sit there.
 
-    Raises:
-        ValueError: the model does something else to its logits than its config says, or does not compute them from
-            one hidden state a position in its head, and the loss would miss it.
+    There is no answer from a model that does something else to its logits than its config says, or does not compute
+    them from one hidden state a position in its head. Its head is never asked again.
     """
     columns = getattr(config.get_text_config(), "unpadded_vocab_size", None)  # Inkling cuts off the logits behind them
     positions = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"].shape[:2].numel()
 
-    def checked_request(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss:
+    def of_positions(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss | None:
         if len(hidden) != positions:
-            raise ValueError(f"the head of this model sees {len(hidden)} rows for {positions} positions: {REMEDY}")
+            return None  # as ProphetNet's, which predicts several tokens at a position
         if columns is not None:
             weight, bias = weight[:columns], None if bias is None else bias[:columns]
         return request(hidden, weight, bias)
 
-    head.request = checked_request
+    head.request = of_positions
     try:
         output = forward(**inputs)
         answer = head.answer
     finally:
         head.request = head.answer = None
-    if answer is None:
-        raise ValueError(f"this model computes its logits without calling its output embeddings: {REMEDY}")
-    if not head.transform_is_known:
-        check_probe(output.logits.flatten(), probe_row(head.out_features)[:columns], logit_transform(config))
-        if not torch.compiler.is_compiling() and has_parameters_between(output.logits, answer.loss):
-            raise ValueError(f"this model changes its logits after the head by parameters that are trained: {REMEDY}")
-        head.transform_is_known = torch.is_grad_enabled()
+    if head.fits is None:
+        probe, is_traced = probe_row(head.out_features)[:columns], torch.compiler.is_compiling()
+        head.fits = fits_the_loss(config, answer, output.logits, probe, is_traced)
+    if head.fits is False:
+        return None, output
     loss = answer.loss + 0 * output.logits.flatten()[0]
     return answer._replace(loss=loss), type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 
 @torch.compiler.disable
-def check_probe(logits: Tensor, probe: Tensor, transform: dict[str, float | None]) -> None:
-    """Compares values on the host, which waits for the device: once for a model is enough.
+def fits_the_loss(
+    config: PreTrainedConfig, answer: HeadLoss | None, logits: Tensor, probe: Tensor, is_traced: bool
+) -> bool | None:
+    """Whether a model did to its logits what its config says; None: so far, but without a graph more cannot be seen.
+
+    Compares values on the host, which waits for the device: once for a model is enough.
+    """
+    transform = logit_transform(config)
+    if answer is None:
+        problem = "its output embeddings are not called with one hidden state a position"
+    elif not is_transformed(logits, probe, transform):
+        problem = f"the model changes them after its head, and not as its config says: {transform}"
+    elif not is_traced and has_parameters_between(logits, answer.loss):
+        problem = "the model changes them after its head by parameters that are trained"
+    else:
+        return True if torch.is_grad_enabled() else None
+    logger.warning("%s: the loss is computed from logits, and not in the head: %s", config.model_type, problem)
+    return False
+
+
+def is_transformed(logits: Tensor, probe: Tensor, transform: dict[str, float | None]) -> bool:
+    """Whether the row that left the head has come through the model as the transform says, but for the loss in it.
 
     Models compute in the dtype of their logits: untouched ones are exact, others are rounded a few times.
     """
     expected = reference.transformed(probe.double(), transform["logit_scale"], transform["softcap"])
     tolerance = 0.0 if torch.equal(expected, probe.double()) else 2 * torch.finfo(logits.dtype).eps
-    found = logits.detach().cpu().double()
-    if found.shape != expected.shape or not torch.allclose(found[1:], expected[1:], rtol=tolerance, atol=0.0):
-        raise ValueError(
-            f"this model changes its logits after the head, {len(probe)} of them, {probe[1:5].tolist()}..., to "
-            f"{len(found)}, {found[1:5].tolist()}..., where its config says {transform}: {REMEDY}"
-        )
+    found = logits.detach().flatten().cpu().double()
+    return found.shape == expected.shape and torch.allclose(found[1:], expected[1:], rtol=tolerance, atol=0.0)
 
 
 def has_parameters_between(logits: Tensor, loss: Tensor) -> bool:

@@ -29,6 +29,9 @@ def patch(model: PreTrainedModel) -> PreTrainedModel:
     already stand where their logits are; and `token_weights` (B, L), which scale the cross-entropy of the label at the
     same place (NELBO's 1/t), in evaluation mode too.
 
+    A model that changes its logits after the head in a way that its config does not say keeps its own loss, which is
+    found, and logged, when it is first run with labels.
+
     It lives here, and not in `tabom_kernels`, because it knows transformers: what a model does to its logits, and
     which loss it means. The model's class is replaced, not its `forward`, so that copies and wrappers stay whole.
 
@@ -96,17 +99,20 @@ def with_fused_loss(plain: type[PreTrainedModel], shift: bool | None) -> type[Pr
         head = self.get_output_embeddings()
         if labels is None or not (self.training or weights is not None):
             return plain.forward(self, *args, **kwargs)
-        if not computes_loss(head):
-            if weights is not None:
-                raise ValueError(f"token_weights: the head of this {plain.__name__} no longer computes the loss")
-            return plain.forward(self, *args, **kwargs)
-        if shift is None and kwargs.get("shift_labels") is None:
-            raise ValueError(
-                f"labels: {plain.__name__} computes its loss in code of its own, which may shift the labels or not: "
-                "pass shift_labels too, labels that stand where their logits are"
-            )
-        names = list(signature(plain.forward).parameters)[1:]
-        return forward_with_loss(self, plain, head, shift, weights, **dict(zip(names, args, strict=False)), **kwargs)
+        if computes_loss(head):
+            if shift is None and kwargs.get("shift_labels") is None:
+                raise ValueError(
+                    f"labels: {plain.__name__} computes its loss in code of its own, which may shift the labels or "
+                    "not: pass shift_labels too, labels that stand where their logits are"
+                )
+            names = list(signature(plain.forward).parameters)[1:]
+            positional = dict(zip(names, args, strict=False))
+            output = forward_with_loss(self, plain, head, shift, weights, **positional, **kwargs)
+            if output is not None:
+                return output
+        if weights is not None:
+            raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
+        return plain.forward(self, *args, **kwargs)
 
     return type(plain.__name__, (plain,), {"forward": forward, "plain_class": plain, "__module__": plain.__module__})
 
@@ -123,8 +129,8 @@ def forward_with_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     **inputs: Any,
-) -> ModelOutput:
-    """The output of the plain forward with the loss, and without the logits."""
+) -> ModelOutput | None:
+    """The output of the plain forward with the loss, and without the logits; None if its head does not fit."""
     targets = labels if shift_labels is None else shift_labels
     if shift_labels is None and shift:
         targets, token_weights = (
@@ -150,6 +156,8 @@ def forward_with_loss(
         return HeadLoss(loss)
 
     answer, output = loss_in_head(head, of_rows, model.config, lambda **inputs: plain.forward(model, **inputs), inputs)
+    if answer is None:
+        return None
     output["loss"] = answer.loss
     if output.get("aux_loss") is not None:  # mixtures of experts add it to the loss of their labels
         output["loss"] = answer.loss + model.router_aux_loss_coef * output["aux_loss"].to(answer.loss.device)

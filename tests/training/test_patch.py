@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     CohereConfig,
     CohereForCausalLM,
+    EsmConfig,
+    EsmForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -99,7 +101,7 @@ def test_shifted_labels_and_token_weights(rng):
     torch.testing.assert_close(patched(**batch, **options).loss, expected)
     patched.lm_head.__class__ = torch.nn.Linear
     with pytest.raises(
-        ValueError, match="token_weights: the head of this LlamaForCausalLM no longer computes the loss"
+        ValueError, match="token_weights: the head of this LlamaForCausalLM does not compute the loss"
     ):
         patched(**batch, **options)
 
@@ -198,3 +200,17 @@ def test_what_cannot_be_patched_is_refused():
         patch(model)
     with pytest.raises(ValueError, match=r"head of this BertForSequenceClassification is .*NoneType"):
         patch(BertForSequenceClassification(BertConfig(**BERT_SIZES)))
+
+
+def test_a_model_whose_head_does_not_fit_keeps_its_own_loss(rng, caplog):
+    config = EsmConfig(**BERT_SIZES, mask_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, batch = EsmForMaskedLM(config).train(), draw_batch()
+    expected, expected_grads = loss_and_gradients(copy.deepcopy(model), **batch)
+    patch(model)
+    for _ in range(2):
+        output, grads = loss_and_gradients(model, **batch)
+        torch.testing.assert_close((output.loss, grads), (expected.loss, expected_grads))
+        assert grads["lm_head.bias"].any()
+    assert caplog.text.count("the loss is computed from logits, and not in the head") == 1
+    with pytest.raises(ValueError, match="token_weights: the head of this EsmForMaskedLM does not compute the loss"):
+        model(**batch, token_weights=torch.ones(batch["labels"].shape))
