@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks.measure import environment, write_json
 from tabom import patch
-from tabom.training.forward import add_loss_to_forward
+from tabom.training.forward import add_loss_to_forward, computes_loss
 from tabom_kernels import tabom_loss
 
 SEQUENCES, LENGTH, SELECTED = 2, 16, 6
@@ -95,6 +95,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """By model type, what sizes alone do not make whole."""
+
+
+FROM_LOGITS = "same, from its logits"
+"""How a class fares whose head does not fit the fused loss."""
 
 
 class NotTried(Exception):
@@ -166,14 +170,16 @@ def difference(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, 
 
 
 def outcome(compute: Callable[[], str | None]) -> str:
-    """`same`, what differs, or the error that refuses the model."""
+    """`same`, in one way or the other, what differs, or the error that refuses the model."""
     try:
         problem = compute()
     except ValueError as error:
         return f"refused: {error}"
     except RuntimeError as error:
         problem = str(error)
-    return "same" if problem is None else f"WRONG: {problem}"
+    if problem is not None and problem != FROM_LOGITS:
+        return f"WRONG: {problem}"
+    return problem or "same"
 
 
 def draw_batch() -> dict[str, Tensor]:
@@ -212,16 +218,24 @@ def judge(name: str) -> dict[str, str]:
     except Exception as error:  # of any kind: it is not ours
         raise NotTried(f"{type(error).__name__}: {error}") from error
 
-    def in_trainer(fused_linear: bool) -> str | None:
+    def from_logits(model: PreTrainedModel) -> str | None:
+        return None if computes_loss(model.get_output_embeddings()) else FROM_LOGITS
+
+    def fused() -> str | None:
         model = build(name)
-        add_loss_to_forward(model, **LOSS, fused_linear=fused_linear)
+        add_loss_to_forward(model, **LOSS)
+        return difference(loss_and_gradients(model, run(model, **batch).loss), expected) or from_logits(model)
+
+    def of_rows() -> str | None:
+        model = build(name)
+        add_loss_to_forward(model, **LOSS, fused_linear=False)
         return difference(loss_and_gradients(model, run(model, **batch).loss), expected)
 
     def patched(**more: Tensor) -> str | None:
-        return difference(with_loss(patch(build(name)), **more), own)
+        model = patch(build(name))
+        return difference(with_loss(model, **more), own) or from_logits(model)
 
-    found = {"fused": outcome(lambda: in_trainer(True)), "rows": outcome(lambda: in_trainer(False))}
-    found["patched"] = outcome(patched)
+    found = {"fused": outcome(fused), "rows": outcome(of_rows), "patched": outcome(patched)}
     if "shift_labels" in found["patched"]:
         found["patched, with shift_labels"] = outcome(lambda: patched(shift_labels=labels))
     return found
