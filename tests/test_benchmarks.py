@@ -323,13 +323,13 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 
 def test_heads_judges_models_by_their_own_logits_and_loss(monkeypatch):
-    """One of each kind: a scale, a soft-cap and padding, a loss of its own code, a head that is refused."""
+    """One of each kind: a scale, a soft-cap and padding, a loss of its own code, a head that does not fit."""
     names = ("CohereForCausalLM", "Inkling2ForCausalLM", "BartForCausalLM", "EsmForMaskedLM")
     cohere, inkling, bart, esm = map(heads.judge_in_time, names)
     assert cohere == inkling == {"fused": "same", "rows": "same", "patched": "same"}
     assert bart["patched"].startswith("refused: labels: ") and bart["patched, with shift_labels"] == "same"
-    assert esm["fused"].startswith("refused: ") and esm["rows"] == "same"
-    monkeypatch.setattr("tabom.training.forward.check_probe", lambda *_: None)
+    assert esm == {"fused": "same, from its logits", "rows": "same", "patched": "same, from its logits"}
+    monkeypatch.setattr("tabom.training.forward.is_transformed", lambda *_: True)
     monkeypatch.setattr("tabom.training.forward.logit_transform", lambda _: {"logit_scale": 1.0, "softcap": None})
     assert heads.judge_in_time("CohereForCausalLM")["fused"].startswith("WRONG: loss")
     assert heads.judge_in_time("GitForCausalLM").keys() == {"not tried"}
@@ -339,15 +339,16 @@ def test_what_the_page_on_the_loss_says_of_models_is_what_the_json_says():
     record = json.loads(Path("benchmarks/results/heads.json").read_text())
     page = " ".join(Path("docs/loss.md").read_text().split())
     count, models = record["counts"], record["models"]
-    assert count == heads.counts(models) and count["rows"] == count["tried"], "the remedy helps all that are refused"
+    assert count == heads.counts(models) and count["rows"] == count["tried"]
     assert not any("WRONG" in answer for found in models.values() for answer in found.values())
     for words in (
         f"With transformers {record['transformers']}, of {count['classes']} classes: - {count['tried']} are tried.",
-        f"{count['fused']} train fused.",
+        f"{count['fused']} train fused, and the others from the logits of the rows: ",
         f"{count['patched']} have their own loss under `patch`, and {count['patched, with shift_labels']} more",
     ):
         assert words in page
-    refused = [name for name, found in models.items() if found.get("fused", "same") != "same"]
-    assert ", ".join(f"`{name}`" for name in sorted(refused)) in page
+    others = [name for name, found in models.items() if found.get("fused") == heads.FROM_LOGITS]
+    assert count["fused"] + len(others) == count["tried"]
+    assert f"from the logits of the rows: {', '.join(f'`{name}`' for name in sorted(others))}." in page
     conditional = [name for name, found in models.items() if "'ForConditionalGeneration'" in found.get("patched", "")]
     assert f"{len(conditional)} whose loss is that of a" in page
