@@ -34,10 +34,9 @@ triton-newest: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --upgrade --no-deps --target .triton-newest triton
 
 # The kernels as they were before base 2: `gpu-first` times them beside today's.
-old-kernels:
-	rm -rf .old-kernels
-	mkdir .old-kernels
-	git archive $(BEFORE_BASE_2) tabom_kernels | tar -x -C .old-kernels
+old-kernels: .old-kernels
+.old-kernels:
+	git archive --prefix=$@/ $(BEFORE_BASE_2) tabom_kernels | tar -x
 
 # These run on the machine's own Python, whose torch sees the GPU: nothing is installed. `gpu` stays under ten minutes.
 gpu:

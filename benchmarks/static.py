@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,9 +50,27 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Figures(NamedTuple):
-    """Of one kernel on one architecture. Per element is of the kernels that read a chunk of the vocabulary.
+class Instruction(NamedTuple):
+    """Of the machine code; where it may jump to, an index, and whether it may also not."""
 
+    opcode: str
+    target: int | None
+    falls_through: bool
+
+    @property
+    def loaded_bytes(self) -> int:
+        """From global memory, by a thread."""
+        if not self.opcode.startswith("LDG"):
+            return 0
+        width = re.search(r"\.[US]?(8|16|64|128)\b", self.opcode)
+        return int(width[1]) // 8 if width else 4
+
+
+class Figures(NamedTuple):
+    """Of one kernel on one architecture.
+
+    Instructions are all of the code. What follows them is of the kernels that read a chunk of the vocabulary, and of
+    the shortest way through the code that reads all of it: what is done for a chunk with nothing special in it.
     Wide loads bring 128 bits: a share of the chunk's bytes. Narrow stores are those of less, of what writes a chunk.
     """
 
@@ -177,12 +195,12 @@ def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures
         cubin.flush()
         sass = run_tool("nvdisasm", "-c", cubin.name)
         resources = run_tool("cuobjdump", "-res-usage", cubin.name)
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-    count = Counter(code)
-    instructions = len(code) - count["NOP"]
+    code = read_code(sass)
+    everything = Counter(instruction.opcode for instruction in code)
     threads = 32 * launch.options["num_warps"]
     chunk = launch.arguments["CHUNK"] if "ALIGNMENT" in launch.arguments else None
     itemsize = {"bfloat16": 2, "float32": 4}[dtype]
+    count = shortest_way(code, chunk * itemsize // threads) if chunk else everything
     wide_loads, wide_stores, stores = (
         sum(n for op, n in count.items() if op.startswith(kind) and op.endswith(width))
         for kind, width in (("LDG", ".128"), ("STG", ".128"), ("STG", ""))
@@ -193,14 +211,53 @@ def measure(name: str, dtype: str, launch: Launch, architecture: int) -> Figures
         dtype,
         f"sm_{architecture}",
         registers=int(re.search(r"REG:(\d+)", resources)[1]),
-        spills=sum(n for op, n in count.items() if op.startswith(("LDL", "STL"))),
+        spills=sum(n for op, n in everything.items() if op.startswith(("LDL", "STL"))),
         shared_bytes=compiled.metadata.shared,
-        instructions=instructions,
-        per_element=chunk and instructions * threads / chunk,
+        instructions=everything.total(),
+        per_element=chunk and count.total() * threads / chunk,
         ex2_per_element=chunk and count["MUFU.EX2"] * threads / chunk,
         wide_loads=chunk and wide_loads * 16 * threads / (chunk * itemsize),
         narrow_stores=stores - wide_stores if "out" in launch.arguments else None,
     )
+
+
+def read_code(sass: str) -> list[Instruction]:
+    """What nvdisasm prints of one kernel, without its padding."""
+    lines = re.findall(r"^(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)([^;]*);", sass, re.MULTILINE)
+    labels, found = {}, []
+    for label, guard, opcode, operands in lines:
+        if label:
+            labels[label] = len(found)
+        elif opcode != "NOP":
+            found.append((guard, opcode, operands))
+    code = []
+    for guard, opcode, operands in found:
+        jump = re.match(r"\s*(.*?)`\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
+        always = not guard and (opcode == "EXIT" or (jump is not None and not jump[1]))
+        code.append(Instruction(opcode, labels[jump[2]] if jump else None, not always))
+    return code
+
+
+def shortest_way(code: list[Instruction], needed_bytes: int) -> Counter[str]:
+    """The opcodes on the shortest way from the first instruction to an end that loads so many bytes."""
+    found: Counter[str] = Counter()
+    state = (0, 0)  # an instruction, and the bytes that are loaded before it
+    came_from, waiting = {state: None}, deque([state])
+    while True:
+        state = place, loaded = waiting.popleft()
+        instruction = code[place]
+        loaded = min(loaded + instruction.loaded_bytes, needed_bytes)
+        if instruction.opcode == "EXIT" and loaded == needed_bytes:
+            break
+        following = [instruction.target, place + 1 if instruction.falls_through else None]
+        for reached in ((target, loaded) for target in following if target is not None):
+            if reached not in came_from:
+                came_from[reached] = state
+                waiting.append(reached)
+    while state is not None:
+        found[code[state[0]].opcode] += 1
+        state = came_from[state]
+    return found
 
 
 def run_tool(name: str, *arguments: str) -> str:

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import busy, engine, heads, kernels, loss, pictures, sampler, scaling, trainer
+from benchmarks import busy, engine, heads, kernels, loss, pictures, sampler, scaling, static, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
 from tabom.sampling.sampler import SamplerConfig
@@ -23,14 +24,14 @@ CPU = torch.device("cpu")
 NEWEST_TRITON = Path(".triton-newest")
 
 INSTRUCTIONS_A_LOGIT = {
-    "statistics": 10.7,
-    "gradient": 10.1,
+    "statistics": 8.8,
+    "gradient": 8.9,
     "unmask greedy": 11.8,
-    "unmask sampled": 17.4,
+    "unmask sampled": 17.2,
     "masses top-k": 52,
     "masses top-p": 85,
 }
-"""At most, in bf16, on every architecture and version of Triton."""
+"""At most, in bf16, on every architecture and version of Triton, for a chunk with nothing special in it."""
 
 
 @pytest.fixture(scope="module", params=["pinned", "newest"])
@@ -81,11 +82,40 @@ def test_the_hot_path_compiles_as_it_must(static_table):
         if row["kernel"] in INSTRUCTIONS_A_LOGIT:
             training = row["kernel"] in ("statistics", "gradient")
             exponentials = 2.1 if row["kernel"] == "unmask sampled" else 1.3
-            assert row["wide loads"] == "1.00" and row["narrow stores"] in ("", "1"), row  # that of the label's column
+            assert row["wide loads"] == "1.00" and row["narrow stores"] in ("", "0"), row
             assert float(row["ex2 per element"]) < exponentials, row
             assert not training or int(row["registers"]) <= 128, row  # four programs on a multiprocessor
             if row["dtype"] == "bfloat16":
                 assert float(row["per element"]) <= INSTRUCTIONS_A_LOGIT[row["kernel"]], row
+
+
+SASS = """
+.text.kernel:
+        /*0000*/              @!P0 BRA P1, `(.L_x_1)      ?trans5;
+        /*0010*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P2 BRA `(.L_x_0) ;
+        /*0030*/                   FADD R4, R4, R4 ;
+        /*0040*/                   FADD R4, R4, R4 ;
+.L_x_0:
+        /*0050*/              @!P3 EXIT ;
+        /*0060*/                   MUFU.EX2 R4, R4 ;
+.L_x_1:
+        /*0070*/                   LDG.E.U16 R6, desc[UR4][R2.64] ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+        /*00a0*/                   NOP;
+"""
+
+
+@pytest.mark.parametrize(
+    "needed, way",
+    [(2, "BRA LDG.E.U16 EXIT"), (8, "BRA LDG.E.64 BRA EXIT"), (10, "BRA LDG.E.64 BRA EXIT MUFU.EX2 LDG.E.U16 EXIT")],
+)
+def test_instructions_are_those_of_the_shortest_way_that_loads_enough(needed, way):
+    code = static.read_code(SASS)
+    assert len(code) == 10
+    assert static.shortest_way(code, needed) == Counter(way.split())
 
 
 def test_the_time_of_the_host_needs_no_gpu():

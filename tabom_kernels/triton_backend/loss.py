@@ -135,7 +135,7 @@ def weighted_loss(
     if rank_weight is not None:
         steps, cu_seqlens = steps.contiguous(), cu_seqlens.contiguous()
         sums = row_sums(entropy, steps, cu_seqlens, form, margin, temperature)
-        grad_entropy, ranking, tiles = torch.empty_like(entropy), (steps, cu_seqlens, *sums), len(sums.loss)
+        grad_entropy, ranking, tiles = torch.empty_like(entropy), (steps, cu_seqlens, *sums), sums.loss.shape[0]
     weighted_loss_kernel[(1,)](
         cross_entropy,
         labels,

@@ -296,9 +296,7 @@ def row_sums(
     rows, sequences = entropy.shape[0], cu_seqlens.shape[0] - 1
     tiles = 1 if form == "plackett_luce" else pair_tiles(rows)
     loss, grad_entropy, grad_temperature = (entropy.new_empty(tiles, rows) for _ in range(3))
-    sums = RowSums(
-        loss, torch.empty(tiles, rows, dtype=torch.int32, device=entropy.device), grad_entropy, grad_temperature
-    )
+    sums = RowSums(loss, entropy.new_empty((tiles, rows), dtype=torch.int32), grad_entropy, grad_temperature)
     inputs = (entropy, steps, cu_seqlens, setting(temperature))
     launch = {"BLOCK": PAIR_BLOCK, **options(PAIR_WARPS)}
     if rows and form == "plackett_luce":
@@ -332,7 +330,7 @@ def trajectory_rank_loss(
             rows,
             sequences,
             PER_ROW=form == "plackett_luce",
-            TILES=len(sums.loss),
+            TILES=sums.loss.shape[0],
             BLOCK=PAIR_BLOCK,
             **options(PAIR_WARPS),
         )

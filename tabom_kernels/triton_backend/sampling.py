@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tabom_kernels import noise
+from tabom_kernels.torch_backend import ceil_div
 from tabom_kernels.triton_backend.launch import (
     CHUNK_WARPS,
     DRAW_WARPS,
@@ -42,7 +43,8 @@ from tabom_kernels.triton_backend.vocabulary import (
     load_logits,
     log1p,
     merge_chunks,
-    sums_without_the_best,
+    sums_by_lane,
+    without_the_best,
 )
 
 GOLDEN_GAMMA = tl.constexpr(noise.GOLDEN_GAMMA % 2**64)
@@ -104,7 +106,8 @@ def unmask_kernel(
     run = LANES * tl.arange(0, STEPS)[:, None] + lane[None, :]
     winner = tl.min(tl.min(tl.where(best_of_run == m, run, LANES * STEPS - 1), 0)) % LANES
     w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
-    rest, U = sums_without_the_best(z, w, w == m, m, winner, LANES)
+    S_of_lane, U_of_lane = sums_by_lane(z, m, LANES, True)
+    rest, U = without_the_best(S_of_lane, U_of_lane, w, w == m, m, winner, LANES)
     token = tl.min(tl.where(w == m, column_of_w, COLUMNS))
     others = tl.maximum(
         tl.where(column_of_w == token, -float("inf"), w), tl.where(lane == winner, -float("inf"), best_of_lane)
@@ -359,7 +362,7 @@ def unmask_statistics(
     if rows == 0:
         return token, probability, margin, entropy
     blocks = chunking(logits)
-    chunks, segments = blocks["CHUNKS"], triton.cdiv(columns, noise.SEGMENT)
+    chunks, segments = blocks["CHUNKS"], ceil_div(columns, noise.SEGMENT)
     weights = thresholds = None
     if keys is not None:
         weights = logits.new_empty((rows, segments), dtype=torch.float32)

@@ -12,7 +12,9 @@ A second, tiny launch merges the chunks of each row, always in the same order: w
     E = log1p(S') - log 2 * U / (1 + S')        ce = log1p(S') - (z_label - m)
 
 where the 1 of the best chunk is left out, not subtracted: 1 + 1e-12 is 1 in fp32, and rows as certain as that are what
-a sampler has to put in order.
+a sampler has to put in order. A chunk leaves it out only where that matters, where its best logit has more than half
+of its mass: else S' = S - 1 loses nothing, and the chunk is done in one sweep. That sweep leaves out the clamp of -inf
+as well, whose 0 * -inf shows as NaN in U: then the chunk is done again, from the cache, with it.
 
 Logits that are to be scaled or soft-capped are so in registers, as they are read, and never written: it costs
 instructions and no pass over the memory. Which logit is the best is decided before, as both rise with the logit.
@@ -51,6 +53,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 FAR = tl.constexpr(2.0**29)
 """From here on neighbouring fp32 numbers are 64 apart, and c is off by as much: the base no longer matters."""
 
+PADDING = tl.constexpr(-60000.0)
+"""What columns beyond the last are read as: finite in every dtype, and without a part in any ordinary chunk."""
+
+ORDINARY = tl.constexpr(30000.0)
+"""So far from 0 the maximum of a chunk may be for one sweep to do."""
+
 
 @triton.jit
 def interpreted_exp2(x):
@@ -75,6 +83,22 @@ def interpreted_tanh(x):
 
 
 @triton.jit
+def interpreted_sum_both(S, U, axis: tl.constexpr):
+    return tl.sum(S, axis), tl.sum(U, axis)
+
+
+@triton.jit
+def add_both(S, U, other_S, other_U):
+    return S + other_S, U + other_U
+
+
+@triton.jit
+def sum_both_on_gpu(S, U, axis: tl.constexpr):
+    """In one reduction: the terms of one do not wait in registers for the other, and warps meet once."""
+    return tl.reduce((S, U), axis, add_both)
+
+
+@triton.jit
 def widen_on_gpu(x):
     """fp32 of logits of any dtype; a pair of bf16 takes two instructions, not the compiler's three."""
     if x.dtype == tl.bfloat16:
@@ -85,10 +109,11 @@ def widen_on_gpu(x):
 
 
 # libdevice's exp2 flushes denormal results to 0, which saves three instructions a logit. The interpreter has no
-# libdevice and no assembly, and its fma rounds twice.
+# libdevice and no assembly, its fma rounds twice, and its reductions by a function take a loop of Python.
 INTERPRETED = triton.knobs.runtime.interpret
 exp2 = interpreted_exp2 if INTERPRETED else libdevice.exp2
 fma = interpreted_fma if INTERPRETED else tl.fma
+sum_both = interpreted_sum_both if INTERPRETED else sum_both_on_gpu
 widen = interpreted_widen if INTERPRETED else widen_on_gpu
 tanh = interpreted_tanh if INTERPRETED else libdevice.tanh
 
@@ -176,24 +201,42 @@ def load_lane(
 
 
 @triton.jit
-def sums_without_the_best(z, w, is_best, m, winner, LANES: tl.constexpr):
-    """S' and U of a chunk of logits z with the maximum m, of which `winner` is a lane that holds it, w its logits.
+def sums_by_lane(z, m, LANES: tl.constexpr, CLAMPED: tl.constexpr):
+    """(LANES,) sums of p = 2^t and of p * t over logits z, whose maximum is m; a logit of -inf needs CLAMPED."""
+    scale, c, _ = base_of(m)
+    t = bits(z, scale, c) if CLAMPED else fma(z, scale, -c)
+    p = exp2(t)
+    S, U = sum_both(p, p * t, 1)
+    return sum_both(by_lane(S, LANES), by_lane(U, LANES), 0)
+
+
+@triton.jit
+def without_the_best(S, U, w, is_best, m, winner, LANES: tl.constexpr):
+    """S' and U of a chunk from its sums by lane, of which `winner` is one that holds the maximum m, w its logits.
 
     The sums of the other lanes are added up, and that lane is added without its best.
     """
     scale, c, residual = base_of(m)
-    t = bits(z, scale, c)
-    p = exp2(t)
     is_winner = tl.arange(0, LANES) == winner
-    S = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p, 1), LANES), 0))
-    U = tl.where(is_winner, 0.0, tl.sum(by_lane(tl.sum(p * t, 1), LANES), 0))
     t = bits(w, scale, c)
     p = tl.where(is_best, 0.0, exp2(t))
-    S = tl.sum(S + p)
-    U = tl.sum(U + p * t)
-    ties = tl.sum(tl.where(is_best, 1.0, 0.0)) - 1.0
+    S, U = sum_both(tl.where(is_winner, 0.0, S) + p, tl.where(is_winner, 0.0, U) + p * t, 0)
+    ties = tl.sum(is_best.to(tl.int32)) - 1
     shrink = exp2(-residual)
     return S * shrink + ties, (U - residual * S) * shrink
+
+
+@triton.jit
+def sweep(pointers, inside, padding, logit_scale, softcap, LANES: tl.constexpr, CLAMPED: tl.constexpr):
+    """The best logit of each lane and of all as they are read, the maximum m of all transformed, `sums_by_lane`."""
+    z = widen(tl.load(pointers, inside, other=padding))
+    best_of_lane = tl.max(by_lane(tl.max(z, 1), LANES), 0)
+    best = tl.max(best_of_lane)
+    m = transformed(best, logit_scale, softcap)
+    if logit_scale is not None:
+        z = tl.where(inside, transformed(z, logit_scale, softcap), padding)
+    S, U = sums_by_lane(z, m, LANES, CLAMPED)
+    return best_of_lane, best, m, S, U
 
 
 @triton.jit
@@ -217,19 +260,27 @@ def statistics_kernel(
     first = chunk * CHUNK
     column = columns_of_runs(RUN, CHUNK)
     inside = column < COLUMNS - first
-    z = load_logits(row_start + first.to(tl.int64) * column_stride, column, column_stride, inside)
-    best_of_lane = tl.max(by_lane(tl.max(z, 1), LANES), 0)
-    m = tl.max(best_of_lane)
-    winner = tl.min(tl.where(best_of_lane == m, tl.arange(0, LANES), LANES - 1))
-    w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
-    is_best = w == m
-    if logit_scale is not None:
-        z = tl.where(inside, transformed(z, logit_scale, softcap), -float("inf"))
-        w_is_inside = (tl.arange(0, LANES) < CHUNK // LANES) & (column_of_w < COLUMNS)
-        w = tl.where(w_is_inside, transformed(w, logit_scale, softcap), -float("inf"))
-        m = transformed(m, logit_scale, softcap)
-        is_best = is_best & w_is_inside  # where all are -inf, padding is as good
-    rest, U = sums_without_the_best(z, w, is_best, m, winner, LANES)
+    places = row_start + first.to(tl.int64) * column_stride + column.to(tl.int64) * column_stride
+    transform = logit_scale, softcap
+    best_of_lane, best, m, S_of_lane, U_of_lane = sweep(places, inside, PADDING, *transform, LANES, False)
+    S, U = sum_both(S_of_lane, U_of_lane, 0)
+    _, _, residual = base_of(m)
+    shrink = exp2(-residual)
+    rest = S * shrink - 1.0
+    is_special = (tl.maximum(tl.abs(best), tl.abs(m)) > ORDINARY) | (U != U)
+    U = (U - residual * S) * shrink
+    if is_special | (S < 2.0):
+        if is_special:
+            lowest = -float("inf")
+            best_of_lane, best, m, S_of_lane, U_of_lane = sweep(places, inside, lowest, *transform, LANES, True)
+        winner = tl.min(tl.where(best_of_lane == best, tl.arange(0, LANES), LANES - 1))
+        w, column_of_w = load_lane(row_start, chunk, winner, column_stride, COLUMNS, CHUNK, LANES, RUN)
+        is_best = w == best
+        if logit_scale is not None:
+            w_is_inside = (tl.arange(0, LANES) < CHUNK // LANES) & (column_of_w < COLUMNS)
+            w = tl.where(w_is_inside, transformed(w, logit_scale, softcap), -float("inf"))
+            is_best = is_best & w_is_inside  # where all are -inf, padding is as good
+        rest, U = without_the_best(S_of_lane, U_of_lane, w, is_best, m, winner, LANES)
     partial = partials + row * 3 * CHUNKS + chunk
     tl.store(partial, m)
     tl.store(partial + CHUNKS, rest)
@@ -382,23 +433,27 @@ def gradient_kernel(
         slope = g * LN2 * share
         label -= first
         has_label = (a != 0.0) & (label >= 0) & (label < CHUNK) & (label < COLUMNS - first)
-        z_label = tl.load(start + label * column_stride, has_label, other=0.0).to(tl.float32)
-        z_label = transformed(z_label, logit_scale, softcap)
+        z = widen(tl.load(start + column.to(tl.int64) * column_stride, inside))
+        z_label = 0.0
+        if has_label:
+            z_label = tl.load(start + label * column_stride).to(tl.float32)
+            tl.debug_barrier()  # in place, every thread has read the label's logit before one writes over it
 
-        z = transformed(load_logits(start, column, column_stride, inside), logit_scale, softcap)
+        z = transformed(z, logit_scale, softcap)
         t = bits(z, scale, c)
-        tl.debug_barrier()  # in place, every thread has read the label's logit before one writes over it
         dz = exp2(t) * (at_zero - slope * t)
         if logit_scale is not None:
             dz *= slope_of(z, logit_scale, softcap)
         tl.store(destination, dz.to(out.dtype.element_ty), inside)
         # p - 1 of a certain label is lost when p is rounded: its column is computed by itself and written last.
-        log_p = tl.maximum(z_label - m - log_S, LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
-        dz_label = a * expm1(log_p) - g * tl.exp(log_p) * (log_p + E)
-        if logit_scale is not None:
-            dz_label *= slope_of(z_label, logit_scale, softcap)
-        tl.debug_barrier()
-        tl.store(out_start + label * out_column_stride, dz_label.to(out.dtype.element_ty), has_label)
+        if has_label:
+            z_label = transformed(z_label, logit_scale, softcap)
+            log_p = tl.maximum(z_label - m - log_S, LOWEST_BITS, propagate_nan=tl.PropagateNan.ALL)
+            dz_label = a * expm1(log_p) - g * tl.exp(log_p) * (log_p + E)
+            if logit_scale is not None:
+                dz_label *= slope_of(z_label, logit_scale, softcap)
+            tl.debug_barrier()
+            tl.store(out_start + label * out_column_stride, dz_label.to(out.dtype.element_ty))
 
 
 @on_its_device

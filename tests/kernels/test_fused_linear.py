@@ -198,6 +198,15 @@ def test_transformed_closed_forms_on_values_that_break_losses(rng, backend, valu
     torch.testing.assert_close(out.double(), exact.grad, rtol=close["rtol"], atol=close["atol"] / 5)
 
 
+@pytest.mark.parametrize("lowest, softcap", [(-7e4, None), (-7e4, 80.0), (-torch.inf, 80.0)])
+def test_no_column_beyond_the_last_outdoes_logits_that_are_low_before_they_are_scaled(rng, lowest, softcap):
+    logits, transform = torch.full((2, 9), lowest), LogitTransform(1e-3, softcap)
+    logits[1, 3:] += 100.0
+    exact = reference.transformed(logits.double(), *transform)
+    statistics = closed_forms("triton").vocabulary_statistics(logits, None, -100, transform)
+    torch.testing.assert_close(statistics.entropy.double(), reference.softmax_entropy(exact), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_soft_capped_chunks_of_minus_infinity(rng, backend):
     """There all logits tie at -softcap, and what pads a chunk is not among them."""

@@ -208,6 +208,27 @@ def test_finite_logits_however_low_have_a_softmax(backend, lowest, dtype):
     assert unmask_statistics(logits, backend=backend).token.tolist() == [0, 8999, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_that_are_done_apart_agree_with_those_that_are_not(rng, dtype):
+    """A best of just under and over half of its chunk, ties, -inf, maxima far from 0, and a last chunk all of those."""
+    full = 16384 // dtype.itemsize
+    logits = (gaussian(11, full + 5) - 4).to(dtype)
+    half = math.log(full) - 4 + 0.5  # as much as the others together
+    logits[1:4, 100] = torch.tensor([half - 0.1, half + 0.1, half + 3], dtype=dtype)
+    logits[4, :9], logits[5, full:] = 20.0, 20.0
+    logits[6, 7], logits[7, full:], logits[8, :full] = -torch.inf, -torch.inf, -torch.inf
+    logits[9] *= 2**12
+    logits[10] = torch.finfo(dtype).min
+    labels = torch.arange(full - 6, full + 5)
+    labels[6:9] = torch.tensor([8, 9, full])
+    upstream = torch.randn(2, 11, dtype=torch.float64)
+    exact = run(logits.double(), labels, upstream, backend="reference")
+    ours = run(logits, labels, upstream, backend="triton")
+    for o, e in zip(ours, exact, strict=True):
+        rtol = max(1e-6, 2 * torch.finfo(o.dtype).eps)
+        torch.testing.assert_close(o.double(), e, rtol=rtol, atol=1e-6 if o.dim() == 1 else 1e-7)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("magnitude", [1e5, 1e7, 3e8, 1e9, 1e12, 3e38])
 def test_logits_of_any_magnitude(rng, backend, magnitude):
