@@ -70,4 +70,4 @@ def test_a_model_sharded_by_its_plan_trains_as_a_whole_one(seed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(on_each_rank, (tmp_path, port, seed), 2, start_method="fork")
+    torch.multiprocessing.start_processes(on_each_rank, (tmp_path, port, seed), 2, start_method="spawn")
