@@ -161,4 +161,4 @@ def check_refusals(group):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_slices_have_the_loss_and_gradients_of_the_whole(seed, tmp_path, ranks):
     arguments = (ranks, tmp_path / "store", seed)
-    torch.multiprocessing.start_processes(on_each_rank, arguments, ranks, start_method="fork")
+    torch.multiprocessing.start_processes(on_each_rank, arguments, ranks, start_method="spawn")
