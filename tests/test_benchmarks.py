@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -352,3 +353,32 @@ def test_what_the_page_on_the_loss_says_of_models_is_what_the_json_says():
     assert f"from the logits of the rows: {', '.join(f'`{name}`' for name in sorted(others))}." in page
     conditional = [name for name, found in models.items() if "'ForConditionalGeneration'" in found.get("patched", "")]
     assert f"{len(conditional)} whose loss is that of a" in page
+
+
+AUTHORS = "authors' way"
+
+
+def test_what_readme_says_of_loss_step_and_sampler_is_what_the_json_says():
+    loss_cpu, step, sampling = (
+        json.loads(Path(f"benchmarks/results/{name}-cpu.json").read_text()) for name in ("loss", "trainer", "sampler")
+    )
+    alike = [f for f in loss_cpu["figures"] if (f["shape"]["rows"], f["shape"]["vocabulary"]) == (64, 152064)]
+    seconds = {f["contender"]: f["seconds"]["median"] for f in alike}
+    peaks = {f["contender"]: f["peak_bytes"] for f in alike}
+    than = {name: value / seconds["ours, fused"] for name, value in seconds.items()}
+    by_way = {f["way"]: f["seconds"]["median"] for f in step["figures"]}
+    speeds = [f["tokens_per_second"] for f in sampling["figures"]]
+    tiny, large = np.split(np.divide(speeds[::2], speeds[1::2]), 2)
+    readme = Path("README.md").read_text()
+    for words in (
+        f"{than[AUTHORS]:.0f} times faster than the loss as published with 1/"
+        f"{peaks[AUTHORS] / peaks['ours, fused']:.0f} of its memory, {than['Liger CE + entropy']:.1f} times "
+        f"faster than Liger's op with entropy, {than['torch.compile']:.1f} times than `torch.compile`, "
+        f"{1 / than['two matmuls']:.1f} times the two matmuls",
+        f"{by_way['released'] / by_way['ours, fused']:.1f} times faster than with the released loss, "
+        f"{by_way['reference'] / by_way['ours, fused']:.1f} times than with `reference`",
+        f"{large.min():.1f} to {large.max():.1f} times the tokens a second of a loop that does what Dream's code does; "
+        f"with a vocabulary of 45, {tiny.mean():.1f} times",
+        *(f"at commit {document['commit'].rstrip('+')}" for document in (loss_cpu, step)),
+    ):
+        assert words in readme, words

@@ -100,9 +100,7 @@ def test_shifted_labels_and_token_weights(rng):
     expected = (moved * weights[:, 1:].flatten()).sum() / 7
     torch.testing.assert_close(patched(**batch, **options).loss, expected)
     patched.lm_head.__class__ = torch.nn.Linear
-    with pytest.raises(
-        ValueError, match="token_weights: the head of this LlamaForCausalLM does not compute the loss"
-    ):
+    with pytest.raises(ValueError, match="token_weights: the head of this LlamaForCausalLM does not compute the loss"):
         patched(**batch, **options)
 
 
