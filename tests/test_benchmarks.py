@@ -382,3 +382,15 @@ def test_what_readme_says_of_loss_step_and_sampler_is_what_the_json_says():
         *(f"at commit {document['commit'].rstrip('+')}" for document in (loss_cpu, step)),
     ):
         assert words in readme, words
+
+
+def test_what_rounding_turns_is_counted_and_documents_say_what_the_json_says():
+    counted = engine.near_ties(2)
+    assert {record["model"] for record in counted} == {"the lab's, its tasks", "random weights"}
+    records = json.loads(Path("benchmarks/results/engine-alone-cpu.json").read_text())["answers"]
+    assert engine.near_ties_table(counted).count("\n") == engine.near_ties_table(records).count("\n")
+    assert engine.near_ties_table(records) in Path("benchmarks/NOTES.md").read_text()
+    [ours, batches] = (
+        [r["other_answers"] for r in records if r["contender"] == contender] for contender in engine.CONTENDERS
+    )
+    assert sum(ours) == 0 < sum(batches), "else docs/sampling.md says too much"

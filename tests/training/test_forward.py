@@ -202,6 +202,7 @@ def test_what_the_config_does_not_say_is_seen_and_the_loss_is_that_of_the_logits
 
 def assert_falls_back(build, caplog, reason):
     model, batch = build().eval(), draw_batch()
+    batch["labels"].clamp_(max=40)  # the last logits may be cut off
     add_loss_to_forward(model, **LOSS)
     caplog.clear()
     losses = [model(**batch).loss.item() for _ in range(2)]
