@@ -89,8 +89,8 @@ class TabomConfig(TrainingArguments):
     fused_linear: bool = field(
         default=True,
         metadata={
-            "help": "Compute the head together with the loss and never hold its logits. False for a model that does to "
-            "its logits what its config does not say."
+            "help": "Compute the head together with the loss and never hold its logits, where the head allows it. "
+            "False: the logits of the selected rows."
         },
     )
     eval_prompts: str | None = field(
