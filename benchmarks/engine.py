@@ -1,26 +1,24 @@
 """What decoding costs in the engine, exact and with caches, beside the plain loop of fixed batches and its peers.
 
-    python -m benchmarks.engine [--large | --caches | --alone]
+    python -m benchmarks.engine [--large | --caches]
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
 dLLM's sampler does, and one that does what Dream's code does. The steps of the peers all cost the same, and so
 do the blocks of the plain loop: the first are timed, and count for all. The lab's model, and one layer for more prompts
 and other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
-answers; `--alone`: how often an answer is not the one that its prompt gets alone, as rounding turns near ties. On a CPU
-seconds are of processor time, which other processes of a shared machine change least. Writes
-benchmarks/results/engine-<device>.json, or engine-large-, engine-caches- and engine-alone-.
+answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
+benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
 """
 
 import argparse
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -353,76 +351,6 @@ def fidelity(count: int) -> list[dict[str, Any]]:
     return records
 
 
-CONTENDERS = ("engine", "denoise in batches of 16")
-
-
-class Case(NamedTuple):
-    """Prompts that a model answers."""
-
-    name: str
-    model: DiffusionModel
-    prompts: list[list[int]]
-    config: SamplerConfig
-
-
-def cases(count: int, dtype: torch.dtype, temperature: float) -> Iterator[Case]:
-    """The lab's model on its tasks, and random weights, whose logits have many near ties, on prompts of any length."""
-    model = load(BASE_PATH, dtype=dtype)
-    for task_name, block in TASKS:
-        task = make_task(task_name)
-        prompts = [encode_prompt(model.tokenizer, prompt) for prompt in task.prompt_set(count, "test", 0).prompts]
-        settings = {"max_new_tokens": task.response_length, "block_length": block}
-        yield Case("the lab's, its tasks", model, prompts, SamplerConfig(**settings, temperature=temperature))
-    model = tiny_dream(num_hidden_layers=4)
-    model.model.to(dtype)
-    prompts = [prompt for prompt, _ in asked_of(count, "wide")]
-    yield Case("random weights", model, prompts, SamplerConfig(max_new_tokens=BLOCK, temperature=temperature))
-
-
-def near_ties(count: int) -> list[dict[str, Any]]:
-    """How many answers, tokens and steps, are not those that `denoise` gives their prompts alone.
-
-    Those of the engine, and of `denoise` itself in batches of 16.
-    """
-    records = []
-    for dtype, temperature in product((torch.float32, torch.bfloat16), (0.0, 1.0)):
-        for name, model, prompts, config in cases(count, dtype, temperature):
-            alone, batched = (
-                [answer for group in in_groups(prompts, size) for answer in decoded(model, group, config)]
-                for size in (1, 16)
-            )
-            record = {"model": name, "dtype": str(dtype).removeprefix("torch."), "temperature": temperature}
-            record |= {"prompts": len(prompts), "length": config.max_new_tokens}
-            for contender, answers in zip(CONTENDERS, (sample(model, prompts, config), batched), strict=True):
-                others = sum(
-                    (a.token_ids, a.decoding_order) != (b.token_ids, b.decoding_order)
-                    for a, b in zip(answers, alone, strict=True)
-                )
-                records.append(record | {"contender": contender, "other_answers": others})
-    return records
-
-
-def decoded(model: DiffusionModel, prompts: list[list[int]], config: SamplerConfig) -> list[Completion]:
-    """What `denoise` makes of a batch."""
-    *_, state = denoise(model, prompts, config.max_new_tokens, config)
-    return [Completion(*row, 0) for row in zip(*(values.tolist() for values in state[:3]), strict=True)]
-
-
-def near_ties_table(records: list[dict[str, Any]]) -> str:
-    """Answers that are others, a line for each model, dtype and temperature."""
-    lines = ["| | answers | engine | `denoise` in batches of 16 |", "| --- | ---: | ---: | ---: |"]
-    kinds: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        kinds[record["model"], record["dtype"], record["temperature"]].append(record)
-    for (model, dtype, temperature), alike in sorted(kinds.items(), reverse=True):
-        how = f"temperature {temperature:g}" if temperature else "greedy"
-        others = {name: sum(r["other_answers"] for r in alike if r["contender"] == name) for name in CONTENDERS}
-        answers = sum(record["prompts"] for record in alike) // len(CONTENDERS)
-        counts = " | ".join(map(str, [answers, *others.values()]))
-        lines.append(f"| {model}, {dtype}, {how} | {counts} |")
-    return "\n".join(lines)
-
-
 def costs_table(records: list[dict[str, Any]]) -> str:
     """Positions, time and memory of each contender, and how many times fewer and faster than the plain loop."""
     lines = [
@@ -487,12 +415,11 @@ def large_costs() -> Iterator[list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """One of the four measurements."""
+    """One of the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--large", action="store_true", help="four layers under Dream's vocabulary")
     what.add_argument("--caches", action="store_true", help="what caches change of the lab model's answers")
-    what.add_argument("--alone", action="store_true", help="how often an answer differs from its prompt's alone")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = this_device()
@@ -500,10 +427,6 @@ def main() -> None:
         fidelities = fidelity(500)
         path = write_json(result_name("engine-caches", device), environment(device) | {"caches": fidelities})
         print_caches(fidelities)
-    elif arguments.alone:
-        found = near_ties(100)
-        path = write_json(result_name("engine-alone", device), environment(device) | {"answers": found})
-        print(near_ties_table(found))
     else:
         name, records = result_name("engine-large" if arguments.large else "engine", device), []
         for figures in large_costs() if arguments.large else costs():

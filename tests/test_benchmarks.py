@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import busy, engine, heads, kernels, loss, pictures, sampler, scaling, static, trainer
+from benchmarks import alone, busy, engine, heads, kernels, loss, pictures, sampler, scaling, static, trainer
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
 from tabom.sampling.sampler import SamplerConfig
@@ -385,12 +385,12 @@ def test_what_readme_says_of_loss_step_and_sampler_is_what_the_json_says():
 
 
 def test_what_rounding_turns_is_counted_and_documents_say_what_the_json_says():
-    counted = engine.near_ties(2)
+    counted = alone.near_ties(2)
     assert {record["model"] for record in counted} == {"the lab's, its tasks", "random weights"}
     records = json.loads(Path("benchmarks/results/engine-alone-cpu.json").read_text())["answers"]
-    assert engine.near_ties_table(counted).count("\n") == engine.near_ties_table(records).count("\n")
-    assert engine.near_ties_table(records) in Path("benchmarks/NOTES.md").read_text()
+    assert alone.near_ties_table(counted).count("\n") == alone.near_ties_table(records).count("\n")
+    assert alone.near_ties_table(records) in Path("benchmarks/NOTES.md").read_text()
     [ours, batches] = (
-        [r["other_answers"] for r in records if r["contender"] == contender] for contender in engine.CONTENDERS
+        [r["other_answers"] for r in records if r["contender"] == contender] for contender in alone.CONTENDERS
     )
     assert sum(ours) == 0 < sum(batches), "else docs/sampling.md says too much"
