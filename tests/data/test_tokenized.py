@@ -227,7 +227,7 @@ def test_what_is_no_data_set_is_refused():
     table = datasets.Dataset.from_list(RECORDS)
     with pytest.raises(ValueError, match=r"a DatasetDict of a, b: pass one of them, such as data\['a'\]"):
         tokenize(datasets.DatasetDict(a=table, b=table), TOKENIZER)
-    for other in (table.to_iterable_dataset(), {"prompt": "1"}, 3):
+    for other in (table.to_iterable_dataset(), table.to_pandas(), {"prompt": "1"}, 3):
         with pytest.raises(TypeError, match=f"{type(other).__name__}: expected a datasets.Dataset, or a list"):
             tokenize(other, TOKENIZER)
     assert len(tokenize([], TOKENIZER)[0]) == 0
