@@ -327,8 +327,7 @@ def test_heads_judges_models_by_their_own_logits_and_loss(monkeypatch):
     """One of each kind: a scale, a soft-cap and padding, a loss of its own code, a head that does not fit."""
     names = ("CohereForCausalLM", "Inkling2ForCausalLM", "BartForCausalLM", "EsmForMaskedLM")
     cohere, inkling, bart, esm = map(heads.judge_in_time, names)
-    assert cohere == inkling == {"fused": "same", "rows": "same", "patched": "same"}
-    assert bart["patched"].startswith("refused: labels: ") and bart["patched, with shift_labels"] == "same"
+    assert cohere == inkling == bart == {"fused": "same", "rows": "same", "patched": "same"}
     assert esm == {"fused": "same, from its logits", "rows": "same", "patched": "same, from its logits"}
     monkeypatch.setattr("tabom.training.forward.is_transformed", lambda *_: True)
     monkeypatch.setattr("tabom.training.forward.logit_transform", lambda _: {"logit_scale": 1.0, "softcap": None})
@@ -345,14 +344,17 @@ def test_what_the_page_on_the_loss_says_of_models_is_what_the_json_says():
     for words in (
         f"With transformers {record['transformers']}, of {count['classes']} classes: - {count['tried']} are tried.",
         f"{count['fused']} train fused, and the others from the logits of the rows: ",
-        f"{count['patched']} have their own loss under `patch`, and {count['patched, with shift_labels']} more",
+        f"{count['patched']} train fused under `patch` with their own loss.",
     ):
         assert words in page
     others = [name for name, found in models.items() if found.get("fused") == heads.FROM_LOGITS]
     assert count["fused"] + len(others) == count["tried"]
     assert f"from the logits of the rows: {', '.join(f'`{name}`' for name in sorted(others))}." in page
-    conditional = [name for name, found in models.items() if "'ForConditionalGeneration'" in found.get("patched", "")]
-    assert f"{len(conditional)} whose loss is that of a" in page
+    kept = [name for name, found in models.items() if found.get("patched") == heads.FROM_LOGITS]
+    assert kept == others, "the three above keep their own loss"
+    refused = [name for name, found in models.items() if "is an encoder-decoder" in found.get("patched", "")]
+    assert f"Refused are {len(refused)} encoder-decoders" in page
+    assert count["patched"] + len(kept) + len(refused) == count["tried"]
 
 
 AUTHORS = "authors' way"

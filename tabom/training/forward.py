@@ -147,7 +147,8 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
                 result, entropy = fused_linear_tabom_loss(hidden[rows], weight, bias=bias, **arguments)
                 return HeadLoss(result.loss, (result, entropy))
 
-            answer, _ = loss_in_head(head, of_rows, model.config, plain_forward, inputs)
+            ids = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"]
+            answer, _ = loss_in_head(head, of_rows, model.config, plain_forward, inputs, ids.shape[:2].numel())
         if answer is not None:
             result, entropy = answer.rest
             loss = result._replace(loss=answer.loss)
@@ -171,8 +172,11 @@ def loss_in_head(
     config: PreTrainedConfig,
     forward: Callable[..., ModelOutput],
     inputs: dict[str, Any],
+    positions: int,
 ) -> tuple[HeadLoss | None, ModelOutput]:
     """Runs the model with a head that answers a request; its answer, and the output of the model, without logits.
+
+    `positions` is how many hidden states the loss expects.
 
     The loss leaves the head by the side, in the fp32 that it was computed in, as wrappers (FSDP2's mixed precision)
     cast what a module returns. What the head returns, once it is through the model, tells what the model does to its
@@ -182,7 +186,6 @@ def loss_in_head(
     them from one hidden state a position in its head. Its head is never asked again.
     """
     columns = getattr(config.get_text_config(), "unpadded_vocab_size", None)  # Inkling cuts off the logits behind them
-    positions = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"].shape[:2].numel()
 
     def of_positions(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLoss | None:
         if len(hidden) != positions:

@@ -1,36 +1,40 @@
 """The fused cross-entropy in any transformers model, for `transformers.Trainer` or a loop of one's own."""
 
-from functools import wraps
-from inspect import signature, unwrap
+import logging
+from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tabom.training.forward import HeadLoss, LinearWithLoss, computes_loss, logit_transform, loss_in_head
+from tabom.training.own_loss import SHIFTS, shift_of_class, shifted, shifts_seen
 from tabom_kernels import fused_linear_cross_entropy
 
-SHIFTS = {"ForCausalLM": True, "ForMaskedLM": False, None: True}
-"""Whether the loss of transformers shifts the labels, by the `loss_type` of a model; without one it does."""
+logger = logging.getLogger(__name__)
 
 
 def patch(model: PreTrainedModel) -> PreTrainedModel:
     """Gives a causal or masked language model the fused loss when it is trained with `labels`; `unpatch` undoes it.
 
     `model(**inputs, labels=labels)` in training mode then returns the loss of the model's own loss function without
-    ever holding the logits: of the positions with a label, shifted by one if the model's own are, divided by
+    holding the logits: of the positions with a label, shifted by one if the model's own are, divided by
     `num_items_in_batch` where `transformers.Trainer` passes it. The output has no `logits`. Without labels, or in
     evaluation mode, where metrics may want logits, the model is what it was.
+
+    A model that does not call transformers' loss functions, but computes a cross-entropy in code of its own (BERT,
+    BART's decoder, XLNet), shows at its first batch with labels whether it shifts them: one sequence is run with its
+    logits, without a gradient.
 
     Two arguments more than the model's own: `shift_labels` (B, L), as transformers' losses take them, labels that
     already stand where their logits are; and `token_weights` (B, L), which scale the cross-entropy of the label at the
     same place (NELBO's 1/t), in evaluation mode too.
 
-    A model that changes its logits after the head in a way that its config does not say keeps its own loss, which is
-    found, and logged, when it is first run with labels.
+    A model with another loss than cross-entropy, or that changes its logits after the head in a way that its config
+    does not say, keeps its own loss, which is found, and logged, when it is first run with labels.
 
     It lives here, and not in `tabom_kernels`, because it knows transformers: what a model does to its logits, and
     which loss it means. The model's class is replaced, not its `forward`, so that copies and wrappers stay whole.
@@ -43,7 +47,7 @@ def patch(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: it is no transformers model.
-        ValueError: its head or its loss is of another kind.
+        ValueError: its head or its loss is of another kind, or it is an encoder-decoder.
     """
     base = base_of(model)
     head, loss_type = base.get_output_embeddings(), getattr(base, "loss_type", None)
@@ -54,12 +58,18 @@ def patch(model: PreTrainedModel) -> PreTrainedModel:
             f"model: the head of this {type(base).__name__} is {type(head).__module__}.{type(head).__name__}, and only "
             "a plain torch.nn.Linear can be fused; leave it out of LoRA's target_modules and of quantisation"
         )
+    if base.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: {type(base).__name__} is an encoder-decoder, which makes its decoder's input of labels; call "
+            "tabom_kernels.fused_linear_cross_entropy with its last hidden states"
+        )
     if loss_type not in SHIFTS or hasattr(base, "_loss_function"):
         raise ValueError(
             f"model: the loss of this {type(base).__name__} is {getattr(base, '_loss_function', loss_type)!r}; "
             "expected that of a causal or masked language model"
         )
-    head.__class__, base.__class__ = LinearWithLoss, with_fused_loss(type(base), shift_of(type(base), loss_type))
+    base.shifts_labels = shift_of_class(type(base), loss_type)
+    head.__class__, base.__class__ = LinearWithLoss, with_fused_loss(type(base))
     return model
 
 
@@ -73,6 +83,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     if not hasattr(type(base), "plain_class"):
         raise ValueError(f"model: this {type(base).__name__} is not patched")
     base.get_output_embeddings().__class__, base.__class__ = torch.nn.Linear, type(base).plain_class
+    del base.shifts_labels
     return model
 
 
@@ -84,44 +95,45 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def shift_of(plain: type[PreTrainedModel], loss_type: str | None) -> bool | None:
-    """Whether the model's own loss shifts the labels; None: only its code knows."""
-    is_of_transformers = "loss_function" in unwrap(plain.forward).__code__.co_names
-    return SHIFTS[loss_type] if is_of_transformers or not SHIFTS[loss_type] else None
-
-
-def with_fused_loss(plain: type[PreTrainedModel], shift: bool | None) -> type[PreTrainedModel]:
+def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class like `plain`, of the same name, whose forward computes the loss in its head."""
+    names = list(signature(plain.forward).parameters)[1:]
 
     @wraps(plain.forward)  # transformers.Trainer reads from the signature which columns a model takes
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> ModelOutput:
-        labels, weights = kwargs.get("labels"), kwargs.pop("token_weights", None)
+    def forward(self: PreTrainedModel, *args: Any, token_weights: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
         head = self.get_output_embeddings()
-        if labels is None or not (self.training or weights is not None):
+        if inputs.get("labels") is None or not (self.training or token_weights is not None):
             return plain.forward(self, *args, **kwargs)
-        if computes_loss(head):
-            if shift is None and kwargs.get("shift_labels") is None:
-                raise ValueError(
-                    f"labels: {plain.__name__} computes its loss in code of its own, which may shift the labels or "
-                    "not: pass shift_labels too, labels that stand where their logits are"
-                )
-            names = list(signature(plain.forward).parameters)[1:]
-            positional = dict(zip(names, args, strict=False))
-            output = forward_with_loss(self, plain, head, shift, weights, **positional, **kwargs)
+        if computes_loss(head) and (inputs.get("shift_labels") is not None or knows_shift(self, plain, head, inputs)):
+            output = forward_with_loss(self, plain, head, token_weights, **inputs)
             if output is not None:
                 return output
-        if weights is not None:
+        if token_weights is not None:
             raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
         return plain.forward(self, *args, **kwargs)
 
     return type(plain.__name__, (plain,), {"forward": forward, "plain_class": plain, "__module__": plain.__module__})
 
 
+def knows_shift(
+    model: PreTrainedModel, plain: type[PreTrainedModel], head: LinearWithLoss, inputs: dict[str, Any]
+) -> bool:
+    """Whether it is known if the model's own loss shifts the labels; a loss of its own code shows it in a batch."""
+    if model.shifts_labels is None:
+        seen = shifts_seen(model, plain, **{name: x for name, x in inputs.items() if name != "num_items_in_batch"})
+        if len(seen) == 1:
+            model.shifts_labels = seen[0]
+        if not seen:
+            head.fits = False
+            logger.warning("%s keeps its own loss, which is not the cross-entropy of its labels", plain.__name__)
+    return model.shifts_labels is not None
+
+
 def forward_with_loss(
     model: PreTrainedModel,
     plain: type[PreTrainedModel],
     head: LinearWithLoss,
-    shift: bool | None,
     token_weights: Tensor | None,
     *,
     labels: Tensor,
@@ -132,11 +144,9 @@ def forward_with_loss(
 ) -> ModelOutput | None:
     """The output of the plain forward with the loss, and without the logits; None if its head does not fit."""
     targets = labels if shift_labels is None else shift_labels
-    if shift_labels is None and shift:
-        targets, token_weights = (
-            x if x is None else F.pad(x, (0, 1), value=fill)[..., 1:]
-            for x, fill in ((labels, ignore_index), (token_weights, 0.0))
-        )
+    if shift_labels is None and model.shifts_labels:
+        targets = shifted(labels, ignore_index)
+        token_weights = None if token_weights is None else shifted(token_weights, 0.0)
     targets = targets.flatten()
     # Before the body, where the wait for the number of labels costs least.
     rows = slice(None) if torch.compiler.is_compiling() else (targets != ignore_index).nonzero().squeeze(1)
@@ -155,7 +165,8 @@ def forward_with_loss(
         )
         return HeadLoss(loss)
 
-    answer, output = loss_in_head(head, of_rows, model.config, lambda **inputs: plain.forward(model, **inputs), inputs)
+    plain_forward = partial(plain.forward, model)
+    answer, output = loss_in_head(head, of_rows, model.config, plain_forward, inputs, len(targets))
     if answer is None:
         return None
     output["loss"] = answer.loss

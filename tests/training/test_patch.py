@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -104,17 +105,95 @@ def test_shifted_labels_and_token_weights(rng):
         patched(**batch, **options)
 
 
-def test_a_loss_of_the_models_own_code_needs_labels_that_stand_where_their_logits_are(rng):
-    """BART's decoder does not shift its labels, and nothing but its code says so."""
-    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "dropout": 0.0}
-    model, batch = BartForCausalLM(BartConfig(**sizes, vocab_size=50, init_std=0.3)).train(), draw_batch()
+class OwnLoss(LlamaForCausalLM):
+    """A loss in code of its own, as models on the hub have it: shifted, or with labels where their logits are."""
+
+    is_shifted, smoothing, is_there = True, 0.0, True
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        output = super().forward(input_ids, attention_mask=attention_mask)
+        if labels is not None and self.is_there:
+            logits, targets = output.logits, labels
+            if self.is_shifted:
+                logits, targets = logits[:, :-1], labels[:, 1:]
+            logits = logits.reshape(-1, logits.shape[-1])
+            output.loss = F.cross_entropy(logits, targets.reshape(-1), label_smoothing=self.smoothing)
+        return output
+
+
+class ShiftsNot(OwnLoss):
+    is_shifted = False
+
+
+class Smooths(OwnLoss):
+    smoothing = 0.1
+
+
+class HasNoLoss(OwnLoss):
+    is_there = False
+
+
+def bart_decoder(dropout=0.0):
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    return BartForCausalLM(BartConfig(**sizes, dropout=dropout, vocab_size=50, init_std=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "build", [bart_decoder, lambda: OwnLoss(LlamaConfig(**CAUSAL)), lambda: ShiftsNot(LlamaConfig(**CAUSAL))]
+)
+def test_a_loss_of_the_models_own_code_shows_whether_it_shifts_the_labels(rng, build, dtype):
+    """At a new model, whose two losses differ by less than bf16 holds; and of one sequence alone logits are held."""
+    model, batch = build().to(dtype).train(), draw_batch()
     patched = patch(copy.deepcopy(model))
-    with pytest.raises(ValueError, match=r"labels: BartForCausalLM computes its loss in code of its own.*shift_labels"):
+    held = []
+    patched.lm_head.register_forward_hook(lambda _, __, logits: held.append(logits.shape[:-1].numel()))
+    for _ in range(2):
+        expected, expected_grads = loss_and_gradients(model, **batch)
+        output, grads = loss_and_gradients(patched, **batch)
+        close = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(output.loss, expected.loss.float(), **close)
+        torch.testing.assert_close(grads, expected_grads, **close)
+        assert output.logits is None
+    assert held == [9, 1, 1]
+
+
+def test_a_look_at_the_loss_leaves_the_random_numbers_as_they_were(rng):
+    model, batch = bart_decoder(dropout=0.5).train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    torch.manual_seed(0)
+    expected = model(**batch).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(patched(**batch).loss, expected)
+
+
+def test_a_batch_that_cannot_tell_is_not_the_last_word(rng):
+    """Without labels, or with one label everywhere, both losses are the same. The sequence with most labels is seen."""
+    model, batch = ShiftsNot(LlamaConfig(**CAUSAL)).train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    for value in (-100, 7):
+        same = batch | {"labels": torch.full_like(batch["labels"], value), "input_ids": torch.full((2, 9), 7)}
+        output = patched(**same)
+        assert output.logits is not None
+        torch.testing.assert_close(output.loss, model(**same).loss, equal_nan=True)
+    unlabelled = rng.randrange(2)
+    batch["labels"][unlabelled] = -100
+    assert assert_same_training(model, patched, batch).logits is None
+
+
+def test_a_loss_that_is_no_cross_entropy_stays(rng, caplog):
+    model, batch = Smooths(LlamaConfig(**CAUSAL)).train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    for _ in range(2):
+        assert assert_same_training(model, patched, batch).logits is not None
+    assert caplog.text.count("Smooths keeps its own loss, which is not the cross-entropy of its labels") == 1
+
+
+def test_a_model_without_a_loss_asks_for_labels_that_stand_where_their_logits_are(rng):
+    patched, batch = patch(HasNoLoss(LlamaConfig(**CAUSAL))).train(), draw_batch()
+    with pytest.raises(ValueError, match=r"labels: HasNoLoss computes no loss of them.*pass shift_labels too"):
         patched(**batch)
-    expected, expected_grads = loss_and_gradients(model, **batch)
-    output, grads = loss_and_gradients(patched, **batch, shift_labels=batch["labels"])
-    torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(grads, expected_grads)
+    assert patched(**batch, shift_labels=batch["labels"]).loss > 0
 
 
 class Texts(Dataset):
@@ -154,7 +233,7 @@ def test_the_trainer_takes_the_same_steps_with_a_patched_model(rng, seed, tmp_pa
 
 def test_unpatch_leaves_nothing_behind(rng):
     model, batch = MODELS["causal"]().train(), draw_batch()
-    before = vars(model).keys()
+    before = set(vars(model))
     plain = type(model), type(model.lm_head)
     patched = patch(model)
     assert patched is model and type(model).__name__ == "LlamaForCausalLM" and isinstance(model, LlamaForCausalLM)
@@ -162,7 +241,7 @@ def test_unpatch_leaves_nothing_behind(rng):
     with pytest.raises(ValueError, match="computes a loss already; unpatch it first"):
         patch(model)
     assert unpatch(model) is model and (type(model), type(model.lm_head)) == plain
-    assert vars(model).keys() == before
+    assert set(vars(model)) == before
     assert model(**batch).logits is not None and held(**batch).logits is not None
     with pytest.raises(ValueError, match="this LlamaForCausalLM is not patched"):
         unpatch(model)
@@ -198,6 +277,9 @@ def test_what_cannot_be_patched_is_refused():
         patch(model)
     with pytest.raises(ValueError, match=r"head of this BertForSequenceClassification is .*NoneType"):
         patch(BertForSequenceClassification(BertConfig(**BERT_SIZES)))
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        patch(BartForConditionalGeneration(BartConfig(**sizes, vocab_size=50)))
 
 
 def test_a_model_whose_head_does_not_fit_keeps_its_own_loss(rng, caplog):
