@@ -10,7 +10,7 @@ one, nothing computed twice. A ranked sequence longer than a chunk takes two swe
 gradients; without a ranking every row is on its own. Backward only scales.
 
 The gradient of a trainable head is a sum over the chunks, which must not be rounded each time, and fp32 sums are twice
-as large as a bf16 head's gradient. So with a bf16 head more than one chunk is walked the other way, over slabs of the
+as large as the gradient in half precision. So there more than one chunk is walked the other way, over slabs of the
 vocabulary with the logits of all rows: then the gradient of a slab's weights is one product, and what is added up in
 fp32 is dhidden, which is small. A row's statistics are known after all slabs: two sweeps, of which the second goes back
 from the slab whose logits are still there.
@@ -62,6 +62,9 @@ VOCABULARY_SLICE = 8192
 
 PRODUCT_TILE = 2048
 """Rows and terms of a product in fp32 that are converted at once where no matmul of half precision adds up in it."""
+
+FP16_EXPONENT = 15
+"""Numbers below 2^15 stay finite when they are rounded to fp16; some below 2^16 do not."""
 
 ALIGNMENT = 8
 """Logits in half precision that a GPU reads at once, 16 bytes."""
@@ -142,9 +145,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
                 total[rows].addmm_(tile, b[terms].to(total.dtype), beta=beta if terms.start == 0 else 1)
 
 
+def store_product(out: Tensor, units: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = units * (a @ b) in fp16, from sums in fp32, a slice of rows at a time.
+
+    Each row has a unit of its own, a power of two that lets it fit and fill fp16: units (n, 1) are written as well.
+    """
+    for rows in even_slices(slice(0, a.shape[0]), VOCABULARY_SLICE):
+        total = units.new_empty(out[rows].shape)
+        add_product(total, a[rows], b, beta=0)
+        bound = total.norm(dim=1, keepdim=True)  # of a row's largest number, from one read
+        units[rows] = torch.exp2(FP16_EXPONENT - bound.frexp().exponent)
+        out[rows] = total.mul_(units[rows])
+
+
 def is_by_columns(hidden: Tensor, max_chunk_rows: int, wanted: list[bool]) -> bool:
-    """Whether the logits are walked over the vocabulary: for a trained bf16 head and more than one chunk."""
-    return hidden.dtype == torch.bfloat16 and wanted[1] and hidden.shape[0] > max_chunk_rows
+    """Whether the logits are walked over the vocabulary: for a trained head in half precision, more than one chunk."""
+    return hidden.itemsize == 2 and wanted[1] and hidden.shape[0] > max_chunk_rows
 
 
 class HeadGradients:
@@ -159,7 +175,8 @@ class HeadGradients:
     ) -> None:
         self.inputs, self.wanted, self.beta = (hidden, weight), wanted, 0
         self.is_by_columns = is_by_columns(hidden, max_chunk_rows, wanted)
-        self.hidden, self.weight, self.bias = empty_gradients(hidden, weight, max_chunk_rows, wanted)
+        memory = empty_gradients(hidden, weight, max_chunk_rows, wanted)
+        self.hidden, self.weight, self.bias, self.weight_units = memory
         self.bias.zero_()
 
     def add(self, rows: slice, columns: slice, dlogits: Tensor) -> None:
@@ -171,25 +188,28 @@ class HeadGradients:
         by_hidden, by_weight = (self.beta, 0) if self.is_by_columns else (0, self.beta)
         if self.wanted[0]:
             add_product(self.hidden[rows], dlogits, weight[columns], by_hidden)
-        if self.wanted[1]:
+        if self.wanted[1] and hidden.dtype == torch.float16:
+            store_product(self.weight[columns], self.weight_units[columns], dlogits.T, hidden[rows])
+        elif self.wanted[1]:
             add_product(self.weight[columns], dlogits.T, hidden[rows], by_weight)
         self.beta = 1  # the first tile has overwritten the memory
 
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, max_chunk_rows: int, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for those by hidden, weight and bias, of no elements unless wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for those by hidden, weight and bias, of no elements unless wanted, and for the units of the weight's.
 
     What is added up is kept in fp32 until backward. A single product is not, as a matmul adds up in fp32 by itself; but
-    by the weight in fp16 it would overflow.
+    by the weight it may be beyond fp16 before backward scales it, where each row has a unit of its own.
     """
     dtype = reference.working_dtype(hidden.dtype)
     of_hidden = dtype if is_by_columns(hidden, max_chunk_rows, wanted) else hidden.dtype
-    of_weight = torch.bfloat16 if hidden.dtype == torch.bfloat16 else dtype
     by_hidden = torch.empty_like(hidden, dtype=of_hidden) if wanted[0] else hidden.new_empty(0, dtype=of_hidden)
-    by_weight = torch.empty_like(weight, dtype=of_weight) if wanted[1] else weight.new_empty(0, dtype=of_weight)
-    return by_hidden, by_weight, hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
+    by_weight = torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
+    by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
+    units = weight.shape[0] if wanted[1] and hidden.dtype == torch.float16 else 1
+    return by_hidden, by_weight, by_bias, hidden.new_ones(units, 1, dtype=dtype)
 
 
 @torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
@@ -217,12 +237,13 @@ def fused_linear_op(
     fp32_logits: bool,
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias (empty unless wanted), dtemperature; unit.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias or empty; weight_units, dtemperature, unit.
 
-    Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss. The unit is 1, but
-    for fp16, where it brings a row's factors near 1: the mean over many tokens would be below the smallest number, and
-    a sum over rows with large weights above the largest.
+    Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss, and that by the
+    weight is multiplied by weight_units. Both are 1, but for fp16: there the unit brings a row's factors near 1, as the
+    mean over many tokens would be below the smallest number and a sum over rows with large weights above the largest;
+    and weight_units (V, 1) are powers of two with which each row of the head, a sum over all tokens, has that room.
     """
     forms = closed_forms(backend)
     transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
@@ -295,7 +316,7 @@ def fused_linear_op(
         sum_over_ranks(gradients.hidden, tp_group)
     cross_entropy, rank_mean = ce_sum / unit, rank_sum / num_sequences
     loss = cross_entropy + (0 if rank_weight is None else rank_weight * rank_mean)
-    by_head = (gradients.hidden, gradients.weight, gradients.bias)
+    by_head = (gradients.hidden, gradients.weight, gradients.bias, gradients.weight_units)
     return loss, cross_entropy, rank_mean, entropy, *by_head, grad_temperature, unit
 
 
@@ -332,10 +353,14 @@ def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     refuse_second_derivatives()
     if grad_loss is None:
         return (None,) * 23
-    *by_head, by_temperature, unit = ctx.saved_tensors
+    *by_head, weight_units, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
-    by_head = [scaled(g, scale, ctx.dtype) if n else None for g, n in zip(by_head, ctx.needs_input_grad, strict=False)]
+    scales = (scale, scale / weight_units, scale)
+    by_head = [
+        scaled(gradient, scale, ctx.dtype) if is_needed else None
+        for gradient, scale, is_needed in zip(by_head, scales, ctx.needs_input_grad, strict=False)
+    ]
     return *by_head, by_temperature * scale[0] if ctx.needs_input_grad[3] else None, *[None] * 19
 
 
@@ -348,10 +373,11 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * scale).to(dtype)  # traced, and the compiler's to fuse
     is_last_use = not torch._C._autograd._get_current_graph_task_keep_graph()
     target = gradient if is_last_use and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    if target is gradient and scale.device.type == "cpu" and scale.item() == 1:
+    if target is gradient and scale.device.type == "cpu" and (scale == 1).all():
         return gradient
-    for part, scaled_part in zip(gradient.split(VOCABULARY_SLICE), target.split(VOCABULARY_SLICE), strict=True):
-        torch.mul(part, scale, out=scaled_part)
+    slices = (x.split(VOCABULARY_SLICE) for x in (gradient, scale.expand_as(gradient), target))
+    for part, factor, scaled_part in zip(*slices, strict=True):
+        torch.mul(part, factor, out=scaled_part)
     return target
 
 
@@ -388,7 +414,7 @@ def fused_linear_tabom_loss(
     Loss and gradients are computed together, in chunks of whole sequences; backward scales them by the upstream
     gradient. With `token_weights` its cross-entropy is NELBO's; without a ranking it is `fused_linear_cross_entropy`. A
     batch of more rows than `max_chunk_rows` reads `cu_seqlens` on the host once, unless it is given `lengths` or has a
-    trained head in bf16; any other never waits for the device.
+    trained head in half precision; any other never waits for the device.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
@@ -403,7 +429,7 @@ def fused_linear_tabom_loss(
             Granite divides) and then to `softcap * tanh(z / softcap)` (Gemma's `final_logit_softcapping`); in fp32.
         max_chunk_rows: rows of logits that are in memory at once; default: 256 MiB of them. One ranked sequence with
             more rows than that has its logits computed twice, and so has every batch with more rows than that under a
-            trained head in bf16, a slab of the vocabulary at a time in the same memory.
+            trained head in half precision, a slab of the vocabulary at a time in the same memory.
         fp32_logits: keep the sums of a half-precision matmul in fp32 instead of rounding the logits.
         rank_weight, form, margin, temperature, token_weights, num_tokens, num_sequences, ignore_index: see
             `tabom_loss`. The temperature may require a gradient, as may hidden, weight and bias; what does not costs

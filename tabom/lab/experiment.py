@@ -145,14 +145,8 @@ def post_train(
     """Trains a fresh copy of the base; hinge of margin 0.1 nats, cosine schedule after 20 steps of warm-up.
 
     Args:
-        after_step: is given the number of steps taken and the model, in eval mode.
+        after_step: is given the number of steps taken and the model.
     """
-
-    def call(step: int) -> None:
-        family.model.eval()
-        after_step(step, family)
-        family.model.train()
-
     set_seed(seed)
     family = load(base_path(base))
     arguments = TabomConfig(
@@ -179,7 +173,7 @@ def post_train(
         args=arguments,
         train_dataset=data,
         processing_class=family.tokenizer,
-        callbacks=[AfterStep(call)],
+        callbacks=[AfterStep(lambda step: after_step(step, family))],
     )
     if method.shuffles_pairs:
         trainer.train_dataset = ShuffledPairs(trainer.train_dataset)

@@ -167,6 +167,7 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
 
     def after_step(step: int, model: DiffusionModel) -> None:
         if step in run.path_steps:
+            model.model.eval()  # until the trainer's next step
             path[step] = {"1 a step": weak_task(run, model)} | other_tasks_of(run, model, run.num_path_problems)
 
     method = METHODS[run.method]

@@ -91,11 +91,12 @@ def test_nothing_waits_for_the_host(rng, form):
 
 
 @pytest.mark.parametrize("is_trained, lengths", [(False, [32, 32]), (True, None)])
-def test_many_chunks_do_not_wait_for_the_host_that_knows_their_lengths(rng, is_trained, lengths):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_chunks_do_not_wait_for_the_host_that_knows_their_lengths(rng, dtype, is_trained, lengths):
     """Slabs of the vocabulary, which a trained head takes, need no lengths."""
     _, *batch = draw_batch(64, 5000)
-    hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(5000, 32, dtype=torch.bfloat16, requires_grad=is_trained)
+    hidden = torch.randn(64, 32, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5000, 32, dtype=dtype, requires_grad=is_trained)
 
     def step():
         loss = fused_linear_tabom_loss(hidden, weight, *batch, lengths=lengths, max_chunk_rows=20)
