@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
+        return 130
     except no_connection() as error:
         hint = "what was saved on this machine before is whole"
         print(f"tabom {name}: error: the hub cannot be reached: {error}; {hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
-        return 130
     if "LOCAL_RANK" in os.environ:
         atexit.register(leave_process_group)
     return 0
