@@ -7,6 +7,7 @@ import sys
 
 import datasets
 import pytest
+import torch
 
 from tabom.data import tokenized
 from tabom.data.tokenized import FEATURES, TokenizedTrajectory, tokenize
@@ -221,6 +222,17 @@ def test_columns_of_trl_and_numbers_and_what_arrow_fills_in(tmp_path, record, fo
     assert tokenizer.decode(row["prompt_token_ids"]) == "u2-1+1=="
     assert tokenizer.decode(row["response_token_ids"]) == "a2-2="
     assert (row["decoding_order"], row["non_ltr_positions"], row["entropy"]) == ([0, 1, 2, 3, 4], None, None)
+
+
+def test_a_data_set_of_torch_is_one_too():
+    class Records(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(RECORDS)
+
+        def __getitem__(self, index):
+            return RECORDS[index]
+
+    assert tokenize(Records(), TOKENIZER)[0].to_list() == tokenize(RECORDS, TOKENIZER)[0].to_list()
 
 
 def test_what_is_no_data_set_is_refused():
