@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tabom.models.families import WHAT_LOADS
 
@@ -71,6 +72,8 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
         ValueError: the model attends causally, or no mask token is known, or it is not in the vocabulary.
     """
     config = model.config
+    if type(model).__name__ == MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type):
+        config.is_causal = False  # which the config of a masked language model need not say
     if getattr(config, "is_causal", True):
         raise ValueError(
             f"model type {config.model_type!r} attends causally; a diffusion language model needs bidirectional "

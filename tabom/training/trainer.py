@@ -71,6 +71,7 @@ class TabomTrainer(Trainer):
         kwargs: the other arguments of `transformers.Trainer`.
 
     Raises:
+        TypeError: args are no `TabomConfig`.
         ValueError: several GPUs in one process, a tokenizer that is neither given nor to be found, a second adapter,
             records longer than the model's table of positions, or a model that `load` or `describe` refuses.
     """
@@ -89,6 +90,8 @@ class TabomTrainer(Trainer):
     ) -> None:
         family = as_diffusion_model(model, processing_class)
         model, processing_class = family.model, family.tokenizer
+        if not isinstance(args, TabomConfig | None):
+            raise TypeError(f"args: expected a TabomConfig, got {type(args).__name__}")
         args = args or TabomConfig(f"{Path(model.name_or_path).name or model.config.model_type}-TABOM")
         if args.n_gpu > 1:
             raise ValueError(
@@ -179,7 +182,7 @@ class TabomTrainer(Trainer):
                 objective, seed or settings.
             FloatingPointError: a loss or gradient is not finite.
         """
-        if not self.train_dataset.asks_anything():
+        if self.train_dataset is not None and not self.train_dataset.asks_anything():
             raise ValueError(
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 from tabom import TabomConfig, TabomTrainer, Trajectory, load
 from tabom.cli.main import main, no_connection
@@ -65,6 +66,24 @@ def test_the_ways_to_name_a_model_train_the_same(folder, how):
 def test_a_nameless_model_needs_its_tokenizer():
     with pytest.raises(ValueError, match="processing_class=None, and the model was not loaded from a folder"):
         TabomTrainer(random_model(0).model)
+
+
+def test_arguments_of_another_class_and_no_data_are_named(folder):
+    with pytest.raises(TypeError, match="args: expected a TabomConfig, got TrainingArguments"):
+        TabomTrainer(folder, TrainingArguments("run", report_to="none"), DATA)
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        TabomTrainer(folder).train()
+
+
+def test_a_masked_language_model_of_transformers_is_taken_as_it_is(folder):
+    """Whose config says nothing of causal attention."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(**sizes, vocab_size=60))
+    args = TabomConfig("run", max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    trainer = TabomTrainer(model, args, DATA, processing_class=load(folder).tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert isinstance(load("run").model, BertForMaskedLM)
 
 
 @pytest.fixture
