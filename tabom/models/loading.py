@@ -190,6 +190,8 @@ def load_with_adapter(path: str | Path, **options: Any) -> DiffusionModel:
     family = load(base, **options)
     native = FAMILIES.get(PreTrainedConfig.get_config_dict(base)[0].get("model_type"))
     weights = load_file(cached_file(path, "adapter_model.safetensors"))
+    # DoRA's, which peft saves under one name and has under another; transformers would take new ones instead
+    weights = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", name): weight for name, weight in weights.items()}
     if native is not None:
         weights = {rename_adapter_weight(name, native.key_mapping): weight for name, weight in weights.items()}
     family.model.load_adapter(peft_config=config, adapter_state_dict=weights, is_trainable=True)

@@ -43,16 +43,16 @@ def write_base(folder, name):
     return architecture, layer
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_folder_of_a_run_loads_again(tmp_path, rng, name, use_lora):
+@pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}], ids=["full", "lora", "dora"])
+def test_every_folder_of_a_run_loads_again(tmp_path, rng, name, adapter):
     architecture, layer = write_base(tmp_path / "base", name)
     family = load(tmp_path / "base")
     peft_config = None
-    if use_lora:
+    if adapter is not None:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=2, target_modules=[layer])
+        peft_config = LoraConfig(r=2, target_modules=[layer], **adapter)
     args = TabomConfig(
         output_dir=str(tmp_path / "run"),
         supervised_window=1,
