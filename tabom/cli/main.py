@@ -89,9 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
         return 130
+    except no_connection() as error:
+        hint = "what was saved on this machine before is whole"
+        print(f"tabom {name}: error: the hub cannot be reached: {error}; {hint}", file=sys.stderr)
+        return 2
     if "LOCAL_RANK" in os.environ:
         atexit.register(leave_process_group)
     return 0
+
+
+def no_connection() -> type[Exception]:
+    """What the hub's client raises without a network; imported when it is needed, as most commands ask no hub."""
+    from huggingface_hub.errors import HTTPError
+
+    return HTTPError
 
 
 def leave_process_group() -> None:

@@ -38,13 +38,15 @@ def from_histories(
         method: of the records, as is `data_source`.
 
     Raises:
-        ValueError: no mask token is known, the first canvas masks nothing, a row is not its prompt's, or there are not
-            as many prompts as rows.
+        ValueError: no mask token is known, there is no step, the first canvas masks nothing, a row is not its prompt's,
+            or there are not as many prompts as rows.
     """
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     if mask is None:
         raise ValueError("mask_token_id=None, and the tokenizer has no mask token: pass the model's")
     canvases = [torch.atleast_2d(torch.as_tensor(canvas)).cpu() for canvas in histories]
+    if len(canvases) < 2:
+        raise ValueError(f"histories: {len(canvases)} canvases; expected that before the first step, and one a step")
     width = max(canvas.shape[1] for canvas in canvases)
     canvas = torch.stack([F.pad(each, (0, width - each.shape[1]), value=mask) for each in canvases])
     if len(prompts) != canvas.shape[1]:
@@ -68,7 +70,7 @@ def from_histories(
 def from_step_map(
     prompt: Prompt,
     response: str,
-    step_map: Sequence[int],
+    step_map: Tensor | Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
     mask_token_id: int | None = None,
@@ -88,7 +90,7 @@ def from_step_map(
     Raises:
         ValueError: the text does not have as many tokens as the map has steps.
     """
-    tokens = tokenizer(response, add_special_tokens=False).input_ids
+    tokens, step_map = tokenizer(response, add_special_tokens=False).input_ids, torch.as_tensor(step_map).tolist()
     if len(tokens) != len(step_map):
         raise ValueError(
             f"step_map has {len(step_map)} steps for {len(tokens)} tokens of the response; one a token expected, of "

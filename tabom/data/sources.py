@@ -119,7 +119,7 @@ def open_records(
         raise ValueError(
             f"a DatasetDict of {', '.join(source)}: pass one of them, such as data[{next(iter(source))!r}]"
         )
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or isinstance(source, dict):
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or hasattr(source, "keys"):  # a DataFrame
         raise TypeError(f"{type(source).__name__}: expected a datasets.Dataset, or a list of records or trajectories")
     return Listed(source)
 

@@ -55,7 +55,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     """The conventions of a model in memory, read from its config and tokenizer.
 
     Raises:
-        ValueError: the model attends causally, or no mask token is known.
+        ValueError: the model attends causally, or no mask token is known, or it is not in the vocabulary.
     """
     config = model.config
     if getattr(config, "is_causal", True):
@@ -71,6 +71,8 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
             f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
             "or the tokenizer's mask_token"
         )
+    if not 0 <= mask_token_id < config.vocab_size:
+        raise ValueError(f"mask_token_id={mask_token_id}: not in this model's vocabulary of {config.vocab_size}")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     logits_shift = getattr(config, "logits_shift", 0)
     return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift)

@@ -147,6 +147,7 @@ def native_config(settings: dict[str, Any]) -> PreTrainedConfig:
     family = FAMILIES[settings["model_type"]]
     config = family.config(settings)
     config.is_causal = False
-    config.mask_token_id = settings.get("mask_token_id") or family.mask_token_ids.get(config.vocab_size)
+    mask_token_id = settings.get("mask_token_id")
+    config.mask_token_id = family.mask_token_ids.get(config.vocab_size) if mask_token_id is None else mask_token_id
     config.logits_shift = family.logits_shift
     return config

@@ -49,12 +49,12 @@ def load(
             shifted logits, and a mask token, added if there is none. It must be trained before it is of use.
 
     Raises:
-        FileNotFoundError: a path into a folder that is here, and nothing there.
+        FileNotFoundError: a path, and no model there.
         ValueError: the weights are pickled, the family is not known, the model attends causally, or no mask token is
             known.
     """
+    check_is_there(model_name_or_path)
     path = Path(model_name_or_path)
-    check_is_there(path)
     check_is_safetensors(path)
     if path.is_dir():
         model_name_or_path = str(path.resolve())  # one model has one name, wherever it is called from
@@ -105,18 +105,25 @@ def as_diffusion_model(
     return describe(model, load_tokenizer(model.name_or_path) if tokenizer is None else tokenizer)
 
 
-def check_is_there(path: Path) -> None:
-    """Says at once what the hub would deny after a minute: `runs/typo`, beside models that are in runs/.
+def check_is_there(name: str | Path) -> None:
+    """Says at once what the hub would deny after a minute, or in words about names: `runs/typo`, `./typo`, `runs`.
 
     Raises:
-        FileNotFoundError: the folder of `path` is on this machine, and `path` is not.
+        FileNotFoundError: `name` has the form of a path, or its first folder is here, and no model is there.
     """
-    if path.exists() or path.parent == Path() or not path.parent.is_dir():
+    path = Path(name)
+    is_path = path.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))
+    if not is_path and (path.parent == Path() or not path.parent.is_dir()):
+        return  # a name of the hub
+    if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         return
-    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    problem, folder = f"nothing of this name in {path.parent}", path.parent
+    if path.exists():
+        problem, folder = "expected a folder with config.json or adapter_config.json", path
+    beside = sorted(each.name for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
     similar = get_close_matches(path.name, beside, n=3) or beside[:3]
     hint = f"; there are {', '.join(similar)}" if similar else ""
-    raise FileNotFoundError(f"model={path}: nothing of this name in {path.parent}{hint}")
+    raise FileNotFoundError(f"model={name}: {problem}{hint}")
 
 
 def check_is_safetensors(path: Path) -> None:
@@ -149,6 +156,7 @@ def is_masked_lm(settings: dict[str, Any]) -> bool:
 
 def load_tokenizer(model_name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` would give, without the model."""
+    check_is_there(model_name_or_path)
     if find_adapter_config_file(model_name_or_path) is not None:
         from peft import PeftConfig
 

@@ -200,12 +200,13 @@ def loss_in_head(
         answer = head.answer
     finally:
         head.request = head.answer = None
+    # Here, where compiled code has its graph of the loss: inductor drops the sum, and gives an input back as a view.
+    loss = None if answer is None else answer.loss + 0 * output.logits.flatten()[0]
     if head.fits is None:
         probe, is_traced = probe_row(head.out_features)[:columns], torch.compiler.is_compiling()
         head.fits = fits_the_loss(config, answer, output.logits, probe, is_traced)
-    if head.fits is False:
+    if answer is None or head.fits is False:
         return None, output
-    loss = answer.loss + 0 * output.logits.flatten()[0]
     return answer._replace(loss=loss), type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 

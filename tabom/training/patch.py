@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from tabom.training.forward import HeadLoss, LinearWithLoss, computes_loss, logit_transform, loss_in_head
 from tabom.training.own_loss import SHIFTS, shift_of_class, shifted, shifts_seen
@@ -99,6 +99,7 @@ def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class like `plain`, of the same name, whose forward computes the loss in its head."""
     names = list(signature(plain.forward).parameters)[1:]
 
+    @can_return_tuple
     @wraps(plain.forward)  # transformers.Trainer reads from the signature which columns a model takes
     def forward(self: PreTrainedModel, *args: Any, token_weights: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         inputs = dict(zip(names, args, strict=False)) | kwargs
@@ -169,7 +170,7 @@ def forward_with_loss(
     answer, output = loss_in_head(head, of_rows, model.config, plain_forward, inputs, len(targets))
     if answer is None:
         return None
-    output["loss"] = answer.loss
+    loss = answer.loss
     if output.get("aux_loss") is not None:  # mixtures of experts add it to the loss of their labels
-        output["loss"] = answer.loss + model.router_aux_loss_coef * output["aux_loss"].to(answer.loss.device)
-    return output
+        loss = loss + model.router_aux_loss_coef * output["aux_loss"].to(loss.device)
+    return type(output)(loss=loss, **output)  # first, as in a tuple

@@ -1,8 +1,10 @@
 """What other tools record of a decoding gives the orders that the sampler here recorded of the same."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +83,12 @@ def test_what_a_step_map_leaves_masked_was_never_unmasked():
         from_step_map("1=", "123", [1, 2], tokenizer)
 
 
+@pytest.mark.parametrize("form", [torch.tensor, np.array])
+def test_the_steps_of_a_tensor_are_numbers_that_json_holds(form):
+    record = from_step_map("1=", "123", form([2, 1, 0]), character_tokenizer()).to_record()
+    assert json.loads(json.dumps(record))["decoding_order"] == [1, 0, -1]
+
+
 def play_to(recorder, prompt_ids, canvases, block_length, mask):
     """Calls back as diffusers' LLaDA2Pipeline does: blocks from the front of the prompt, a canvas up to the block."""
     width = -(-(len(prompt_ids) + LENGTH) // block_length) * block_length
@@ -133,5 +141,7 @@ def test_what_is_wrong_is_named():
         from_histories([[*prompt, 5], [*prompt, 5]], ["1="], tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[0\] has 2 tokens that are not what stands before the response"):
         from_histories([[*prompt, mask], [*prompt, 5]], ["2="], tokenizer)
+    with pytest.raises(ValueError, match="histories: 1 canvases; expected that before the first step, and one a step"):
+        from_histories([[*prompt, mask]], ["1="], tokenizer)
     with pytest.raises(ValueError, match="2 for canvases of 1 rows"):
         from_histories([[*prompt, mask], [*prompt, 5]], ["1=", "2="], tokenizer)

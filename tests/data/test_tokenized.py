@@ -7,6 +7,7 @@ import sys
 
 import datasets
 import pytest
+import torch
 
 from tabom.data import tokenized
 from tabom.data.tokenized import FEATURES, TokenizedTrajectory, tokenize
@@ -223,11 +224,22 @@ def test_columns_of_trl_and_numbers_and_what_arrow_fills_in(tmp_path, record, fo
     assert (row["decoding_order"], row["non_ltr_positions"], row["entropy"]) == ([0, 1, 2, 3, 4], None, None)
 
 
+def test_a_data_set_of_torch_is_one_too():
+    class Records(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(RECORDS)
+
+        def __getitem__(self, index):
+            return RECORDS[index]
+
+    assert tokenize(Records(), TOKENIZER)[0].to_list() == tokenize(RECORDS, TOKENIZER)[0].to_list()
+
+
 def test_what_is_no_data_set_is_refused():
     table = datasets.Dataset.from_list(RECORDS)
     with pytest.raises(ValueError, match=r"a DatasetDict of a, b: pass one of them, such as data\['a'\]"):
         tokenize(datasets.DatasetDict(a=table, b=table), TOKENIZER)
-    for other in (table.to_iterable_dataset(), {"prompt": "1"}, 3):
+    for other in (table.to_iterable_dataset(), table.to_pandas(), {"prompt": "1"}, 3):
         with pytest.raises(TypeError, match=f"{type(other).__name__}: expected a datasets.Dataset, or a list"):
             tokenize(other, TOKENIZER)
     assert len(tokenize([], TOKENIZER)[0]) == 0

@@ -29,6 +29,7 @@ from tabom import load
 from tabom.lab.dry_run import DREAM_7B, LLADA_8B
 from tabom.lab.model import character_tokenizer
 from tabom.models.families import native_config
+from tabom.models.loading import load_tokenizer
 from tabom.sampling.engine import sample
 from tabom.sampling.sampler import SamplerConfig
 
@@ -227,7 +228,11 @@ def test_a_mask_token_is_never_guessed_for_another_vocabulary(tmp_path, rng):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"no mask token is known for this vocabulary of 60: set mask_token_id in its"):
         load(tmp_path)
+    write_llada(tmp_path, mask_token_id=126336)
+    with pytest.raises(ValueError, match="mask_token_id=126336: not in this model's vocabulary of 60"):
+        load(tmp_path)
     assert native_config({**LLADA_8B}).mask_token_id == 126336
+    assert native_config({**LLADA_8B, "mask_token_id": 0}).mask_token_id == 0
     assert native_config(DREAM_7B).mask_token_id == 151666
     assert native_config(DREAM_7B | {"vocab_size": 151936}).mask_token_id is None
 
@@ -380,10 +385,22 @@ def test_an_adapter_in_the_names_of_the_authors_loads_into_its_base(tmp_path, rn
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_a_mistyped_folder_is_named_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/taobm", "model=runs/taobm: nothing of this name in runs; there are tabom"),
+        ("./run", "model=./run: nothing of this name in .; there are runs"),
+        ("rnus/tabom/checkpoint-1", "model=rnus/tabom/checkpoint-1: nothing of this name in rnus/tabom"),
+        ("runs/tabom", "model=runs/tabom: expected a folder with config.json or adapter_config.json; there are check"),
+        ("runs/notes.txt", "model=runs/notes.txt: expected a folder with config.json"),
+    ],
+)
+@pytest.mark.parametrize("ask", [load, load_tokenizer])
+def test_a_path_without_a_model_is_named_at_once(tmp_path, monkeypatch, name, message, ask):
     """The hub is not asked: a name in a folder that is here was meant to be here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: pytest.fail("asked the hub"))
-    (tmp_path / "runs" / "tabom").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"model=runs/taobm: nothing of this name in runs; there are tabom"):
-        load("runs/taobm")
+    (tmp_path / "runs" / "tabom" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "runs" / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        ask(name)

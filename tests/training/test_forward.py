@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -37,11 +38,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tabom.training import forward as forward_module
-from tabom.training.forward import add_loss_to_forward
-from tabom_kernels import softmax_entropy, tabom_loss
+from tabom.training.forward import HeadLoss, LinearWithLoss, add_loss_to_forward, loss_in_head
+from tabom_kernels import fused_linear_cross_entropy, softmax_entropy, tabom_loss
 
 SIZES = {
     "vocab_size": 50,
@@ -323,3 +325,27 @@ def test_sharded_in_bf16_the_loss_stays_in_fp32(rng, one_process, build):
     grads, expected_grads = gradients(model, loss), gradients(expected, expected_loss)
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name].full_tensor().bfloat16(), grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_compiled_loss_can_be_scaled_in_place(rng):
+    """As transformers.Trainer does; the first call is not one graph, and inductor gives an input back as it is."""
+    head, hidden, labels = LinearWithLoss(8, 50), torch.randn(5, 8, requires_grad=True), torch.randint(50, (5,))
+
+    @torch.compile(
+        options={"cpp_cache_precompile_headers": False}
+    )  # for one compilation they take longer than they save
+    def compiled(hidden):
+        def request(hidden, weight, bias):
+            return HeadLoss(fused_linear_cross_entropy(hidden, weight, labels, bias=bias))
+
+        def forward(hidden):
+            return CausalLMOutput(logits=head(hidden))
+
+        return loss_in_head(head, request, LlamaConfig(**SIZES), forward, {"hidden": hidden}, len(labels))[0].loss
+
+    loss = compiled(hidden)
+    loss *= 2
+    loss.backward()
+    expected = 2 * F.cross_entropy(F.linear(hidden, head.weight, head.bias), labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(expected, hidden)[0])

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from tabom import TabomConfig, TabomTrainer, Trajectory, load
-from tabom.cli.main import main
+from tabom.cli.main import main, no_connection
 from tabom.lab.model import BASE_PATH
 from tests.conftest import random_model
 
@@ -102,6 +102,20 @@ def test_the_command_line_pushes_weights_tokenizer_and_card(tmp_path, capsys, up
         assert not unwanted, f"{message}: {unwanted}"
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert "# tuned" in card.text and str(BASE_PATH) in card.text
+
+
+def test_without_a_network_a_push_ends_in_one_line_and_the_model_stays(tmp_path, capsys, monkeypatch, uploads):
+    def no_network(*_, **__):
+        raise no_connection()("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", no_network)
+    data = tmp_path / "t.jsonl"
+    data.write_text('{"prompt": "1+2=", "response": "0003"}\n')
+    arguments = ["--data", str(data), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--report_to", "none"]
+    assert main(["train", *arguments, "--push_to_hub"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("tabom train: error: the hub cannot be reached: [Errno -2] Name or service not known")
+    load(tmp_path / "run")
 
 
 def test_a_pushed_card_shows_the_evaluation_of_the_pushed_weights(folder, uploads):

@@ -77,6 +77,26 @@ def test_a_patched_model_has_the_loss_of_its_own_and_no_logits(rng, build):
 
 
 @pytest.mark.parametrize("build", [MODELS["causal"], MODELS["masked"]], ids=["causal", "masked"])
+def test_the_loss_comes_first_as_in_a_tuple(rng, build):
+    model, batch = build().train(), draw_batch()
+    patched, expected = patch(copy.deepcopy(model)), model(**batch).loss
+    torch.testing.assert_close(patched(**batch)[0], expected)
+    torch.testing.assert_close(patched(**batch, return_dict=False)[0], expected)
+
+
+def test_labels_of_another_shape_are_refused_as_by_the_model(rng):
+    model, batch = MODELS["causal"]().train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    patched(**batch)
+    batch["labels"] = batch["labels"][:, 1:]
+    with pytest.raises(ValueError, match="batch_size") as theirs:
+        model(**batch)
+    with pytest.raises(ValueError, match="batch_size") as ours:
+        patched(**batch)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("build", [MODELS["causal"], MODELS["masked"]], ids=["causal", "masked"])
 def test_without_labels_and_in_evaluation_it_is_what_it_was(rng, build):
     model, batch = build(), draw_batch()
     patched = patch(copy.deepcopy(model))
