@@ -21,9 +21,9 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# docs/ and the API as a site, in build/site; a broken link is an error.
+# docs/ and the API as a site, in build/site; a broken link is an error (with --quiet it would be none).
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # ARGS="--benchmark-save=NAME" keeps a run, ARGS="--benchmark-compare" shows the last one kept beside this one.
 bench: $(INSTALLED)

@@ -2,8 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from tabom.sampling.policies import POLICIES
+from tabom.training.objectives import Objective
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -16,4 +20,10 @@ def test_links_and_paths_lead_somewhere(document):
     missing = [link for link in links if not (document.parent / link).exists()]
     paths = re.findall(r"`((?:tabom|tabom_kernels|tests|benchmarks|docs)/[\w./-]+\.(?:py|yaml|md|json))`", text)
     missing += [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_every_policy_and_objective_has_its_paper():
+    page = (ROOT / "docs" / "papers.md").read_text()
+    missing = [name for name in (*POLICIES, *get_args(Objective)) if f"`{name}`" not in page]
     assert not missing

@@ -35,6 +35,19 @@ class DiffusionModel:
         """Where the model's parameters are."""
         return self.model.device
 
+    @property
+    def first_position(self) -> int:
+        """The id of a sequence's first position: RoBERTa and its kin count from behind the padding's."""
+        tables = (getattr(module, "position_embeddings", None) for module in self.model.modules())
+        paddings = (getattr(table, "padding_idx", None) for table in tables)
+        return next((padding + 1 for padding in paddings if padding is not None), 0)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence, tokens, that the model has positions for; None: the config says nothing."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return None if positions is None else positions - self.first_position
+
     def fingerprint(self) -> str:
         """Of the weights and their dtype: names, shapes and `SAMPLED` evenly spaced values of every tensor.
 

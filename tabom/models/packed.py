@@ -74,7 +74,7 @@ def packed_logits(
     """
     runs = [Run(len(list(group)), span) for span, group in groupby(spans)]
     if not takes_packed_rows(model):
-        return logits_by_run(model, input_ids, position_ids, runs, rows)
+        return logits_by_run(model, input_ids, runs, rows)
     with ExitStack() as changes:
         if compiled is not None:
             padding = padded_rows(len(input_ids)) - len(input_ids)
@@ -145,17 +145,14 @@ def flash_arguments(spans: tuple[Span, ...], device: torch.device) -> dict[str, 
     return arguments
 
 
-def logits_by_run(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, runs: Sequence[Run], rows: Tensor
-) -> Tensor:
-    """One forward for every run of sequences of equal length; `rows` ascend."""
+def logits_by_run(model: PreTrainedModel, input_ids: Tensor, runs: Sequence[Run], rows: Tensor) -> Tensor:
+    """One forward for every run of sequences of equal length, at the model's own positions; `rows` ascend."""
     logits, start = [], 0
     for count, (_, length) in runs:
         end = start + count * length
-        ids, positions = (values[start:end].view(count, length) for values in (input_ids, position_ids))
+        ids = input_ids[start:end].view(count, length)
         own = rows[(rows >= start) & (rows < end)] - start
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
-        logits.append(logits_at(model, own, **inputs))
+        logits.append(logits_at(model, own, input_ids=ids, attention_mask=torch.ones_like(ids)))
         start = end
     return torch.cat(logits)
 

@@ -150,11 +150,10 @@ def check_positions(model: DiffusionModel, prompt_length: int, length: int) -> N
     Raises:
         ValueError: prompt and response are longer than its `max_position_embeddings`.
     """
-    positions = getattr(model.model.config, "max_position_embeddings", None)
-    if positions is not None and prompt_length + length > positions:
+    if model.positions is not None and prompt_length + length > model.positions:
         raise ValueError(
-            f"max_new_tokens={length}: with a prompt of {prompt_length} tokens more than the {positions} positions of "
-            "the model (max_position_embeddings); ask for fewer, or set max_prompt_length"
+            f"max_new_tokens={length}: with a prompt of {prompt_length} tokens more than the {model.positions} "
+            "positions of the model (max_position_embeddings); ask for fewer, or set max_prompt_length"
         )
 
 
@@ -224,8 +223,9 @@ def left_pad(model: DiffusionModel, prompts: Sequence[Sequence[int]], length: in
         input_ids[b, :padding] = model.pad_token_id
         attention_mask[b, :padding] = 0
         input_ids[b, padding:prompt_length] = torch.tensor(prompt, dtype=torch.long)
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if not attention_mask.all():  # most models would count the padding
+        inputs["position_ids"] = model.first_position + (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

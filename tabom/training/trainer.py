@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -123,7 +123,7 @@ class TabomTrainer(Trainer):
                     vocab_size=family.model.config.vocab_size,
                     **args.tokenizing_settings(family.pad_token_id),
                 )
-            check_positions(name, examples.longest, family.model.config)
+            check_positions(name, examples.longest, family)
             return examples
 
         super().__init__(
@@ -392,20 +392,19 @@ class TabomTrainer(Trainer):
         return terms
 
 
-def check_positions(name: str, longest: int, config: PreTrainedConfig) -> None:
+def check_positions(name: str, longest: int, family: DiffusionModel) -> None:
     """Warns of records longer than a model was made for; rotary positions at least go on there.
 
     Raises:
         ValueError: positions that a table holds end.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or longest <= positions:
+    if family.positions is None or longest <= family.positions:
         return
     message = (
-        f"{name}: a record of {longest} tokens, and the model has {positions} positions (max_position_embeddings); "
-        "shorten records by max_prompt_length and max_response_length"
+        f"{name}: a record of {longest} tokens, and the model has {family.positions} positions "
+        "(max_position_embeddings); shorten records by max_prompt_length and max_response_length"
     )
-    if getattr(config, "rope_parameters", None) is None:
+    if getattr(family.model.config, "rope_parameters", None) is None:
         raise ValueError(message)
     logger.warning(message)
 

@@ -16,22 +16,25 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    NystromformerForMaskedLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaForMaskedLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tabom import load
+from tabom import describe, load
 from tabom.lab.dry_run import DREAM_7B, LLADA_8B
 from tabom.lab.model import character_tokenizer
 from tabom.models.families import native_config
 from tabom.models.loading import load_tokenizer
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import SamplerConfig
+from tabom.sampling.sampler import SamplerConfig, denoise
+from tabom_kernels import softmax_entropy
 
 SIZES = {
     "hidden_size": 16,
@@ -269,6 +272,40 @@ def test_left_padded_prompts_give_the_logits_of_each_alone(tmp_path, rng):
     padded = model(input_ids=batch, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(padded[0], model(long).logits[0])
     torch.testing.assert_close(padded[1, 4:], model(short).logits[0])
+
+
+@pytest.mark.parametrize("architecture", [BertForMaskedLM, RobertaForMaskedLM, NystromformerForMaskedLM])
+def test_positions_begin_where_the_model_has_its_first(tmp_path, rng, architecture):
+    """RoBERTa's positions begin behind its padding's, Nystromformer's at 2: sampling counts as training did."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {
+        "vocab_size": 60,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.5,
+        "segment_means_seq_len": 32,
+        "num_landmarks": 32,
+    }
+    tokenizer = character_tokenizer()
+    config = architecture.config_class(**sizes, pad_token_id=tokenizer.pad_token_id, is_causal=False)
+    family = describe(architecture(config).eval(), tokenizer)
+    prompts = [torch.randint(4, 50, (length,)).tolist() for length in (3, 9, 5)]
+
+    def entropy(prompt):
+        logits = family.model(torch.tensor([[*prompt, family.mask_token_id]])).logits[0, -1]
+        logits[family.mask_token_id] = -torch.inf
+        return softmax_entropy(logits[None]).item()
+
+    expected = pytest.approx([entropy(prompt) for prompt in prompts], abs=1e-4)
+    settings = SamplerConfig(max_new_tokens=1)
+    assert [completion.entropy[0] for completion in sample(family, prompts, settings)] == expected
+    alone = [list(denoise(family, [prompt], 1, settings))[-1].entropy.item() for prompt in prompts]
+    assert alone == expected
+    if architecture is not NystromformerForMaskedLM:  # which takes no padding on the left
+        assert list(denoise(family, prompts, 1, settings))[-1].entropy[:, 0].tolist() == expected
+    longest = 31 if architecture is RobertaForMaskedLM else 32
+    list(denoise(family, [[5] * (longest - 1)], 1, settings))
+    with pytest.raises(ValueError, match=f"more than the {longest} positions"):
+        next(denoise(family, [[5] * longest], 1, settings))
 
 
 def test_the_attention_implementation_is_chosen_and_changes_nothing(tmp_path, rng):
