@@ -51,6 +51,7 @@ gpu-first:
 gpu-peers:
 	$(PYTHON) -m benchmarks.kernels --peers
 	$(PYTHON) -m benchmarks.loss
+	$(PYTHON) -m benchmarks.trained_head
 
 gpu-models:
 	$(PYTHON) -m benchmarks.scaling

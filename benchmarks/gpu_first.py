@@ -43,9 +43,10 @@ PARTS = {
     "old-form": Part([PYTHON, "-m", "benchmarks.old_form"], 120),
     "ncu": Part([*PROFILE, *KERNELS, "--once", "--rows", "64"], 240),
     "loss": Part([*LOSS, "--ours", "--rows", "64", "256", "1024"], 240),
+    "trained-head": Part([PYTHON, "-m", "benchmarks.trained_head"], 120),
     "kernels-then": Part([*KERNELS, "--ops", *THEN, "--rows", "64", "256", "2048"], 180),
-    "sampler": Part([PYTHON, "-m", "benchmarks.sampler"], 240),
-    "sanitizer": Part(["compute-sanitizer", *CHECK], 240),
+    "sampler": Part([PYTHON, "-m", "benchmarks.sampler"], 180),
+    "sanitizer": Part(["compute-sanitizer", *CHECK], 180),
     "kernels-peers": Part([*KERNELS, "--peers", "--rows", "64", "2048"], 180),
     "loss-peers": Part([*LOSS, "--rows", "64", "256"], 180),
 }

@@ -244,12 +244,9 @@ def measure(
     check_agreement(problem, whole, SETTINGS["rank_weight"])
     check_agreement(problem, alone, 0.0)
 
-    def step(loss: Loss) -> Callable[[], None]:
-        def run() -> None:
-            problem.hidden.grad = problem.weight.grad = None
-            loss(problem).backward()
-
-        return run
+    def step(loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
+        leaves = [leaf for leaf in problem[:2] if leaf.requires_grad]
+        return lambda: torch.autograd.grad(loss(problem), leaves)
 
     contenders = [Contender(name, [step(loss)], name not in WAIT_FOR_HOST) for name, loss in (whole | alone).items()]
     contenders.append(Contender(FLOORS[trained_head], [lambda: matmuls(problem)]))

@@ -57,11 +57,14 @@ from tabom_kernels.vocabulary_parallel import (
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
 
-VOCABULARY_SLICE = 8192
-"""Rows of the head whose scaled gradient is in memory at once."""
+VOCABULARY_SLICE = 4096
+"""Rows of the head whose gradient is in fp32 at once, before it is stored in fp16 or while it is scaled."""
 
 PRODUCT_TILE = 2048
 """Rows and terms of a product in fp32 that are converted at once where no matmul of half precision adds up in it."""
+
+FP16_FACTOR = 256
+"""What the largest factor of a row becomes in fp16: small probabilities need the room below it more than it does."""
 
 FP16_EXPONENT = 15
 """Numbers below 2^15 stay finite when they are rounded to fp16; some below 2^16 do not."""
@@ -150,8 +153,10 @@ def store_product(out: Tensor, units: Tensor, a: Tensor, b: Tensor) -> None:
 
     Each row has a unit of its own, a power of two that lets it fit and fill fp16: units (n, 1) are written as well.
     """
-    for rows in even_slices(slice(0, a.shape[0]), VOCABULARY_SLICE):
-        total = units.new_empty(out[rows].shape)
+    slices = even_slices(slice(0, a.shape[0]), VOCABULARY_SLICE)
+    memory = units.new_empty(slices[0].stop, out.shape[1])
+    for rows in slices:
+        total = memory[: rows.stop - rows.start]
         add_product(total, a[rows], b, beta=0)
         bound = total.norm(dim=1, keepdim=True)  # of a row's largest number, from one read
         units[rows] = torch.exp2(FP16_EXPONENT - bound.frexp().exponent)
@@ -201,10 +206,11 @@ def empty_gradients(
     """Memory for those by hidden, weight and bias, of no elements unless wanted, and for the units of the weight's.
 
     What is added up is kept in fp32 until backward. A single product is not, as a matmul adds up in fp32 by itself; but
-    by the weight it may be beyond fp16 before backward scales it, where each row has a unit of its own.
+    before backward scales it, it may be beyond fp16: there it is in fp32 as well, or, by the weight, in units of rows.
     """
     dtype = reference.working_dtype(hidden.dtype)
-    of_hidden = dtype if is_by_columns(hidden, max_chunk_rows, wanted) else hidden.dtype
+    is_added_up = is_by_columns(hidden, max_chunk_rows, wanted)
+    of_hidden = dtype if is_added_up or hidden.dtype == torch.float16 else hidden.dtype
     by_hidden = torch.empty_like(hidden, dtype=of_hidden) if wanted[0] else hidden.new_empty(0, dtype=of_hidden)
     by_weight = torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
     by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
@@ -241,9 +247,9 @@ def fused_linear_op(
     """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias or empty; weight_units, dtemperature, unit.
 
     Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss, and that by the
-    weight is multiplied by weight_units. Both are 1, but for fp16: there the unit brings a row's factors near 1, as the
-    mean over many tokens would be below the smallest number and a sum over rows with large weights above the largest;
-    and weight_units (V, 1) are powers of two with which each row of the head, a sum over all tokens, has that room.
+    weight is multiplied by weight_units. Both are 1, but for fp16: there the unit brings a row's factors where dlogits
+    fit, neither lost in a mean over many tokens nor beyond fp16 by large weights; and weight_units (V, 1) are powers of
+    two that do the same for each row of the head, a sum over all tokens.
     """
     forms = closed_forms(backend)
     transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
@@ -256,7 +262,7 @@ def fused_linear_op(
     if hidden.dtype == torch.float16:
         rank_scale = None if rank_weight is None else rank_weight * num_tokens / num_sequences
         largest = largest_factor(grad_ce.masked_fill(labels == ignore_index, 0.0), rank_scale, form, temperature)
-        unit = num_tokens / (largest * logit_scale)
+        unit = FP16_FACTOR * num_tokens / (largest * logit_scale)
     grad_ce = grad_ce * (unit / num_tokens)
     rank_scale = None if rank_weight is None else rank_weight * unit / num_sequences
     gradients = HeadGradients(hidden, weight, bias, wanted, max_chunk_rows)
@@ -323,8 +329,8 @@ def fused_linear_op(
 def largest_factor(grad_ce: Tensor, rank_scale: Tensor | None, form: str, temperature: Tensor) -> Tensor:
     """() what the row factors are divided by in fp16: the largest of the cross-entropy's, or a bound of the ranking's.
 
-    The slope of the rank loss by one entropy is at most 1 / tau, which it nears with one pair alone, and fp16 has room
-    for factors of 16.
+    The slope of the rank loss by one entropy is at most 1 / tau, which it nears with one pair alone; fp16 has room for
+    16 times FP16_FACTOR, times p (log p + E), which is below 4 in any vocabulary there is.
     """
     bound = grad_ce.new_zeros(()) if rank_scale is None else rank_scale / 16
     bound = bound if form == "hinge" else bound / temperature

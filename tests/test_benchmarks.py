@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import alone, busy, engine, heads, kernels, loss, pictures, sampler, scaling, static, trainer
+from benchmarks import (
+    alone,
+    busy,
+    engine,
+    heads,
+    kernels,
+    loss,
+    pictures,
+    sampler,
+    scaling,
+    static,
+    trained_head,
+    trainer,
+)
 from benchmarks.measure import Contender, peak_memory_of, summary, time_interleaved
 from tabom.lab.dry_run import random_model
 from tabom.sampling.sampler import SamplerConfig
@@ -176,6 +189,20 @@ def test_a_peer_that_disagrees_is_not_timed(monkeypatch):
     monkeypatch.setitem(loss.LOSSES, "wrong", lambda problem: 1.1 * loss.fused_loss(problem))
     with pytest.raises(AssertionError, match="wrong"):
         loss.measure(loss.Shape(2, 8, 4, 16, 60), CPU, 2, 2**40, ["wrong"])
+
+
+def test_the_trained_head_is_measured_and_the_notes_say_what_the_json_says(monkeypatch):
+    cases = [trained_head.Case(8, torch.float32, 2), trained_head.Case(8, torch.float16, 0)]
+    records = [record for case in cases for record in trained_head.measure(case, CPU, 60, 16)]
+    assert [record["contender"] for record in records] == ["three matmuls", "ours", "naive", "TRL's op"] * 2
+    assert trained_head.costs_table(records).count("not timed") == 4
+    figures = json.loads(Path("benchmarks/results/trained-head-cpu.json").read_text())["figures"]
+    assert trained_head.costs_table(figures) in Path("benchmarks/NOTES.md").read_text()
+    ours = [f["peak_bytes"] / f["least_bytes"] for f in figures if f["contender"] == "ours"]
+    assert len(ours) == 4 and max(ours) < 1.1, "else docs/loss.md says too much"
+    monkeypatch.setitem(trained_head.LOSSES, "wrong", lambda problem: 1.1 * trained_head.trl_loss(problem))
+    with pytest.raises(AssertionError, match="wrong"):
+        trained_head.measure(cases[0], CPU, 60, 16)
 
 
 def test_scaling_varies_one_quantity_at_a_time():

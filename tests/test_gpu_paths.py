@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_first, kernels, loss, measure, model, models, old_form, sampler, scaling, trainer
+from benchmarks import (
+    gpu_first,
+    kernels,
+    loss,
+    measure,
+    model,
+    models,
+    old_form,
+    sampler,
+    scaling,
+    trained_head,
+    trainer,
+)
 from benchmarks.gpu_first import Part
 from tabom.lab.dry_run import random_model
 from tabom_kernels import triton_backend
@@ -70,7 +82,8 @@ def gpu(monkeypatch, tmp_path):
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    for module in (measure, kernels, loss, scaling, sampler, trainer, models, gpu_first, old_form):
+    modules = (measure, kernels, loss, scaling, sampler, trained_head, trainer, models, gpu_first, old_form)
+    for module in modules:
         monkeypatch.setattr(module, "is_gpu", lambda device: True, raising=False)
     monkeypatch.setattr(measure, "CEILINGS_ON_GPU", (64, 8, 2))
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
@@ -167,6 +180,16 @@ def test_loss_and_scaling(gpu, monkeypatch):
     assert {figure["sweep"] for figure in read(gpu, "scaling")["figures"]} == {"sequences"}
 
 
+def test_the_trained_head(gpu, monkeypatch):
+    monkeypatch.setattr(trained_head, "VOCABULARY", 60)
+    monkeypatch.setattr(trained_head, "CASES_ON_GPU", [trained_head.Case(8, torch.float32, 2)])
+    trained_head.main()
+    figures = read(gpu, "trained-head")["figures"]
+    assert {(figure["contender"], figure["mode"]) for figure in figures} == {
+        (name, mode) for name in ("three matmuls", *trained_head.LOSSES) for mode in ("eager", "graph")
+    }
+
+
 def test_the_machine_and_the_peers_of_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(loss, "LOSSES", dict(loss.LOSSES))
     monkeypatch.setattr(loss, "CROSS_ENTROPY_ALONE", {})
@@ -221,6 +244,7 @@ def test_the_parts_of_the_first_session_are_commands_that_exist(capsys):
             "kernels",
             "old_form",
             "loss",
+            "trained_head",
             "sampler",
         )
 

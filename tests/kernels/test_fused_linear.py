@@ -647,6 +647,19 @@ def test_token_weights_of_an_fp16_head_may_be_1e6_apart(rng, backend, max_chunk_
         assert error <= 2 * naive_error + 1e-3 * exact[name].norm(), (name, error, naive_error)
 
 
+@pytest.mark.parametrize("max_chunk_rows", [None, 1])
+def test_a_light_token_of_fp16_keeps_its_small_probabilities(rng, max_chunk_rows):
+    """p is 2^-12 and a weight 1e-3 of the other one; the hidden states of the two share no channel."""
+    hidden = torch.block_diag(1 + torch.rand(1, 8), 1 + torch.rand(1, 8)).half()
+    weight = torch.zeros(4096, 16).half().requires_grad_()
+    labels, token_weights = torch.tensor([0, 1]), torch.tensor([1.0, 1e-3])
+    options = {"token_weights": token_weights, "num_tokens": 1, "max_chunk_rows": max_chunk_rows}
+    loss = fused_linear_cross_entropy(hidden, weight, labels, **options)
+    [ours] = torch.autograd.grad(loss * 4096, weight)
+    exact = token_weights.double() @ hidden.double()
+    torch.testing.assert_close(ours[2:].double(), exact.expand(4094, 16), rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("max_chunk_rows", [None, 4])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_gradient_scaler_sees_what_is_not_finite_and_nothing_else(rng, value, max_chunk_rows):
