@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class DiffusionModel:
         """Where the model's parameters are."""
         return self.model.device
 
-    @property
+    @cached_property  # every request asks for it
     def first_position(self) -> int:
         """The id of a sequence's first position: RoBERTa and its kin count from behind the padding's."""
         tables = (getattr(module, "position_embeddings", None) for module in self.model.modules())
