@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.model import ModelArguments, load_model
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
+from tabom.data.sources import open_records
 from tabom.data.tokenized import tokenize
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
@@ -86,6 +87,8 @@ def run(argv: Sequence[str]) -> None:
         random_weights_run(arguments, model_arguments, config)
         return
     callbacks = check_evaluation(arguments, config)
+    check_data(arguments, config)
+    eval_prompts = read_eval_prompts(config)
     family = load_model(model_arguments)
     trainer = TabomTrainer(
         model=family.model,
@@ -93,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
         train_dataset=read_data(arguments.data, arguments.split, arguments, family, config),
         eval_dataset=arguments.eval_data
         and read_data(arguments.eval_data, arguments.eval_split, arguments, family, config),
-        eval_prompts=read_eval_prompts(config),
+        eval_prompts=eval_prompts,
         eval_sampler=parse_sampler(config.eval_sampler, SamplerConfig()) if config.eval_sampler else None,
         callbacks=callbacks,
         processing_class=family.tokenizer,
@@ -126,6 +129,18 @@ def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[Trai
             f"early_stopping_patience={arguments.early_stopping_patience}: needs --load_best_model_at_end true"
         )
     return [EarlyStoppingCallback(arguments.early_stopping_patience)]
+
+
+def check_data(arguments: DataArguments, config: TabomConfig) -> None:
+    """Opens what is trained and evaluated on, before a model of many gigabytes is loaded in vain.
+
+    Raises:
+        ValueError, OSError: there is no such source or split.
+    """
+    with config.main_process_first(desc="opening the data"):
+        for source, split in ((arguments.data, arguments.split), (arguments.eval_data, arguments.eval_split)):
+            if source is not None:
+                open_records(source, split, arguments.config_name, default_split="train")
 
 
 def read_eval_prompts(config: TabomConfig) -> PromptSet | None:

@@ -1,5 +1,6 @@
 """Loading a diffusion language model from a folder or the hub."""
 
+import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -55,7 +56,7 @@ def load(
     """
     check_is_there(model_name_or_path)
     path = Path(model_name_or_path)
-    check_is_safetensors(path)
+    check_files(path)
     if path.is_dir():
         model_name_or_path = str(path.resolve())  # one model has one name, wherever it is called from
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -126,19 +127,20 @@ def check_is_there(name: str | Path) -> None:
     raise FileNotFoundError(f"model={name}: {problem}{hint}")
 
 
-def check_is_safetensors(path: Path) -> None:
-    """Pickled weights can run code; of a name on the hub transformers is told the same.
+def check_files(path: Path) -> None:
+    """What is wrong with the files of a folder; of a name on the hub transformers is told to take safetensors alone.
 
     Raises:
-        ValueError: a folder with pickled weights alone, or with safetensors that are not whole.
+        ValueError: safetensors or JSON that are not whole, or pickled weights alone, which can run code.
     """
-    for weights in sorted(path.glob("*.safetensors")):
-        try:
-            safe_open(weights, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"model={path}: {weights.name} is not whole ({error}): save or download it again"
-            ) from error
+    for pattern in ("*.safetensors", "config.json", "tokenizer*.json"):
+        for file in sorted(path.glob(pattern)):
+            try:
+                json.loads(file.read_bytes()) if file.suffix == ".json" else safe_open(file, framework="pt")
+            except (SafetensorError, ValueError) as error:
+                raise ValueError(
+                    f"model={path}: {file.name} is not whole ({error}): save or download it again"
+                ) from error
     pickled = sorted(each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in path.glob(pattern))
     if pickled and not list(path.glob("*.safetensors")):
         raise ValueError(

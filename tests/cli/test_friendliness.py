@@ -126,6 +126,28 @@ def test_a_wrong_value_is_one_line_that_names_it(capsys, monkeypatch, tmp_path, 
     assert error.startswith(f"tabom {filled[0]}: error: ") and message in error
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_torn_json_of_a_model_is_named(capsys, tmp_path, model_folder, name):
+    torn = tmp_path / "torn" / name
+    shutil.copytree(model_folder, torn.parent)
+    torn.write_text(torn.read_text()[:-3])
+    assert run("generate", "--model", str(torn.parent), "--prompt", "1+2=") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"tabom generate: error: model={torn.parent}: {name} is not whole (")
+
+
+@pytest.mark.parametrize("argument", ["data", "eval_data", "eval_prompts"])
+def test_training_data_are_looked_for_before_the_model_is_loaded(
+    capsys, monkeypatch, tmp_path, model_folder, data, argument
+):
+    monkeypatch.setattr("tabom.cli.train.load_model", lambda arguments: pytest.fail("the model was loaded"))
+    arguments = {"data": data, "model": model_folder, "output_dir": tmp_path / "out", argument: tmp_path / "typo.jsonl"}
+    if argument != "data":
+        arguments["eval_strategy"] = "epoch"
+    assert run("train", *[text for name, value in arguments.items() for text in (f"--{name}", str(value))]) == 2
+    assert "typo.jsonl" in capsys.readouterr().err.splitlines()[-1]
+
+
 def byte_level_tokenizer():
     """One token a byte, as byte-level BPE has before any merge."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
