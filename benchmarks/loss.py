@@ -3,7 +3,7 @@
     python -m benchmarks.loss        (--ours in `make gpu`, all in `make gpu-peers`)
 
 Everything is timed in one run on the same inputs, after a check that all give the same loss and gradient. The head is
-frozen, as under LoRA, or with --trained-head it has a gradient as well. A peer that knows no ranking is timed at the
+frozen, as under LoRA (`benchmarks.trained_head`: one with a gradient). A peer that knows no ranking is timed at the
 cross-entropy alone, and so are we beside it. Writes benchmarks/results/loss-<device>.json after every shape;
 `python -m benchmarks.pictures` draws it.
 """
@@ -70,7 +70,7 @@ class Problem(NamedTuple):
     cu_seqlens: Tensor  # (B + 1,)
 
 
-def draw_problem(shape: Shape, device: torch.device, trained_head: bool = False) -> Problem:
+def draw_problem(shape: Shape, device: torch.device) -> Problem:
     """Random hidden states and head in bf16, logits of about unit size, every row with its own step."""
     hidden = torch.randn(shape.sequences, shape.length, shape.width, device=device).bfloat16()
     weight = (torch.randn(shape.vocabulary, shape.width, device=device) * shape.width**-0.5).bfloat16()
@@ -79,7 +79,7 @@ def draw_problem(shape: Shape, device: torch.device, trained_head: bool = False)
     steps = torch.rand(shape.sequences, shape.window, device=device).argsort(1).flatten()
     labels = torch.randint(shape.vocabulary, (shape.rows,), device=device)
     offsets = torch.arange(0, shape.rows + 1, shape.window, dtype=torch.int32, device=device)
-    return Problem(hidden.requires_grad_(), weight.requires_grad_(trained_head), rows, labels, steps, offsets)
+    return Problem(hidden.requires_grad_(), weight, rows, labels, steps, offsets)
 
 
 def authors_loss(problem: Problem) -> Tensor:
@@ -186,17 +186,13 @@ def add_peers(device: torch.device) -> None:
         )
 
 
-FLOORS = {False: "two matmuls", True: "three matmuls"}
-"""By whether the head is trained."""
+FLOOR = "two matmuls"
 
 
-def matmuls(problem: Problem) -> tuple[Tensor, ...]:
-    """The floor: logits, the gradient of the hidden states, and that of a trained head."""
+def matmuls(problem: Problem) -> Tensor:
+    """The floor: logits, and the gradient of the hidden states."""
     with torch.no_grad():
-        hidden = selected(problem)
-        logits = F.linear(hidden, problem.weight)
-        by_hidden = logits @ problem.weight
-        return (by_hidden, logits.T @ hidden) if problem.weight.requires_grad else (by_hidden,)
+        return F.linear(selected(problem), problem.weight) @ problem.weight
 
 
 def check_agreement(problem: Problem, losses: dict[str, Loss], rank_weight: float) -> None:
@@ -223,16 +219,11 @@ def value_and_gradient(problem: Problem, loss: Loss) -> tuple[float, Tensor]:
 
 
 def measure(
-    shape: Shape,
-    device: torch.device,
-    rounds: int,
-    memory: int,
-    names: list[str] | None = None,
-    trained_head: bool = False,
+    shape: Shape, device: torch.device, rounds: int, memory: int, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """Time and incremental peak memory of every way (or of those named) that fits, in one run."""
     torch.compiler.reset()  # each shape is compiled for itself
-    problem = draw_problem(shape, device, trained_head)
+    problem = draw_problem(shape, device)
     whole, alone = (
         {
             name: loss
@@ -245,11 +236,10 @@ def measure(
     check_agreement(problem, alone, 0.0)
 
     def step(loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
-        leaves = [leaf for leaf in problem[:2] if leaf.requires_grad]
-        return lambda: torch.autograd.grad(loss(problem), leaves)
+        return lambda: torch.autograd.grad(loss(problem), problem.hidden)
 
     contenders = [Contender(name, [step(loss)], name not in WAIT_FOR_HOST) for name, loss in (whole | alone).items()]
-    contenders.append(Contender(FLOORS[trained_head], [lambda: matmuls(problem)]))
+    contenders.append(Contender(FLOOR, [lambda: matmuls(problem)]))
     timings = time_interleaved(contenders, device, rounds)
     computes = dict.fromkeys(whole, "everything") | dict.fromkeys(alone, "cross-entropy alone")
     peaks = {contender.name: peak_memory_of(contender.calls[0], device) for contender in contenders}
@@ -277,7 +267,7 @@ def print_table(records: list[dict[str, Any]], matmul_rate: float) -> None:
     for record in records:
         shape, seconds = record["shape"], record["seconds"]
         beside = {r["contender"]: r for r in records if (r["shape"], r["mode"]) == (shape, record["mode"])}
-        authors, floor = beside.get("authors' way"), next(beside[name] for name in FLOORS.values() if name in beside)
+        authors, floor = beside.get("authors' way"), beside[FLOOR]
         faster = f"{authors['seconds']['median'] / seconds['median']:.1f}" if authors else ""
         smaller = f"{authors['peak_bytes'] / max(record['peak_bytes'], 1):.1f}" if authors else ""
         table.add_row(
@@ -300,7 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024, 4096], help="rows in the windows")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[126464, 152064])
-    parser.add_argument("--trained-head", action="store_true", help="with a gradient of the head")
     parser.add_argument("--ours", action="store_true", help="no peers, and not the ways that people write it")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -308,13 +297,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_peers(device)
     limits = ceilings(device)
     found = environment(device) | {"ceilings": limits}
-    name = result_name("loss" + "-ours" * options.ours + "-trained-head" * options.trained_head, device)
+    name = result_name("loss" + "-ours" * options.ours, device)
     records = []
     for vocabulary in options.vocabulary:
         for rows in options.rows:
             shape = Shape(rows // window, length, window, width, vocabulary)
             print(f"V={vocabulary}, {rows} rows", file=sys.stderr, flush=True)
-            records += measure(shape, device, rounds, memory, OURS if options.ours else None, options.trained_head)
+            records += measure(shape, device, rounds, memory, OURS if options.ours else None)
             path = write_json(name, found | {"figures": records})
     print_table(records, limits["matmul_flop_per_second"])
     print(f"{found['device']}, torch {found['torch']}; wrote {path}")

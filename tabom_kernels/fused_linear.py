@@ -203,7 +203,7 @@ class HeadGradients:
 def empty_gradients(
     hidden: Tensor, weight: Tensor, max_chunk_rows: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for those by hidden, weight and bias, of no elements unless wanted, and for the units of the weight's.
+    """Memory for those by hidden, weight and bias and for the units of the weight's, of no elements unless wanted.
 
     What is added up is kept in fp32 until backward. A single product is not, as a matmul adds up in fp32 by itself; but
     before backward scales it, it may be beyond fp16: there it is in fp32 as well, or, by the weight, in units of rows.
@@ -214,8 +214,8 @@ def empty_gradients(
     by_hidden = torch.empty_like(hidden, dtype=of_hidden) if wanted[0] else hidden.new_empty(0, dtype=of_hidden)
     by_weight = torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
     by_bias = hidden.new_empty(weight.shape[0] if wanted[2] else 0, dtype=dtype)
-    units = weight.shape[0] if wanted[1] and hidden.dtype == torch.float16 else 1
-    return by_hidden, by_weight, by_bias, hidden.new_ones(units, 1, dtype=dtype)
+    units = weight.shape[0] if wanted[1] and hidden.dtype == torch.float16 else 0
+    return by_hidden, by_weight, by_bias, hidden.new_empty(units, 1, dtype=dtype)
 
 
 @torch.library.custom_op("tabom_kernels::fused_linear_tabom_loss", mutates_args=())
@@ -244,12 +244,12 @@ def fused_linear_op(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias or empty; weight_units, dtemperature, unit.
+    """loss, cross_entropy, rank, entropy (N,); dhidden, dweight, dbias, weight_units, or empty; dtemperature, unit.
 
-    Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss, and that by the
-    weight is multiplied by weight_units. Both are 1, but for fp16: there the unit brings a row's factors where dlogits
-    fit, neither lost in a mean over many tokens nor beyond fp16 by large weights; and weight_units (V, 1) are powers of
-    two that do the same for each row of the head, a sum over all tokens.
+    Without `rank_weight`, steps and cu_seqlens are not read. The gradients are those of unit * loss. The unit is 1, but
+    for fp16: there it brings a row's factors where dlogits fit, neither lost in a mean over many tokens nor beyond fp16
+    by large weights; and dweight is multiplied by weight_units (V, 1), powers of two that do the same for each row of
+    the head, a sum over all tokens.
     """
     forms = closed_forms(backend)
     transform = None if (logit_scale, softcap) == (1.0, None) else LogitTransform(logit_scale, softcap)
@@ -362,7 +362,7 @@ def scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple:
     *by_head, weight_units, by_temperature, unit = ctx.saved_tensors
     # One dimension: a factor of none would be rounded to the dtype of a gradient in half precision.
     scale = (grad_loss / unit)[None]
-    scales = (scale, scale / weight_units, scale)
+    scales = (scale, scale / weight_units if weight_units.numel() else scale, scale)
     by_head = [
         scaled(gradient, scale, ctx.dtype) if is_needed else None
         for gradient, scale, is_needed in zip(by_head, scales, ctx.needs_input_grad, strict=False)

@@ -175,9 +175,7 @@ def test_every_way_of_computing_the_loss_agrees_and_is_drawn(capsys):
     shapes = [loss.Shape(sequences, 8, 4, 16, 60) for sequences in (2, 3)]
     records = [record for shape in shapes for record in loss.measure(shape, CPU, 2, 2**40, names)]
     assert {record["contender"] for record in records} == {*names, "two matmuls"}
-    trained = loss.measure(shapes[0], CPU, 2, 2**40, ["reference", "ours, fused"], trained_head=True)
-    assert "three matmuls" in {record["contender"] for record in trained}
-    loss.print_table(records + trained, matmul_rate=1e9)
+    loss.print_table(records, matmul_rate=1e9)
     assert "less memory" in capsys.readouterr().out
     result = {"device": "d", "figures": [record | {"sweep": "sequences"} for record in records]}
     for draw in (pictures.draw_loss, pictures.draw_scaling):
