@@ -110,11 +110,23 @@ def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
             output = forward_with_loss(self, plain, head, token_weights, **inputs)
             if output is not None:
                 return output
+        if token_weights is not None and computes_loss(head):
+            raise ValueError(
+                f"token_weights: it is not yet known whether {plain.__name__} shifts its labels, which a batch with one "
+                "label everywhere cannot tell: pass shift_labels, labels that stand where their logits are"
+            )
         if token_weights is not None:
             raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
         return plain.forward(self, *args, **kwargs)
 
-    return type(plain.__name__, (plain,), {"forward": forward, "plain_class": plain, "__module__": plain.__module__})
+    def set_output_embeddings(self: PreTrainedModel, new: torch.nn.Module) -> None:
+        """As `resize_token_embeddings` does, with a new layer."""
+        plain.set_output_embeddings(self, new)
+        if type(new) is torch.nn.Linear:
+            new.__class__ = LinearWithLoss
+
+    replaced = {"forward": forward, "set_output_embeddings": set_output_embeddings}
+    return type(plain.__name__, (plain,), replaced | {"plain_class": plain, "__module__": plain.__module__})
 
 
 def knows_shift(

@@ -196,6 +196,8 @@ def test_a_batch_that_cannot_tell_is_not_the_last_word(rng):
         output = patched(**same)
         assert output.logits is not None
         torch.testing.assert_close(output.loss, model(**same).loss, equal_nan=True)
+        with pytest.raises(ValueError, match=r"token_weights: .* not yet known whether ShiftsNot shifts .* shift_labels"):
+            patched(**same, token_weights=torch.ones(2, 9))
     unlabelled = rng.randrange(2)
     batch["labels"][unlabelled] = -100
     assert assert_same_training(model, patched, batch).logits is None
@@ -286,6 +288,18 @@ def test_a_copy_computes_its_own_loss(rng):
         other.lm_head.weight.zero_()
     assert abs(other(**batch).loss.item() - torch.tensor(50.0).log().item()) < 1e-5
     assert abs(model(**batch).loss.item() - torch.tensor(50.0).log().item()) > 1e-3
+
+
+@pytest.mark.parametrize("build", [MODELS["causal"], MODELS["masked"]], ids=["causal", "masked"])
+def test_a_resized_head_computes_the_loss(rng, build):
+    model, batch = build().train(), draw_batch()
+    patched = patch(copy.deepcopy(model))
+    for resized in (model, patched):
+        torch.manual_seed(0)
+        resized.resize_token_embeddings(57)
+    assert assert_same_training(model, patched, batch).logits is None
+    unpatch(patched)
+    assert type(patched.get_output_embeddings()) is torch.nn.Linear
 
 
 def test_what_cannot_be_patched_is_refused():
