@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 SHIFTS = {"ForCausalLM": True, "ForConditionalGeneration": True, "ForMaskedLM": False, None: True}
 """Whether a loss of transformers shifts the labels, by the `loss_type` of a model; without one it is a causal LM's."""
 
-GAP = 8.0
-"""By how much the logits of labels are lowered where the two losses are told apart."""
+GAPS = {False: 8.0, True: 4.0}
+"""By how much the logits of labels, shifted or not, are lowered where the two losses are told apart."""
 
 
 def shifted(x: Tensor, fill: float) -> Tensor:
@@ -30,9 +30,10 @@ def shift_of_class(cls: type[PreTrainedModel], loss_type: str | None) -> bool | 
 def shifts_seen(model: PreTrainedModel, plain: type[PreTrainedModel], labels: Tensor, **inputs: Any) -> list[bool]:
     """By which shifts the cross-entropy is the model's own loss, at the sequence of the batch with the most labels.
 
-    None of the two: it is another loss. Both: this sequence cannot tell, for it has no labels or the same everywhere.
-    The logits of labels are lowered at their own places, which parts the two losses in any model by some nats. One
-    sequence, as its logits are held whole. Random numbers stay as they were.
+    None of the two: it is another loss. Both: this sequence cannot tell, for it has no labels.
+    The logits of labels are lowered, more at their own places than one before, which parts the two losses by some nats,
+    and both from what smoothing adds, also in a model that knows nothing yet. One sequence, as its logits are held
+    whole. Random numbers stay as they were.
 
     Raises:
         ValueError: the model computes no loss.
@@ -43,12 +44,15 @@ def shifts_seen(model: PreTrainedModel, plain: type[PreTrainedModel], labels: Te
         for name, x in (inputs | {"labels": labels}).items()
     }
     labels = one["labels"]
+    targets = {False: labels, True: shifted(labels, -100)}
 
     def lower(_: torch.nn.Module, __: Any, logits: Tensor) -> Tensor | None:
         if logits.shape[:-1] != labels.shape:
             return None
-        gap = logits.new_full((*labels.shape, 1), -GAP)
-        return logits.scatter_add(-1, labels.clamp(min=0)[..., None].to(logits.device), gap)
+        for shift, columns in targets.items():
+            gap = logits.new_full((*labels.shape, 1), -GAPS[shift])
+            logits = logits.scatter_add(-1, columns.clamp(min=0)[..., None].to(logits.device), gap)
+        return logits
 
     hook = model.get_output_embeddings().register_forward_hook(lower)
     device = model.device
@@ -67,8 +71,8 @@ def shifts_seen(model: PreTrainedModel, plain: type[PreTrainedModel], labels: Te
         return []
     logits, rounding = output.logits.flatten(0, 1), max(1e-4, 4 * torch.finfo(output.logits.dtype).eps)
 
-    def is_own(targets: Tensor) -> Tensor:
-        expected = F.cross_entropy(logits.float(), targets.flatten().to(logits.device))
+    def is_own(shift: bool) -> Tensor:
+        expected = F.cross_entropy(logits.float(), targets[shift].flatten().to(logits.device))
         return torch.isclose(expected, output.loss.float(), rtol=rounding, equal_nan=True)
 
-    return [shift for shift, targets in ((False, labels), (True, shifted(labels, -100))) if is_own(targets)]
+    return [shift for shift in targets if is_own(shift)]

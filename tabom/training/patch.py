@@ -112,8 +112,8 @@ def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 return output
         if token_weights is not None and computes_loss(head):
             raise ValueError(
-                f"token_weights: it is not yet known whether {plain.__name__} shifts its labels, which a batch with one "
-                "label everywhere cannot tell: pass shift_labels, labels that stand where their logits are"
+                f"token_weights: it is not yet known whether {plain.__name__} shifts its labels, and a batch without "
+                "labels does not show it: pass shift_labels, labels that stand where their logits are"
             )
         if token_weights is not None:
             raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
