@@ -400,8 +400,8 @@ def test_what_readme_says_of_loss_step_and_sampler_is_what_the_json_says():
     for words in (
         f"{than[AUTHORS]:.0f} times faster than the loss as published with 1/"
         f"{peaks[AUTHORS] / peaks['ours, fused']:.0f} of its memory, {than['Liger CE + entropy']:.1f} times "
-        f"faster than Liger's op with entropy, {than['torch.compile']:.1f} times than `torch.compile`, "
-        f"{1 / than['two matmuls']:.1f} times the two matmuls",
+        f"faster than Liger's op with entropy, {than['TRL CE + entropy']:.1f} times than TRL's, "
+        f"{than['torch.compile']:.1f} times than `torch.compile`, {1 / than['two matmuls']:.1f} times the two matmuls",
         f"{by_way['released'] / by_way['ours, fused']:.1f} times faster than with the released loss, "
         f"{by_way['reference'] / by_way['ours, fused']:.1f} times than with `reference`",
         f"{large.min():.1f} to {large.max():.1f} times the tokens a second of a loop that does what Dream's code does; "
@@ -409,6 +409,24 @@ def test_what_readme_says_of_loss_step_and_sampler_is_what_the_json_says():
         *(f"at commit {document['commit'].rstrip('+')}" for document in (loss_cpu, step)),
     ):
         assert words in readme, words
+
+
+def test_notes_say_of_the_loss_what_the_json_says():
+    figures = json.loads(Path("benchmarks/results/loss-cpu.json").read_text())["figures"]
+    notes = Path("benchmarks/NOTES.md").read_text()
+    for rows, columns in ((64, 152064), (256, 152064), (1024, 152064), (4096, 126464)):
+        alike = [f for f in figures if (f["shape"]["rows"], f["shape"]["vocabulary"]) == (rows, columns)]
+        milliseconds = {f["contender"]: 1e3 * f["seconds"]["median"] for f in alike}
+        peaks = {f["contender"]: f["peak_bytes"] / 2**20 for f in alike}
+        ours, mebibytes = milliseconds["ours, fused"], peaks["ours, fused"]
+        line = f"two matmuls: {milliseconds['two matmuls']:.0f} ms | | {ours:.0f} ms, {mebibytes:.0f} MiB"
+        if AUTHORS in peaks:
+            faster, smaller = milliseconds[AUTHORS] / ours, peaks[AUTHORS] / mebibytes
+            line += f", {faster:.0f} times faster than as published with 1/{smaller:.0f} of the memory"
+        assert f"2 CPU cores, {rows} rows, V = {columns}, D = 512 | {line} |" in notes, line
+        others = ("torch.compile", "TRL CE + entropy", "Liger CE + entropy", "checkpoint", "reference")
+        than = " | ".join(f"{milliseconds[name] / ours:.1f}" for name in others)
+        assert f"\n| {rows} x {columns} | {than} |\n" in notes, than
 
 
 def test_what_rounding_turns_is_counted_and_documents_say_what_the_json_says():
