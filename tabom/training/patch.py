@@ -110,14 +110,14 @@ def with_fused_loss(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
             output = forward_with_loss(self, plain, head, token_weights, **inputs)
             if output is not None:
                 return output
-        if token_weights is not None and computes_loss(head):
+        if token_weights is None:
+            return plain.forward(self, *args, **kwargs)
+        if computes_loss(head):
             raise ValueError(
                 f"token_weights: it is not yet known whether {plain.__name__} shifts its labels, and a batch without "
                 "labels does not show it: pass shift_labels, labels that stand where their logits are"
             )
-        if token_weights is not None:
-            raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
-        return plain.forward(self, *args, **kwargs)
+        raise ValueError(f"token_weights: the head of this {plain.__name__} does not compute the loss")
 
     def set_output_embeddings(self: PreTrainedModel, new: torch.nn.Module) -> None:
         """As `resize_token_embeddings` does, with a new layer."""
