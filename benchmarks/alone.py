@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.engine import BLOCK, TASKS, asked_of
-from benchmarks.measure import environment, result_name, this_device, write_json
-from benchmarks.models import tiny_dream
+from benchmarks.caches import TASKS
+from benchmarks.engine import BLOCK, asked_of
+from benchmarks.tools.measure import environment, result_name, this_device, write_json
+from benchmarks.tools.models import tiny_dream
 from tabom.data.encoding import encode_prompt
-from tabom.lab.model import BASE_PATH
 from tabom.lab.tasks import make_task
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.models.loading import load
+from tabom.models.loading import SHIPPED_PATH, load
 from tabom.sampling.collect import in_groups
+from tabom.sampling.completions import Completion
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import Completion, SamplerConfig, denoise
+from tabom.sampling.sampler import denoise
 
 CONTENDERS = ("engine", "denoise in batches of 16")
 
@@ -38,7 +40,7 @@ class Case(NamedTuple):
 
 def cases(count: int, dtype: torch.dtype, temperature: float) -> Iterator[Case]:
     """The lab's model on its tasks, and random weights, whose logits have many near ties, on prompts of any length."""
-    model = load(BASE_PATH, dtype=dtype)
+    model = load(SHIPPED_PATH, dtype=dtype)
     for task_name, block in TASKS:
         task = make_task(task_name)
         prompts = [encode_prompt(model.tokenizer, prompt) for prompt in task.prompt_set(count, "test", 0).prompts]

@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.loss import Problem, Shape, draw_problem, fused_loss, loss_of_logits, selected
-from benchmarks.measure import environment, summary, time_on_cpu, write_json
-from tabom_kernels.torch_backend import vocabulary_gradient, vocabulary_statistics
+from benchmarks.tools.measure import environment, summary, time_on_cpu, write_json
+from tabom_kernels.backends.torch import vocabulary_gradient, vocabulary_statistics
 
 CPU = torch.device("cpu")
 SHAPE = Shape(sequences=4, length=16, window=16, width=512, vocabulary=152064)

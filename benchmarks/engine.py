@@ -1,14 +1,13 @@
 """What decoding costs in the engine, exact and with caches, beside the plain loop of fixed batches and its peers.
 
-    python -m benchmarks.engine [--large | --caches]
+    python -m benchmarks.engine [--large | --block]
 
 Prompts of 30 to 250 tokens, answers that end after 40 to 256 of at most 256, blocks of 32, one token a step. All take
 the same model, prompts and settings, in turns: the plain loop, which is `denoise`; the engine; a loop that does what
 dLLM's sampler does, and one that does what Dream's code does. The steps of the peers all cost the same, and so
 do the blocks of the plain loop: the first are timed, and count for all. The lab's model, and one layer for more prompts
-and other lengths; `--large`: four layers under Dream's vocabulary; `--caches`: what a cache changes of the lab model's
-answers. On a CPU seconds are of processor time, which other processes of a shared machine change least. Writes
-benchmarks/results/engine-<device>.json, or engine-large- and engine-caches-.
+and other lengths; `--large`: four layers under Dream's vocabulary. On a CPU seconds are of processor time, which other
+processes of a shared machine change least. Writes benchmarks/results/engine-<device>.json, or engine-large-.
 """
 
 import argparse
@@ -21,34 +20,23 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.measure import environment, peak_memory_of, result_name, this_device, write_json
-from benchmarks.models import large_vocabulary, tiny_dream
+from benchmarks.blocks import block_costs, block_table, draw_requests
+from benchmarks.caches import CACHES, agreement
 from benchmarks.sampler import dream_steps
-from tabom.data.encoding import encode_prompt
+from benchmarks.tools.measure import environment, peak_memory_of, result_name, this_device, write_json
+from benchmarks.tools.models import large_vocabulary, tiny_dream
 from tabom.lab.dry_run import now
-from tabom.lab.model import BASE_PATH
-from tabom.lab.tasks import make_task
-from tabom.models.diffusion_model import DiffusionModel
-from tabom.models.loading import load
+from tabom.models.diffusion_model import DiffusionModel, LogitRows
+from tabom.models.loading import SHIPPED_PATH, load
 from tabom.sampling.collect import in_groups
-from tabom.sampling.engine import Engine, EngineConfig, Request, sample
-from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, decode_response, denoise
+from tabom.sampling.completions import Completion, cost_of
+from tabom.sampling.config import SamplerConfig
+from tabom.sampling.engine import Engine, EngineConfig, Request
+from tabom.sampling.sampler import denoise
 
 LENGTH, BLOCK = 256, 32
-
-CACHES = {
-    "exact": {},
-    "prefix": {"cache": "prefix"},
-    "prefix, refresh 8": {"cache": "prefix", "cache_refresh": 8},
-    "block": {"cache": "block"},
-    "block, refresh 8": {"cache": "block", "cache_refresh": 8},
-    "block, refresh 4": {"cache": "block", "cache_refresh": 4},
-}
 
 PLAIN = "plain loop"
 PEERS = ("dLLM's loop", "Dream's loop")
@@ -100,15 +88,15 @@ class Ends:
 
     rows: Callable[[], torch.Tensor]  # bool, in the shape of its positions
 
-    def left_padded(self, asked: Sequence[Asked], length: int, shift: int) -> None:
+    def left_padded(self, asked: Sequence[Asked], length: int, logit_rows: LogitRows) -> None:
         """Prompts end in one column."""
         start = max(len(prompt) for prompt, _ in asked)
-        self.fixed([start + end - 1 - shift for _, end in asked], start + length)
+        self.fixed([logit_rows(start + end - 1) for _, end in asked], start + length)
 
-    def right_padded(self, asked: Sequence[Asked], length: int, shift: int) -> None:
+    def right_padded(self, asked: Sequence[Asked], length: int, logit_rows: LogitRows) -> None:
         """Prompts begin in one column."""
         width = max(len(prompt) for prompt, _ in asked) + length
-        self.fixed([len(prompt) + end - 1 - shift for prompt, end in asked], width)
+        self.fixed([logit_rows(len(prompt) + end - 1) for prompt, end in asked], width)
 
     def fixed(self, columns: list[int], width: int) -> None:
         """One position a sequence."""
@@ -122,7 +110,7 @@ class Ends:
             marked = torch.zeros(len(engine.layout.position_ids), dtype=torch.bool)
             for slot, start in zip(engine.slots, engine.layout.starts, strict=True):
                 prompt, end = asked[slot.number]
-                marked[start + len(prompt) + end - 1 - engine.model.logits_shift] = True
+                marked[engine.model.logit_rows(start + len(prompt) + end - 1)] = True
             computed = None if engine.cache is None else engine.cache.rows
             return (marked if computed is None else marked[computed.cpu()])[None]
 
@@ -174,7 +162,7 @@ def run_plain(
     """Fixed batches, each decoded by `denoise` until all of its responses are done."""
     completions, positions, start = [], 0, seconds_now(model.device)
     for batch in in_groups(asked, batch_size):
-        ends.left_padded(batch, config.max_new_tokens, model.logits_shift)
+        ends.left_padded(batch, config.max_new_tokens, model.logit_rows)
         states = denoise(model, [prompt for prompt, _ in batch], config.max_new_tokens, config)
         *_, state = islice(states, limit and limit + 1)
         completions += [Completion(*row, 0) for row in zip(*(values.tolist() for values in state[:3]), strict=True)]
@@ -246,10 +234,10 @@ def run_peer(
     """One fixed batch, every step of it."""
     prompts = [prompt for prompt, _ in batch]
     if name == PEERS[0]:
-        ends.right_padded(batch, config.max_new_tokens, model.logits_shift)
+        ends.right_padded(batch, config.max_new_tokens, model.logit_rows)
         steps = dllm_steps(model, prompts, config)
     else:
-        ends.left_padded(batch, config.max_new_tokens, model.logits_shift)
+        ends.left_padded(batch, config.max_new_tokens, model.logit_rows)
         dream = replace(config, policy="dream_entropy", steps=config.max_new_tokens, block_length=None)
         steps = dream_steps(model, prompts, dream)
     positions, start = 0, seconds_now(model.device)
@@ -306,51 +294,6 @@ def seconds_now(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else now(device)
 
 
-def agreement(ours: list[Completion], exact: list[Completion]) -> dict[str, float]:
-    """The share of equal tokens, of equal responses, and the mean Spearman correlation of the decoding orders."""
-    equal = [np.equal(a.token_ids, b.token_ids).mean() for a, b in zip(ours, exact, strict=True)]
-    orders = [(np.array(a.decoding_order), np.array(b.decoding_order)) for a, b in zip(ours, exact, strict=True)]
-    correlations = []
-    for a, b in orders:
-        both = (a >= 0) & (b >= 0)
-        ranks = [order[both].argsort().argsort() for order in (a, b)]  # no ties: one token a step
-        correlations.append(np.corrcoef(*ranks)[0, 1] if both.sum() > 1 else 1.0)
-    same = np.mean([a.token_ids == b.token_ids for a, b in zip(ours, exact, strict=True)])
-    return {
-        "equal_tokens": float(np.mean(equal)),
-        "equal_responses": float(same),
-        "order_correlation": float(np.mean(correlations)),
-    }
-
-
-TASKS = (("subtraction", 4), ("sorting", 8), ("sudoku", 16), ("sudoku", 8))
-"""Of the lab's model, with the block length."""
-
-
-def fidelity(count: int) -> list[dict[str, Any]]:
-    """What each cache changes of the lab model's answers, task by task."""
-    model = load(BASE_PATH)
-    records = []
-    for task_name, block in TASKS:
-        task = make_task(task_name)
-        prompts = task.prompt_set(count, "test", 0)
-        encoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts.prompts]
-        config = SamplerConfig(max_new_tokens=task.response_length, block_length=block)
-        exact: list[Completion] = []
-        for name, cache in CACHES.items():
-            completions = sample(model, encoded, replace(config, **cache))
-            exact = exact or completions
-            right = [
-                prompts.is_correct(i, decode_response(model, completion.token_ids))
-                for i, completion in enumerate(completions)
-            ]
-            record = {"task": task_name, "block_length": block, "contender": name, "prompts": count}
-            record |= {"accuracy": float(np.mean(right)), "accuracy_error": float(np.std(right) / count**0.5)}
-            record |= {"positions_per_token": cost_of(completions).positions_per_token}
-            records.append(record | agreement(completions, exact))
-    return records
-
-
 def costs_table(records: list[dict[str, Any]]) -> str:
     """Positions, time and memory of each contender, and how many times fewer and faster than the plain loop."""
     lines = [
@@ -375,28 +318,9 @@ def costs_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def print_caches(fidelities: list[dict[str, Any]]) -> None:
-    """What caches change."""
-    table = Table(
-        "task", "block", "contender", "accuracy", "equal tokens", "equal answers", "order", "positions a token"
-    )
-    for record in fidelities:
-        table.add_row(
-            record["task"],
-            str(record["block_length"]),
-            record["contender"],
-            f"{record['accuracy']:.1%} ±{record['accuracy_error']:.1%}",
-            f"{record['equal_tokens']:.1%}",
-            f"{record['equal_responses']:.1%}",
-            f"{record['order_correlation']:.3f}",
-            f"{record['positions_per_token']:.1f}",
-        )
-    Console(width=140).print(table)
-
-
 def costs() -> Iterator[list[dict[str, Any]]]:
     """The lab's model beside all peers; other lengths, more prompts and larger batches on one layer."""
-    lab_model = load(BASE_PATH)
+    lab_model = load(SHIPPED_PATH)
     lab_model.model.config.max_position_embeddings = 2 * LENGTH  # what it answers to longer prompts does not matter
     yield measure("the lab's", lab_model, [PLAIN, "exact", "block", *PEERS], 16, MOSTLY_SHORT, 16)
     one_layer = tiny_dream(num_hidden_layers=1)
@@ -417,22 +341,22 @@ def large_costs() -> Iterator[list[dict[str, Any]]]:
 def main() -> None:
     """One of the three measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--large", action="store_true", help="four layers under Dream's vocabulary")
-    what.add_argument("--caches", action="store_true", help="what caches change of the lab model's answers")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--large", action="store_true", help="four layers under Dream's vocabulary")
+    which.add_argument("--block", action="store_true", help="block-causal attention, see benchmarks.blocks")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = this_device()
-    if arguments.caches:
-        fidelities = fidelity(500)
-        path = write_json(result_name("engine-caches", device), environment(device) | {"caches": fidelities})
-        print_caches(fidelities)
-    else:
-        name, records = result_name("engine-large" if arguments.large else "engine", device), []
-        for figures in large_costs() if arguments.large else costs():
-            records += figures
-            path = write_json(name, environment(device) | {"figures": records})
-        print(costs_table(records))
+    if arguments.block:
+        records = list(block_costs(draw_requests(8), seconds_now))
+        path = write_json(result_name("engine-block", device), environment(device) | {"figures": records})
+        print(f"{block_table(records)}\nwrote {path}")
+        return
+    name, records = result_name("engine-large" if arguments.large else "engine", device), []
+    for figures in large_costs() if arguments.large else costs():
+        records += figures
+        path = write_json(name, environment(device) | {"figures": records})
+    print(costs_table(records))
     print(f"wrote {path}")
 
 

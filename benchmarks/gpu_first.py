@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import measure
-from benchmarks.measure import ceilings, environment, is_gpu, result_name, this_device, write_json
+from benchmarks.tools import measure
+from benchmarks.tools.measure import ceilings, environment, is_gpu, result_name, this_device, write_json
 
 PYTHON = sys.executable
 

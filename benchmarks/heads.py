@@ -3,9 +3,9 @@
     python -m benchmarks.heads [CLASS ...]
 
 Builds each class of `MODEL_FOR_CAUSAL_LM_MAPPING` and `MODEL_FOR_MASKED_LM_MAPPING` with random weights from a small
-config, with a scale, a soft-cap and padding where its config has them. Loss and gradients of `add_loss_to_forward` must
-be those of the model's own logits, and those of `patch` those of the model's own loss. Takes half a minute of one
-core and writes benchmarks/results/heads.json; with names of classes, prints how these fare.
+config, with a scale, a soft-cap and padding where its config has them. The loss and gradients of `add_loss_to_forward`
+must be those of the model's own logits, and those of `patch` must be those of the model's own loss. This takes under
+two minutes of one core and writes benchmarks/results/heads.json. With names of classes it prints how these fare.
 """
 
 import json
@@ -25,9 +25,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from benchmarks.measure import environment, write_json
+from benchmarks.tools.measure import environment, write_json
 from tabom import patch
-from tabom.training.forward import add_loss_to_forward, computes_loss
+from tabom.training.forward import add_loss_to_forward
+from tabom.training.head import HeadStatus
 from tabom_kernels import tabom_loss
 
 SEQUENCES, LENGTH, SELECTED = 2, 16, 6
@@ -57,7 +58,7 @@ SIZES = {
     r".*(dropout|drop_?(prob|rate)?|layerdrop)(_rate|_prob|_p)?": 0,
     r"initializer_range|init_std|initializer_factor": 0.2,
 }
-"""Numbers of configs, by patterns of their names."""
+"""Values of numeric fields of configs, by patterns of the fields' names."""
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -94,11 +95,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""By model type, what sizes alone do not make whole."""
+"""By model type, the settings that its config needs besides small sizes."""
 
 
 FROM_LOGITS = "same, from its logits"
-"""How a class fares whose head does not fit the fused loss."""
+"""The outcome of a class whose loss is right, and computed from logits."""
 
 
 class NotTried(Exception):
@@ -106,11 +107,11 @@ class NotTried(Exception):
 
 
 class TooLong(Exception):
-    """A class takes more than its time."""
+    """A class took longer than SECONDS."""
 
 
 def classes() -> list[str]:
-    """Names of classes, each once."""
+    """The names of all classes, each once."""
     return list(
         dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()])
     )
@@ -157,7 +158,7 @@ def loss_and_gradients(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, di
 
 
 def difference(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> str | None:
-    """What is not the same, up to what rounding does to a gradient in fp32."""
+    """What differs by more than the rounding of a gradient in fp32; None if nothing does."""
     largest = max(gradient.norm() for gradient in expected[1].values())
     if not torch.allclose(found[0], expected[0], rtol=1e-4):
         return f"loss {found[0]:.4f}, expected {expected[0]:.4f}"
@@ -170,7 +171,7 @@ def difference(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, 
 
 
 def outcome(compute: Callable[[], str | None]) -> str:
-    """`same`, in one way or the other, what differs, or the error that refuses the model."""
+    """`same` (fused, or from logits), what differs, or the error that refuses the model."""
     try:
         problem = compute()
     except ValueError as error:
@@ -183,7 +184,7 @@ def outcome(compute: Callable[[], str | None]) -> str:
 
 
 def draw_batch() -> dict[str, Tensor]:
-    """Six positions of each sequence, as a collator gives them."""
+    """A batch as the collator makes it, with six positions of each sequence in the loss."""
     ids = torch.randint(10, 90, (SEQUENCES, LENGTH))
     positions = torch.stack([torch.randperm(LENGTH - 2)[:SELECTED] + 1 for _ in range(SEQUENCES)])
     return {
@@ -197,7 +198,7 @@ def draw_batch() -> dict[str, Tensor]:
 
 
 def judge(name: str) -> dict[str, str]:
-    """How a class fares: in the trainer, fused and by the logits of the rows, and patched."""
+    """The outcome of a class in the trainer, fused and from the logits of the rows, and under `patch`."""
     batch = draw_batch()
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     labels = inputs["input_ids"].masked_fill(torch.arange(LENGTH) % 3 == 0, -100)
@@ -219,7 +220,7 @@ def judge(name: str) -> dict[str, str]:
         raise NotTried(f"{type(error).__name__}: {error}") from error
 
     def from_logits(model: PreTrainedModel) -> str | None:
-        return None if computes_loss(model.get_output_embeddings()) else FROM_LOGITS
+        return None if model.get_output_embeddings().status is HeadStatus.IN_HEAD else FROM_LOGITS
 
     def fused() -> str | None:
         model = build(name)
@@ -253,7 +254,7 @@ def judge_in_time(name: str) -> dict[str, str]:
 
 
 def counts(models: dict[str, dict[str, str]]) -> dict[str, int]:
-    """How many classes are tried, and how many of them are the same in each way."""
+    """How many classes there are, how many were tried, and how many came out the same in each way."""
     same = Counter(way for found in models.values() for way, answer in found.items() if answer == "same")
     return {"classes": len(models), "tried": sum("not tried" not in found for found in models.values())} | same
 

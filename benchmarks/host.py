@@ -20,8 +20,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.measure import summary
-from tabom_kernels import arguments, cross_entropy_with_entropy, tabom_loss, triton_backend, unmask_statistics
+from benchmarks.tools.measure import summary
+from tabom_kernels import arguments, cross_entropy_with_entropy, tabom_loss, unmask_statistics
+from tabom_kernels.backends import selection
 
 ROWS, COLUMNS, CALLS = 64, 64, 20
 
@@ -67,9 +68,7 @@ def without_a_gpu() -> None:
     driver.set_active(NoDriver())
     arguments.values_are_checked = lambda tensor: os.environ.get("TABOM_KERNELS_DEBUG") == "1"  # as on a GPU
     JITFunction._do_compile = compile_nothing
-    assert isinstance(triton_backend.vocabulary.merge_kernel, JITFunction)
-    # The kernels are defined, and not interpreted; from here on the backend takes tensors of the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
+    selection.KERNEL_DEVICE = "cpu"
 
 
 def calls() -> dict[str, Callable[[], Any]]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import (
+from benchmarks.tools.measure import (
     Contender,
     ceilings,
     copies_for,
@@ -31,7 +31,6 @@ from benchmarks.measure import (
     write_json,
 )
 from tabom_kernels import (
-    backends,
     cross_entropy_with_entropy,
     reference,
     softmax_entropy,
@@ -39,6 +38,7 @@ from tabom_kernels import (
     unmask_statistics,
 )
 from tabom_kernels import trajectory_rank_loss as rank_loss
+from tabom_kernels.backends import selection
 
 SHAPES = [(64, 152064), (256, 152064), (2048, 152064), (4096, 126464)]
 RANK_LENGTHS = [[256] * 8, [8192]]
@@ -75,11 +75,11 @@ def statistics(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]
 
 def gradient(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:
     """Backward: reads the logits once and writes as much (in one place, so that every round finds the same logits)."""
-    forms = backends.closed_forms(backends.backend_for(batches[0][0]))
+    backend = selection.load(selection.backend_for(batches[0][0]))
     upstream = torch.rand(2, len(batches[0][0]), device=batches[0][0].device)
     target = torch.empty_like(batches[0][0])
-    inputs = [(*batch, -100, forms.vocabulary_statistics(*batch, -100), *upstream, target) for batch in batches]
-    return [contender("ours", forms.vocabulary_gradient, inputs)], 2 * target.nbytes
+    inputs = [(*batch, -100, backend.vocabulary_statistics(*batch, -100), *upstream, target) for batch in batches]
+    return [contender("ours", backend.vocabulary_gradient, inputs)], 2 * target.nbytes
 
 
 def whole_loss(batches: list[Batch], peers: bool) -> tuple[list[Contender], int]:

@@ -5,7 +5,7 @@
 Everything is timed in one run on the same inputs, after a check that all give the same loss and gradient. The head is
 frozen, as under LoRA (`benchmarks.trained_head`: one with a gradient). A peer that knows no ranking is timed at the
 cross-entropy alone, and so are we beside it. Writes benchmarks/results/loss-<device>.json after every shape;
-`python -m benchmarks.pictures` draws it.
+`python -m benchmarks.tools.pictures` draws it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import (
+from benchmarks.tools.measure import (
     Contender,
     ceilings,
     environment,

@@ -3,8 +3,9 @@
     python -m benchmarks.model                                        # the predictions
     python -m benchmarks.model results/kernels-nvidia-h100.json       # a run beside them, line by line
 
-A launch takes the longest of its memory traffic, its issue slots and its exponentials, and a constant on top. The
-instructions are those of the committed results/static.md, so a prediction follows the code.
+A launch takes the longest of its memory traffic, its issue slots and its exponentials, and a constant on top. Bytes,
+instructions and exponentials a logit, and instructions a ranked pair, are those of results/emulated.json. They were
+counted as the compiled kernels ran on an emulator, so a prediction follows the code.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import RESULTS
+from benchmarks.tools.measure import RESULTS
 
 SHAPES = [(64, 152064), (256, 152064), (2048, 152064), (4096, 126464)]
 LAUNCH_SECONDS = 1.5e-6
@@ -24,7 +25,7 @@ LAUNCH_SECONDS = 1.5e-6
 
 
 class Gpu(NamedTuple):
-    """Rates of a data sheet, times the share of them that a copy reaches; `architecture` is that of static.md."""
+    """Rates of a data sheet, times the share of them that a copy reaches; `architecture` is that of emulated.json."""
 
     architecture: str
     bytes_per_second: float
@@ -57,26 +58,23 @@ GPUS = {
 
 
 class Kernel(NamedTuple):
-    """A pass over the logits: its row in static.md, how often it moves each logit, and the launches that go with it."""
+    """Launches that pass over the logits: their name in emulated.json and their number."""
 
     name: str
-    moves: int
     launches: int
 
 
 OPS = {
-    ("statistics", "ours"): [Kernel("statistics", 1, 2)],
-    ("gradient", "ours"): [Kernel("gradient", 2, 1)],
-    ("whole_loss", "ours"): [Kernel("statistics", 1, 4), Kernel("gradient", 2, 1)],
-    ("greedy", "ours"): [Kernel("unmask greedy", 1, 2)],
-    ("drawn", "ours, temperature"): [Kernel("unmask sampled", 1, 2)],
-    ("drawn", "ours, top-p"): [*[Kernel("masses top-p", 1, 2)] * 4, Kernel("unmask sampled", 1, 2)],
+    ("statistics", "ours"): [Kernel("statistics", 2)],
+    ("gradient", "ours"): [Kernel("gradient", 1)],
+    ("whole_loss", "ours"): [Kernel("statistics", 4), Kernel("gradient", 1)],
+    ("greedy", "ours"): [Kernel("unmask greedy", 2)],
+    ("drawn", "ours, temperature"): [Kernel("unmask sampled", 2)],
+    ("drawn", "ours, top-p"): [Kernel("thresholds top-p", 8), Kernel("unmask sampled", 2)],
 }
 """By the op and contender of `benchmarks.kernels`. Launches that do not pass over the logits go with one that does."""
 
 RANK_LENGTHS = [[256] * 8, [8192]]
-PAIR_INSTRUCTIONS = {"logistic": 100, "hinge": 32}
-"""Of a pair, which both of its rows compute; counted in the machine code before 1/tau was taken out of the loop."""
 
 
 class Prediction(NamedTuple):
@@ -87,40 +85,52 @@ class Prediction(NamedTuple):
     bound: str
 
 
-def read_static(path: Path = RESULTS / "static.md") -> dict[tuple[str, str], tuple[float, float]]:
-    """(kernel, architecture) -> instructions and exponentials a logit, of the bf16 kernels that have a chunk."""
-    found = {}
-    for line in path.read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) > 8 and cells[1] == "bfloat16" and cells[7]:
-            found[cells[0], cells[2]] = float(cells[7]), float(cells[8])
-    return found
+class Counts(NamedTuple):
+    """What an op does a bf16 logit."""
+
+    moved_bytes: float
+    instructions: float
+    exponentials: float
 
 
-def predict(gpu: Gpu, kernels: Sequence[Kernel], logits: int, static: dict) -> Prediction:
+def read_counts(path: Path = RESULTS / "emulated.json") -> dict[tuple[str, str], Counts]:
+    """The counts by op and architecture."""
+    return {
+        (figure["op"], figure["architecture"]): Counts(
+            figure["loaded_bytes"] + figure["stored_bytes"], figure["instructions"], figure["exponentials"]
+        )
+        for figure in json.loads(path.read_text())["figures"]
+    }
+
+
+def read_pair_instructions(path: Path = RESULTS / "emulated.json") -> dict[tuple[str, str], float]:
+    """The instructions of a pair of rows, which both of its rows compute, by form and architecture."""
+    pairs = json.loads(path.read_text())["pairs"]
+    return {(figure["form"], figure["architecture"]): figure["instructions"] for figure in pairs}
+
+
+def predict(gpu: Gpu, kernels: Sequence[Kernel], logits: int, counts: dict[tuple[str, str], Counts]) -> Prediction:
     """What some passes over `logits` bf16 logits take together."""
-    seconds, bounds = 0.0, []
+    seconds, floor, bounds = 0.0, 0.0, []
     for kernel in kernels:
-        instructions, exponentials = static[kernel.name, gpu.architecture]
+        of_logit = counts[kernel.name, gpu.architecture]
         parts = {
-            "memory": kernel.moves * 2 * logits / gpu.bytes_per_second,
-            "issue": instructions * logits / 32 / gpu.issue_slots_per_second,
-            "ex2": exponentials * logits / gpu.exponentials_per_second,
+            "memory": of_logit.moved_bytes * logits / gpu.bytes_per_second,
+            "issue": of_logit.instructions * logits / 32 / gpu.issue_slots_per_second,
+            "ex2": of_logit.exponentials * logits / gpu.exponentials_per_second,
         }
         bound = max(parts, key=parts.get)
-        if kernel.launches * LAUNCH_SECONDS > parts[bound]:
-            bounds.append("launch")
-        else:
-            bounds.append(bound)
-        seconds += parts[bound] + kernel.launches * LAUNCH_SECONDS
-    floor = sum(kernel.moves for kernel in kernels) * 2 * logits / gpu.bytes_per_second
+        launches = kernel.launches * LAUNCH_SECONDS
+        bounds.append("launch" if launches > parts[bound] else bound)
+        seconds += parts[bound] + launches
+        floor += parts["memory"]
     return Prediction(seconds, floor / seconds, ", ".join(dict.fromkeys(bounds)))
 
 
-def predict_ranking(gpu: Gpu, lengths: Sequence[int], form: str) -> float:
+def predict_ranking(gpu: Gpu, lengths: Sequence[int], instructions: float) -> float:
     """Seconds of the pairs of some sequences: instructions, and two launches; there is no traffic to speak of."""
     pairs = sum(length**2 for length in lengths)
-    return pairs * PAIR_INSTRUCTIONS[form] / 32 / gpu.issue_slots_per_second + 2 * LAUNCH_SECONDS
+    return pairs * instructions / 32 / gpu.issue_slots_per_second + 2 * LAUNCH_SECONDS
 
 
 def measured(path: Path) -> tuple[str, dict[tuple[str, str, str], float]]:
@@ -132,14 +142,14 @@ def measured(path: Path) -> tuple[str, dict[tuple[str, str, str], float]]:
 
 def table(gpus: dict[str, Gpu], seen: dict[tuple[str, str, str], float]) -> Table:
     """Every op and shape on every GPU; with what was measured, where it was."""
-    static = read_static()
+    counts, pair_instructions = read_counts(), read_pair_instructions()
     lines = Table("op", "N x V, bf16", "GPU", "predicted µs", "of the floor", "bound by", "measured µs", "x predicted")
     for (op, contender), kernels in OPS.items():
         for rows, columns in SHAPES:
             size = f"{rows} x {columns}"
             found = seen.get((op, contender, size))
             for name, gpu in gpus.items():
-                prediction = predict(gpu, kernels, rows * columns, static)
+                prediction = predict(gpu, kernels, rows * columns, counts)
                 lines.add_row(
                     f"{op} {contender.removeprefix('ours').removeprefix(', ')}".strip(),
                     size,
@@ -150,11 +160,11 @@ def table(gpus: dict[str, Gpu], seen: dict[tuple[str, str, str], float]) -> Tabl
                     *beside(found, prediction.seconds),
                 )
     for lengths in RANK_LENGTHS:
-        for form in PAIR_INSTRUCTIONS:
+        for form in ("logistic", "hinge"):
             size = f"{len(lengths)} x {lengths[0]} {form}"
             found = seen.get(("ranking", "ours", size))
             for name, gpu in gpus.items():
-                seconds = predict_ranking(gpu, lengths, form)
+                seconds = predict_ranking(gpu, lengths, pair_instructions[form, gpu.architecture])
                 bound = "launch" if seconds < 4 * LAUNCH_SECONDS else "issue"
                 lines.add_row("ranking", size, name, f"{seconds * 1e6:.1f}", "", bound, *beside(found, seconds))
     return lines

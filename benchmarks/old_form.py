@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.kernels import Batch
-from benchmarks.measure import ceilings, copies_for, environment, is_gpu, result_name, this_device, write_json
-from tabom_kernels.backends import backend_for, closed_forms
+from benchmarks.tools.measure import ceilings, copies_for, environment, is_gpu, result_name, this_device, write_json
+from tabom_kernels.backends.selection import backend_for, load
 
 FOLDER = Path(__file__).parent.parent / ".old-kernels"
 PACKAGE = "tabom_kernels"
@@ -45,18 +45,18 @@ def take_modules() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == PACKAGE}
 
 
-def statistics(forms: ModuleType, batches: list[Batch]) -> Calls:
-    return forms.vocabulary_statistics, [(*batch, -100) for batch in batches]
+def statistics(backend: ModuleType, batches: list[Batch]) -> Calls:
+    return backend.vocabulary_statistics, [(*batch, -100) for batch in batches]
 
 
-def gradient(forms: ModuleType, batches: list[Batch]) -> Calls:
+def gradient(backend: ModuleType, batches: list[Batch]) -> Calls:
     upstream, out = torch.rand(2, len(batches[0][0]), device=batches[0][0].device), torch.empty_like(batches[0][0])
-    saved = [forms.vocabulary_statistics(*batch, -100) for batch in batches]
-    return forms.vocabulary_gradient, [(*batches[i], -100, saved[i], *upstream, out) for i in range(len(batches))]
+    saved = [backend.vocabulary_statistics(*batch, -100) for batch in batches]
+    return backend.vocabulary_gradient, [(*batches[i], -100, saved[i], *upstream, out) for i in range(len(batches))]
 
 
-def greedy(forms: ModuleType, batches: list[Batch]) -> Calls:
-    return forms.unmask_statistics, [(logits, 0.0, None, None, None) for logits, _ in batches]
+def greedy(backend: ModuleType, batches: list[Batch]) -> Calls:
+    return backend.unmask_statistics, [(logits, 0.0, None, None, None) for logits, _ in batches]
 
 
 FLOOR = {statistics: 1, gradient: 2, greedy: 1}
@@ -70,14 +70,14 @@ def main() -> None:
         sys.exit("benchmarks.old_form: needs a CUDA GPU")
     if not (FOLDER / PACKAGE).is_dir():
         sys.exit(f"benchmarks.old_form: {FOLDER.name} is not there; run `make old-kernels` where git has the history")
-    forms = {"before base 2": load_backend(FOLDER)}
+    backends = {"before base 2": load_backend(FOLDER)}
     limits, records = ceilings(device), []
     found = environment(device) | {"ceilings": limits}
     for rows, columns in (shape for shape in kernels.SHAPES if shape[0] in ROWS):
         batches = kernels.draw_batches(device, rows, columns, copies_for(2 * rows * columns, device))
-        forms["now"] = closed_forms(backend_for(batches[0][0]))
+        backends["now"] = load(backend_for(batches[0][0]))
         for op, passes in FLOOR.items():
-            contenders = [kernels.contender(name, *op(forms[name], batches)) for name in forms]
+            contenders = [kernels.contender(name, *op(backends[name], batches)) for name in backends]
             size = f"{rows} x {columns}"
             records += kernels.to_records(op.__name__, size, contenders, device, passes * batches[0][0].nbytes)
             path = write_json(result_name("old-form", device), found | {"figures": records})

@@ -15,15 +15,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Timing, environment, is_gpu, result_name, summary, this_device, write_json
-from benchmarks.models import random_dream
+from benchmarks.tools.measure import Timing, environment, is_gpu, result_name, summary, this_device, write_json
+from benchmarks.tools.models import random_dream
 from tabom.lab.dry_run import now, timed
-from tabom.lab.model import BASE_PATH
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.models.loading import load
+from tabom.models.loading import SHIPPED_PATH, load
 from tabom.sampling import engine
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import SamplerConfig, left_pad
+from tabom.sampling.sampler import left_pad
 
 SETTINGS = {"greedy": {}, "temperature 0.2, top-p 0.95": {"temperature": 0.2, "top_p": 0.95}}
 
@@ -142,7 +142,7 @@ def main() -> None:
     """The model that ships with the package, and a Dream of a size that suits the device."""
     torch.manual_seed(0)
     device = this_device()
-    lab = load(BASE_PATH)
+    lab = load(SHIPPED_PATH)
     lab.model.to(device)
     prompts = [lab.tokenizer(f"{i}-{i // 2}=").input_ids for i in range(500, 564)]
     records = measure("the lab's, 1 M parameters, V = 45", lab, prompts, length=16, steps=16)

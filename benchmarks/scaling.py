@@ -3,7 +3,7 @@
     python -m benchmarks.scaling
 
 One quantity varies at a time around one base shape. Writes benchmarks/results/scaling-<device>.json;
-`python -m benchmarks.pictures` draws it.
+`python -m benchmarks.tools.pictures` draws it.
 """
 
 import sys
@@ -11,7 +11,7 @@ import sys
 import torch
 
 from benchmarks.loss import Shape, add_peers, machine, measure
-from benchmarks.measure import environment, is_gpu, result_name, write_json
+from benchmarks.tools.measure import environment, is_gpu, result_name, write_json
 
 CONTENDERS = ["authors' way", "reference", "checkpoint", "Liger CE + entropy", "ours, logits", "ours, fused"]
 

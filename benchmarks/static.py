@@ -3,8 +3,8 @@
     python -m benchmarks.static > benchmarks/results/static.md
     python -m benchmarks.static --smallest        # compile what one row alone launches, and print nothing
 
-Every launch of `tabom_kernels.triton_backend` is recorded as its launcher makes it, on tensors that have a shape and no
-memory, and compiled for each architecture by Triton's own ptxas. The committed table shows a change in review, and a
+Every launch of `tabom_kernels.backends.triton` is recorded as its launcher makes it, on tensors that have a shape and
+no memory, and compiled for each architecture by Triton's own ptxas. The committed table shows a change in review, and a
 test holds it.
 """
 
@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tabom_kernels import triton_backend
-from tabom_kernels.triton_backend import VocabularyStatistics
+from tabom_kernels.backends import triton as triton_backend
+from tabom_kernels.backends.results import VocabularyStatistics
 
 ARCHITECTURES = (80, 90, 100, 120)
 ROWS, COLUMNS = 256, 152064
@@ -115,9 +115,6 @@ def launches() -> list[tuple[str, str, Launch]]:
             lambda form=form: triton_backend.trajectory_rank_loss(entropy, steps, offsets, form, number, number)
         )
         found += [(launch, f" {form}" if "pairs" in launch.kernel.__name__ else "", "float32") for launch in recorded]
-    terms = (entropy, entropy, steps, -100, entropy, scalar, steps, offsets, "hinge", number, number, number, scalar)
-    recorded = record(lambda: triton_backend.weighted_loss(*terms))
-    found.append((recorded[-1], "", "float32"))
     named = {}
     for launch, suffix, dtype in found:
         name = launch.kernel.__name__.removesuffix("_kernel") + suffix.rstrip()
@@ -145,9 +142,6 @@ def smallest_launches() -> list[Launch]:
         for form in ("logistic", "hinge", "plackett_luce"):
             ranking = (steps, offsets, form, number, number)
             calls.append(partial(triton_backend.trajectory_rank_loss, entropy, *ranking))
-            for weight, count in ((number, None), (None, number)):
-                arguments = (entropy, entropy, labels, -100, None, count, *ranking, weight, count)
-                calls.append(partial(triton_backend.weighted_loss, *arguments))
     return [launch for call in calls for launch in record(call)]
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import (
+from benchmarks.tools.measure import (
     Contender,
     environment,
     is_gpu,
@@ -27,7 +27,7 @@ from benchmarks.measure import (
     write_json,
 )
 from tabom_kernels import fused_linear_cross_entropy
-from tabom_kernels.fused_linear import LOGITS_BUDGET
+from tabom_kernels.ops.fused_linear import LOGITS_BUDGET
 
 VOCABULARY, WIDTH = 152064, 1024
 TILE = 32768

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import (
+from benchmarks.tools.measure import (
     Contender,
     environment,
     is_gpu,
@@ -26,10 +26,11 @@ from benchmarks.measure import (
     time_interleaved,
     write_json,
 )
-from benchmarks.models import random_dream
+from benchmarks.tools.models import random_dream
 from tabom.lab.dry_run import make_up_trajectories, now, timed, train_only
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.training.collator import TrajectoryCollator, TrajectoryDataset
+from tabom.training.collator import TrajectoryCollator
+from tabom.training.examples import TrajectoryDataset
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.objectives import ObjectiveSettings
 from tabom.training.released import released_loss
@@ -42,8 +43,8 @@ Batch = dict[str, Tensor]
 class Training:
     """A model under LoRA whose loss can be computed in several ways."""
 
-    def __init__(self, family: DiffusionModel) -> None:
-        self.family, model = family, family.model
+    def __init__(self, diffusion_model: DiffusionModel) -> None:
+        self.diffusion_model, model = diffusion_model, diffusion_model.model
         plain = model.forward
         self.forwards = {"released": plain}
         for name, options in {
@@ -59,7 +60,7 @@ class Training:
 
     def step(self, way: str, batch: Batch) -> None:
         """Forward, backward, update."""
-        self.family.model.forward = self.forwards[way]
+        self.diffusion_model.model.forward = self.forwards[way]
         self.optimizer.zero_grad()
         self.loss(way, batch).backward()
         self.optimizer.step()
@@ -82,21 +83,21 @@ def add_adapter(model: torch.nn.Module) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(**LORA))
 
 
-def make_batch(family: DiffusionModel, sequences: int, prompt: int, response: int, window: int) -> Batch:
+def make_batch(model: DiffusionModel, sequences: int, prompt: int, response: int, window: int) -> Batch:
     """A micro-batch of made-up trajectories."""
-    trajectories = make_up_trajectories(sequences, family.model.config.vocab_size, prompt, response)
+    trajectories = make_up_trajectories(sequences, model.model.config.vocab_size, prompt, response)
     settings = ObjectiveSettings(supervised_window=window, rank_window=window)
-    dataset = TrajectoryDataset(trajectories, family.tokenizer, settings, seed=0)
-    collate = TrajectoryCollator(family.mask_token_id, family.pad_token_id, family.logits_shift)
+    dataset = TrajectoryDataset(trajectories, model.tokenizer, settings, seed=0)
+    collate = TrajectoryCollator(model.mask_token_id, model.pad_token_id, model.logit_rows)
     batch = collate([dataset[0, index] for index in range(sequences)])
-    return send_to_device(batch, family.device)
+    return send_to_device(batch, model.device)
 
 
 def check_agreement(training: Training, batch: Batch) -> None:
     """All ways give the same loss."""
     losses = {}
     for way, forward in training.forwards.items():
-        training.family.model.forward = forward
+        training.diffusion_model.model.forward = forward
         losses[way] = training.loss(way, batch).item()
     expected = losses["reference"]
     assert all(abs(loss - expected) < 1e-2 * abs(expected) for loss in losses.values()), losses
@@ -104,9 +105,9 @@ def check_agreement(training: Training, batch: Batch) -> None:
 
 def share_of_head_and_loss(training: Training, batch: Batch) -> float:
     """Of a step with the fused loss."""
-    device = training.family.device
+    device = training.diffusion_model.device
     start = now(device)
-    with timed(training.family.model.get_output_embeddings(), device) as seconds:
+    with timed(training.diffusion_model.model.get_output_embeddings(), device) as seconds:
         training.step("ours, fused", batch)
     return sum(seconds) / (now(device) - start)
 
@@ -129,10 +130,10 @@ def main() -> None:
     """Measure on this machine."""
     torch.manual_seed(0)
     device = this_device()
-    name, family = random_dream(device)
-    training = Training(family)
+    name, diffusion_model = random_dream(device)
+    training = Training(diffusion_model)
     sizes = (8, 256, 256, 32) if is_gpu(device) else (4, 64, 64, 16)
-    batch = make_batch(family, *sizes)
+    batch = make_batch(diffusion_model, *sizes)
     check_agreement(training, batch)
     contenders = [Contender(way, [lambda w=way: training.step(w, batch)], capture=False) for way in training.forwards]
     timings = time_interleaved(contenders, device, rounds=10 if is_gpu(device) else 5)
@@ -143,7 +144,7 @@ def main() -> None:
         record["peak_bytes"] = peak_memory_of(contender.calls[0], device)
         if is_gpu(device):
             record["largest_batch"] = largest_batch(
-                lambda n, w=contender.name: training.step(w, make_batch(family, n, *sizes[1:]))
+                lambda n, w=contender.name: training.step(w, make_batch(diffusion_model, n, *sizes[1:]))
             )
         records.append(record)
     shape = dict(zip(("sequences", "prompt", "response", "window"), sizes, strict=True))

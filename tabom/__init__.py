@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from tabom.data.verifiers import Verdict, make_verifier
     from tabom.models.diffusion_model import DiffusionModel, describe
     from tabom.models.loading import load
-    from tabom.sampling.collect import CollectConfig, collect
-    from tabom.sampling.engine import Engine, EngineConfig, Request, sample
-    from tabom.sampling.sampler import Completion, SamplerConfig, decode_response, denoise
+    from tabom.models.merging import merge_adapter
+    from tabom.sampling.collect import collect
+    from tabom.sampling.completions import Completion, decode_response
+    from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
+    from tabom.sampling.engine import Engine, Request, sample
+    from tabom.sampling.sampler import denoise
     from tabom.training.config import TabomConfig
     from tabom.training.patch import patch, unpatch
     from tabom.training.trainer import TabomTrainer
@@ -46,6 +49,7 @@ __all__ = [
     "from_step_map",
     "load",
     "make_verifier",
+    "merge_adapter",
     "patch",
     "read_prompts",
     "read_trajectories",
@@ -60,9 +64,12 @@ MODULES = {
     "data.verifiers": ("Verdict", "make_verifier"),
     "models.diffusion_model": ("DiffusionModel", "describe"),
     "models.loading": ("load",),
-    "sampling.collect": ("CollectConfig", "collect"),
-    "sampling.engine": ("Engine", "EngineConfig", "Request", "sample"),
-    "sampling.sampler": ("Completion", "SamplerConfig", "decode_response", "denoise"),
+    "models.merging": ("merge_adapter",),
+    "sampling.collect": ("collect",),
+    "sampling.completions": ("Completion", "decode_response"),
+    "sampling.config": ("CollectConfig", "EngineConfig", "SamplerConfig"),
+    "sampling.engine": ("Engine", "Request", "sample"),
+    "sampling.sampler": ("denoise",),
     "training.config": ("TabomConfig",),
     "training.patch": ("patch", "unpatch"),
     "training.trainer": ("TabomTrainer",),

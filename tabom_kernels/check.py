@@ -1,7 +1,7 @@
-"""`python -m tabom_kernels.check`: whether the kernels are right on this machine, and what they save.
+"""`python -m tabom_kernels.check` checks that the kernels are right on this machine, and shows how much time they save.
 
-Every op is run on the device that calls would take, and its gradients are held against autograd through the naive
-loss in fp64, beside the error that the naive loss itself makes in the same dtype.
+Every op runs on the device that calls would take. Its gradients are compared with autograd through the naive loss in
+fp64, and the error is shown beside that of the naive loss in the same dtype.
 """
 
 import math
@@ -28,21 +28,21 @@ from tabom_kernels import (
     trajectory_rank_loss,
     unmask_statistics,
 )
-from tabom_kernels.backends import HAS_TRITON
+from tabom_kernels.backends.selection import HAS_TRITON
 
 DREAM_VOCABULARY, DREAM_WIDTH = 152064, 3584
 LENGTHS = (40, 1, 0, 87)
-"""Rows of the sequences that gradients are checked on."""
+"""Numbers of rows of the sequences on which gradients are checked."""
 
 ROUNDS = 10
 
 Call = Callable[[], None]
 Case = Callable[[str | None, torch.dtype], list[Tensor]]
-"""Runs an op by a backend in a dtype, and returns the gradients (or values, of an op that has none)."""
+"""Runs an op with a backend in a dtype. Returns the gradients, or the values of an op that has no gradient."""
 
 
 class Errors(NamedTuple):
-    """Largest absolute errors against fp64, and how far ours is above what is allowed (nothing, if right)."""
+    """The largest absolute errors against fp64, and by how much ours exceeds what is allowed (at most 0 if right)."""
 
     ours: float
     naive: float
@@ -50,7 +50,7 @@ class Errors(NamedTuple):
 
 
 def main() -> int:
-    """Prints what was found; 1 if a gradient is off."""
+    """Prints errors and times. Returns 1 if a gradient is wrong, else 0."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(describe(device))
     print(f"\n{'largest error against fp64 autograd':50}{'ours':9}naive")
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def describe(device: torch.device) -> str:
-    """Versions, device, and the backend that a call takes there."""
+    """The versions, the device, and the backend that a call takes there."""
     lines = [f"tabom_kernels {tabom_kernels.__version__}, torch {torch.__version__}"]
     lines.append(f"Triton {version('triton')}" if HAS_TRITON else "Triton is not installed")
     if device.type == "cuda":
@@ -86,12 +86,12 @@ def describe(device: torch.device) -> str:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """`float32`."""
+    """The name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
 def driver_version() -> str:
-    """Of the first GPU, as nvidia-smi says it."""
+    """The driver of the first GPU, as nvidia-smi prints it."""
     if shutil.which("nvidia-smi") is None:
         return "unknown (no nvidia-smi)"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
@@ -99,18 +99,18 @@ def driver_version() -> str:
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
-    """The rank loss takes entropies, which are fp32 in training."""
+    """The dtypes in which an op is checked. The rank loss takes entropies, which are fp32 in training."""
     if name.startswith("trajectory_rank_loss"):
         return (torch.float32,)
     return (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_cases(device: torch.device) -> dict[str, Case]:
-    """Every op on drawn inputs, half of the rows confident."""
+    """Every op on random inputs, in which half of the rows are confident."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        """The same numbers in every dtype: they have few digits."""
+        """Random numbers with few digits, so that they are the same in every dtype."""
         return torch.randn(*shape, generator=generator).bfloat16().double().to(device)
 
     rows, columns, width = sum(LENGTHS), 10_007, 64
@@ -168,17 +168,17 @@ def make_cases(device: torch.device) -> dict[str, Case]:
 
 
 def leaf_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy to differentiate by."""
+    """A copy that requires a gradient."""
     return tensor.to(dtype, copy=True).requires_grad_()
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of losses and entropies."""
+    """The dtype of losses and entropies."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def compare(case: Case, dtype: torch.dtype) -> Errors:
-    """The worst result of an op: at most twice the naive error, and one rounding of the largest value, is right."""
+    """The worst result of an op. An error of twice the naive one plus one rounding of the largest value is allowed."""
     exact = case("reference", torch.float64)
     found = []
     for ours, naive, e in zip(case(None, dtype), case("reference", dtype), exact, strict=True):
@@ -188,12 +188,12 @@ def compare(case: Case, dtype: torch.dtype) -> Errors:
 
 
 def largest(tensor: Tensor) -> float:
-    """Largest absolute value; NaN if there is one."""
+    """The largest absolute value, or NaN if the tensor holds NaN."""
     return tensor.double().abs().max().item()
 
 
 def make_timings(device: torch.device) -> dict[str, tuple[Call, Call]]:
-    """Loss and gradient at the shape of Dream's head, ours and the naive one; from hidden states on a GPU only."""
+    """Our loss and gradient and the naive ones at the shape of Dream's head; from hidden states only on a GPU."""
     rows, dtype = (256, torch.bfloat16) if device.type == "cuda" else (64, torch.float32)
     logits = torch.randn(rows, DREAM_VOCABULARY, device=device, dtype=dtype).requires_grad_()
     labels = torch.randint(DREAM_VOCABULARY, (rows,), device=device)
@@ -231,14 +231,14 @@ def time_in_turns(calls: tuple[Call, Call], device: torch.device) -> list[list[f
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def spread(milliseconds: list[float]) -> str:
-    """Median, and least to most."""
+    """The median, the smallest and the largest value."""
     return f"{median(milliseconds):.3g} ({min(milliseconds):.3g} to {max(milliseconds):.3g})"
 
 

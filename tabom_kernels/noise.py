@@ -1,4 +1,4 @@
-"""Random numbers without a state: a key and a counter give a number, whatever else is in the batch."""
+"""Random numbers from a key and a counter, without a state, so that a row's numbers do not depend on its batch."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
 
 SEGMENT = 256
-"""Columns of a vocabulary that are drawn together before one of them is: it needs little noise, not one number each."""
+"""Columns of a segment. A draw chooses a segment and then a column, so it does not need a number for each column."""
 
 
 def mix_keys(*parts: int | Tensor) -> Tensor:
@@ -31,22 +31,22 @@ def mix_keys(*parts: int | Tensor) -> Tensor:
                 )
         else:
             check_dtype(f"parts[{index}]", part, INTEGERS)
-            part = part.long()  # a 0-dim key would take the dtype of an int32 part, and lose its upper half
+            part = part.long()  # otherwise int32 would cut off the upper half of a 0-dim key
         key = split_mix(key ^ part)
     return key
 
 
 def exponential_noise(keys: Tensor, counters: Tensor) -> Tensor:
-    """(N, C) standard exponential noise, fp32: of the SplitMix64 streams seeded with `keys` (N,), those at `counters`.
+    """(N, C) standard exponential noise in fp32, from the SplitMix64 streams that are seeded with `keys` (N,).
 
-    The stream's 64 bits k are a uniform number u = (k + 1/2) / 2^64, and the noise is -log u. Near u = 1 it is computed
-    from 1 - u, so that numbers down to 2^-65 and up to 45 come with all the digits of fp32.
+    The 64 bits k at a counter are a uniform number u = (k + 1/2) / 2^64, and the noise is -log u. Near u = 1 it is
+    computed from 1 - u, so that numbers from 2^-65 to 45 have all the digits of fp32.
 
     Args:
         counters: int64, (C,) or (N, C); 0 is the first output of the stream.
     """
     bits = split_mix(keys[:, None] + counters * GOLDEN_GAMMA)
-    distance = ((bits ^ (bits >> 63)).float() + 0.5) * 2.0**-64  # from the nearer end
+    distance = ((bits ^ (bits >> 63)).float() + 0.5) * 2.0**-64  # from the nearer of 0 and 1
     return -torch.where(bits < 0, distance.neg().log1p(), distance.log())
 
 
@@ -56,7 +56,7 @@ def uniform_noise(keys: Tensor) -> Tensor:
 
 
 def row_keys(generator: torch.Generator | Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """(N,) keys: those given, or derived from one draw of a generator."""
+    """(N,) keys: those that are given, or keys derived from one number of a generator."""
     if isinstance(generator, Tensor):
         return generator
     source = device if generator is None else generator.device
@@ -66,7 +66,7 @@ def row_keys(generator: torch.Generator | Tensor | None, rows: int, device: torc
 
 def split_mix(state: Tensor) -> Tensor:
     """One output of SplitMix64: adds the golden gamma to the state and mixes."""
-    x = state + GOLDEN_GAMMA  # from here on in place, as this is most of what a draw costs on a CPU
+    x = state + GOLDEN_GAMMA  # in place from here on, as this is most of the cost of a draw on a CPU
     x ^= shift_right(x, 30)
     x *= MIX_1
     x ^= shift_right(x, 27)
@@ -76,5 +76,5 @@ def split_mix(state: Tensor) -> Tensor:
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: zeros come in from the left."""
+    """Logical shift to the right: the upper bits become 0."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

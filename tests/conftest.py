@@ -10,13 +10,13 @@ import torch
 from hypothesis import settings
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tabom-")  # before `datasets` is imported
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from transformers import LlamaForCausalLM
 
 from tabom.lab.model import character_tokenizer, tiny_config
 from tabom.models.diffusion_model import DiffusionModel, describe
+
+pytest_plugins = ["tests.gpu_emulator.plugin"]
 
 torch.set_num_threads(1)
 settings.register_profile("tabom", deadline=None)  # the first example may compile a kernel

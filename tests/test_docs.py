@@ -27,3 +27,19 @@ def test_every_policy_and_objective_has_its_paper():
     page = (ROOT / "docs" / "papers.md").read_text()
     missing = [name for name in (*POLICIES, *get_args(Objective)) if f"`{name}`" not in page]
     assert not missing
+
+
+def test_the_ways_through_the_code_name_files_and_functions_that_exist():
+    """CONTRIBUTING.md states how many files each way takes, and lists them."""
+    root = Path(__file__).parents[1]
+    section = (root / "CONTRIBUTING.md").read_text().partition("## Where to start reading")[2].partition("\n## ")[0]
+    ways = re.findall(r"- \*\*.*?: (\d+) files\.\*\*\n(.*?)(?=\n- |\Z)", section, re.DOTALL)
+    assert len(ways) == 4
+    for count, steps in ways:
+        assert re.findall(r"^ +(\d+)\. ", steps, re.MULTILINE) == [str(i + 1) for i in range(int(count))]
+        files = re.findall(r"^ +\d+\. `([\w/]+\.py)`(?: \(([^)]*)\))?", steps, re.MULTILINE)
+        assert len(files) == int(count)
+        for path, functions in files:
+            [found] = [p for folder in ("", "tabom", "tabom_kernels") if (p := root / folder / path).is_file()]
+            for name in re.findall(r"`([\w.]+)`", functions):
+                assert re.search(rf"(def|class) {name.rpartition('.')[2]}\b", found.read_text()), (path, name)

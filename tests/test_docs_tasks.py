@@ -13,8 +13,8 @@ import pytest
 from tabom import make_verifier
 from tabom.cli.main import main
 from tabom.data.sources import read_records
-from tabom.lab.model import BASE_PATH
 from tabom.lab.tasks import make_task
+from tabom.models.loading import SHIPPED_PATH
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
 
@@ -56,7 +56,7 @@ def run(name, words, monkeypatch):
 
 def write_model(folder):
     """The lab's model, with a chat template that adds nothing to a prompt of one message."""
-    shutil.copytree(BASE_PATH, folder)
+    shutil.copytree(SHIPPED_PATH, folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 

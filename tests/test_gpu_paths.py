@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,7 @@ from benchmarks import (
     gpu_first,
     kernels,
     loss,
-    measure,
     model,
-    models,
     old_form,
     sampler,
     scaling,
@@ -24,8 +23,9 @@ from benchmarks import (
     trainer,
 )
 from benchmarks.gpu_first import Part
+from benchmarks.tools import measure, models
 from tabom.lab.dry_run import random_model
-from tabom_kernels import triton_backend
+from tabom_kernels.backends import triton as triton_backend
 
 DEVICE_NAME = "NVIDIA H100 80GB HBM3"
 
@@ -95,12 +95,13 @@ def read(folder, name):
 
 
 def test_kernels(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "SHAPES", [(32, 50), (64, 40)])
+    monkeypatch.setattr(kernels, "time_interleaved", partial(measure.time_interleaved, rounds=2))
+    monkeypatch.setattr(kernels, "SHAPES", [(32, 1024), (64, 40)])
     monkeypatch.setattr(kernels, "RANK_LENGTHS", [[4, 4]])
     kernels.main([])
     result = read(gpu, "kernels")
     assert result["device"] == DEVICE_NAME and result["ceilings"]["copy_bytes_per_second"] > 0
-    assert {figure["size"] for figure in result["figures"]} >= {"32 x 50", "64 x 40", "2 x 4 hinge"}
+    assert {figure["size"] for figure in result["figures"]} >= {"32 x 1024", "64 x 40", "2 x 4 hinge"}
     figures = {(f["op"], f["contender"], f["mode"]): f["seconds"]["median"] for f in result["figures"]}
     assert figures["statistics", "ours", "eager"] == 5e-4
     assert figures["statistics", "ours", "graph"] == pytest.approx(1e-3 / 20)  # 1 ms more than the empty graph before
@@ -129,7 +130,8 @@ def test_a_profiler_gets_every_op_once(gpu, monkeypatch):
 
 
 def test_the_old_form_beside_the_new(gpu, rng, monkeypatch):
-    monkeypatch.setattr(kernels, "SHAPES", [(3, 50), (5, 50)])
+    """On whole warps of aligned columns, as the old kernels have races elsewhere, which the emulator reports."""
+    monkeypatch.setattr(kernels, "SHAPES", [(3, 1024), (5, 1024)])
     monkeypatch.setattr(old_form, "ROWS", (3,))
     monkeypatch.setattr(old_form, "FOLDER", gpu / "old")
     with pytest.raises(SystemExit, match="make old-kernels"):
@@ -141,12 +143,12 @@ def test_the_old_form_beside_the_new(gpu, rng, monkeypatch):
         pytest.skip(f"git has no history here: {command}")
     old_form.main()
     figures = read(gpu, "old-form")["figures"]
-    assert {figure["size"] for figure in figures} == {"3 x 50"}
+    assert {figure["size"] for figure in figures} == {"3 x 1024"}
     each = {(figure["op"], figure["contender"]) for figure in figures}
     assert each == {(op, form) for op in ("statistics", "gradient", "greedy") for form in ("before base 2", "now")}
     old = old_form.load_backend(gpu / "old")
-    assert Path(old.__file__).is_relative_to(gpu) and sys.modules["tabom_kernels.triton_backend"] is triton_backend
-    batches = kernels.draw_batches(torch.device("cpu"), 3, 50, 1)
+    assert Path(old.__file__).is_relative_to(gpu) and sys.modules["tabom_kernels.backends.triton"] is triton_backend
+    batches = kernels.draw_batches(torch.device("cpu"), 3, 1024, 1)
     for op in old_form.FLOOR:
         torch.manual_seed(0)  # of the upstream gradient
         function, [arguments] = op(old, batches)
@@ -201,16 +203,16 @@ def test_the_machine_and_the_peers_of_a_gpu(gpu, monkeypatch):
 
 @pytest.mark.parametrize("missing", [(), ("peft", "cpuinfo")])
 def test_trainer_and_sampler(gpu, monkeypatch, missing):
-    family = random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, torch.device("cpu"))
+    diffusion_model = random_model("Dream-org/Dream-v0-Instruct-7B", "tiny", torch.float32, None, torch.device("cpu"))
     find_spec = trainer.find_spec
     for module in (trainer, measure):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name in missing else find_spec(name))
-    monkeypatch.setattr(trainer, "random_dream", lambda device: ("tiny", family))
+    monkeypatch.setattr(trainer, "random_dream", lambda device: ("tiny", diffusion_model))
     monkeypatch.setattr(trainer, "largest_batch", lambda step: step(1) or 1)
     trainer.main()
     result = read(gpu, "trainer")
     assert {figure["largest_batch"] for figure in result["figures"]} == {1}
-    trained = {name.split(".")[-2] for name, p in family.model.named_parameters() if p.requires_grad}
+    trained = {name.split(".")[-2] for name, p in diffusion_model.model.named_parameters() if p.requires_grad}
     assert trained == ({"q_proj", "v_proj"} if missing else {"default"})
 
 
@@ -250,12 +252,15 @@ def test_the_parts_of_the_first_session_are_commands_that_exist(capsys):
 
 
 def test_the_model_of_time(tmp_path, capsys):
-    static = model.read_static()
+    counts = model.read_counts()
     kernels_of_loss = model.OPS["whole_loss", "ours"]
-    large = model.predict(model.GPUS["H200"], kernels_of_loss, 2048 * 152064, static)
-    small = model.predict(model.GPUS["H200"], kernels_of_loss, 64 * 152064, static)
+    large = model.predict(model.GPUS["H200"], kernels_of_loss, 2048 * 152064, counts)
+    small = model.predict(model.GPUS["H200"], kernels_of_loss, 64 * 152064, counts)
     floor = 3 * 2 * 2048 * 152064 / (0.9 * 4.8e12)
-    assert large.seconds * large.share_of_floor == pytest.approx(floor) and small.share_of_floor < large.share_of_floor
+    assert (
+        large.seconds * large.share_of_floor == pytest.approx(floor, rel=0.01)
+        and small.share_of_floor < large.share_of_floor
+    )
     figure = {"op": "statistics", "contender": "ours", "size": "2048 x 152064", "mode": "graph"}
     run = {"device": DEVICE_NAME, "figures": [figure | {"seconds": {"median": 1.0}}]}
     (tmp_path / "run.json").write_text(json.dumps(run))

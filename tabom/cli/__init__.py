@@ -1,1 +1,1 @@
-"""The `tabom` command: arguments, and one module a command."""
+"""The `tabom` command: its arguments, and one module for each command."""

@@ -1,34 +1,70 @@
-"""Command lines from dataclasses, with YAML files of defaults: `--config FILE.yaml [--any-field value]`."""
+"""Parses command lines into dataclasses, with defaults from YAML files: `--config FILE.yaml [--any-field value]`."""
 
 import argparse
 import dataclasses
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+
+from tabom.cli.training_arguments import Field
+from tabom.training.renamed import options_under_new_names, under_new_names
+from tabom.training.settings import TabomSettings
+
+
+def load_module(package: str, name: str) -> ModuleType:
+    """Imports a module of a package without importing the package."""
+    [folder] = find_spec(package).submodule_search_locations
+    spec = spec_from_file_location(f"{package}.{name}", Path(folder) / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hf_argparser = load_module("transformers", "hf_argparser")
+HfArgumentParser, string_to_bool = hf_argparser.HfArgumentParser, hf_argparser.string_to_bool
+"""transformers' parser, without the import of transformers, which takes most of a second."""
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """YAML files that ship with the package, for `--recipe`."""
 
+TRAINING_ARGUMENTS = """Every field of transformers' TrainingArguments is taken as well, such as --output_dir,
+--num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,
+--eval_strategy, --save_steps and --report_to; --help_all lists them all."""
+"""Below the help of a command that trains."""
+
 
 def parse_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str], prog: str, description: str, takes_recipe: bool = False
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    takes_recipe: bool = False,
+    other_fields: Mapping[str, Field] | None = None,
 ) -> tuple:
-    """One instance of each dataclass; the command line wins over the YAML file, it over the recipe and its defaults.
+    """Returns an instance of each dataclass. The command line overrides the YAML file, which overrides the recipe.
 
     Args:
         takes_recipe: `--recipe NAME` reads a YAML file of the package.
+        other_fields: fields of a dataclass that is not imported. Their names, numbers and choices are checked; the
+            rest is left to a later call with this dataclass. `--help_all` lists them, `--help` does not.
 
     Raises:
         ValueError: the file is not a mapping, or has a field that no dataclass knows.
-        SystemExit: the command line is wrong (argparse has printed why).
+        SystemExit: the command line is wrong (the parser has printed why).
     """
     usage = f"{prog} [--config FILE.yaml]{' [--recipe NAME]' if takes_recipe else ''} [--FIELD VALUE ...]"
     parser = Parser(dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    if other_fields is not None:
+        show_all = "--help_all" in argv
+        parser.add_others(other_fields, show_all)
+        parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
+        parser.epilog = None if show_all else TRAINING_ARGUMENTS
     parser.add_argument("--config", metavar="FILE.yaml", help="Fields and their values; the command line wins.")
     files = {"config": parser.parse_option("--config", argv)}
     if takes_recipe:
@@ -36,39 +72,62 @@ def parse_arguments(
         parser.add_argument("--recipe", choices=names, help="Fields and their values as published; --config wins.")
         recipe = parser.parse_option("--recipe", argv, choices=names)
         files = {"recipe": recipe and str(RECIPES / f"{recipe}.yaml"), **files}
+    takes_training_settings = any(issubclass(each, TabomSettings) for each in dataclass_types)
     for path in files.values():
         if path:
-            apply_config(parser, read_config(path, dataclass_types))
+            fields = read_config(path)
+            if takes_training_settings:
+                fields = under_new_names(fields)
+            check_known(path, fields, [action.dest for action in parser._actions])
+            apply_config(parser, fields)
+    if takes_training_settings:
+        argv = options_under_new_names(argv)
     *instances, _files, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options = [name for name in parser._option_string_actions if name.startswith("--")]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion(unknown[0].partition('=')[0], options)}")
     return tuple(instances)
 
 
 class Parser(HfArgumentParser):
-    """Says what is wrong in one line; the usage of a hundred fields would push it off the screen."""
+    """A parser whose errors are one line, without the usage, which has a hundred fields."""
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """In groups: its own fields, then those that it has from transformers."""
-        own = self.add_argument_group((dtype.__doc__ or dtype.__name__).partition("\n")[0].rstrip("."))
-        inherited: dict[str, argparse._ArgumentGroup] = {}
-        for base in dtype.__mro__:
-            if dataclasses.is_dataclass(base) and not base.__module__.startswith("tabom"):
-                group = self.add_argument_group(f"{base.__name__} of {base.__module__.partition('.')[0]}")
-                inherited |= dict.fromkeys((field.name for field in dataclasses.fields(base)), group)
+        """Adds the fields of a dataclass as a group with the title of its docstring."""
+        group = self.add_argument_group((dtype.__doc__ or dtype.__name__).partition("\n")[0].rstrip("."))
         types = get_type_hints(dtype)
         for field in dataclasses.fields(dtype):
             if field.init:
                 field.type = types[field.name]
-                self._parse_dataclass_field(inherited.get(field.name, own), field)
+                self._parse_dataclass_field(group, field)
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
-        if field.type == int | str:  # of which HfArgumentParser would take integers alone
+        if field.type == int | str:  # HfArgumentParser would accept only integers
             field.type = str
         HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def add_others(self, fields: Mapping[str, Field], show: bool) -> None:
+        """Adds fields of a dataclass that is not imported, shown in the help or not."""
+        group = self.add_argument_group("TrainingArguments of transformers")
+        known = {action.dest for action in self._actions}
+        types = {"int": int, "float": float, "bool": string_to_bool}
+        for name, field in fields.items():
+            if name in known:
+                continue
+            options = [f"--{name}", f"--{name.replace('_', '-')}"]
+            if field.annotation == "bool":
+                options += [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
+            group.add_argument(
+                *dict.fromkeys(options),
+                default=field.default,
+                type=types.get(field.annotation.partition(" | ")[0], str),
+                nargs="?" if "bool" in field.annotation else field.nargs,
+                choices=field.choices,
+                help=field.help.replace("%", "%%") if show else argparse.SUPPRESS,
+            )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -80,8 +139,12 @@ class Parser(HfArgumentParser):
         return parser.parse_known_args(argv)[0].value
 
 
-def read_config(path: str, dataclass_types: Sequence[type]) -> dict[str, Any]:
-    """The fields of a YAML file, all of them known."""
+def read_config(path: str) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        ValueError: the file is not YAML, or not a mapping.
+    """
     try:
         fields = yaml.safe_load(Path(path).read_bytes())
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -89,17 +152,24 @@ def read_config(path: str, dataclass_types: Sequence[type]) -> dict[str, Any]:
         raise ValueError(f"config={path}: not valid YAML: {problem:.200}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"config={path}: expected `field: value` lines, got a {type(fields).__name__}")
-    known = {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
-    for name in fields:
-        if name not in known:
-            similar = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {similar[0]!r}?" if similar else ""
-            raise ValueError(f"config={path}: unknown field {name!r}{hint}")
     return fields
 
 
+def check_known(path: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises a ValueError if a field of a YAML file is not among the known ones."""
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"config={path}: unknown field {name!r}{suggestion(str(name), known)}")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Ends an error message with the known name that is most similar, if one is."""
+    similar = get_close_matches(name, known, n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
 def apply_config(parser: HfArgumentParser, fields: dict[str, Any]) -> None:
-    """Makes the values of the file the defaults of the parser, checked as if typed on the command line."""
+    """Makes the values of a file the parser's defaults, checked like values of the command line."""
     for action in parser._actions:
         if action.dest in fields:
             value = fields[action.dest]
@@ -113,7 +183,7 @@ def apply_config(parser: HfArgumentParser, fields: dict[str, Any]) -> None:
 
 
 def check_shape(action: argparse.Action, value: Any) -> None:
-    """Refuses a list where one value belongs, and anything nested where plain values do."""
+    """Raises a ValueError for a list in place of one value, or a nested value in place of a plain one."""
     takes_mapping = action.dest.endswith(("_config", "_kwargs"))
     values = value if isinstance(value, list) and action.nargs in ("*", "+") else [value]
     if not takes_mapping and not all(each is None or isinstance(each, str | int | float) for each in values):

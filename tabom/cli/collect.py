@@ -1,24 +1,22 @@
 """`tabom collect`: collects verified trajectories."""
 
-from collections.abc import Sequence
-
-from tabom.cli.arguments import parse_arguments
-from tabom.cli.model import ModelArguments, load_to_sample
-from tabom.cli.prompts import PromptArguments
+from tabom.cli.commands import ModelArguments, PromptArguments
+from tabom.cli.model import load_to_sample
+from tabom.cli.prompts import read
 from tabom.lab.tasks import make_task
-from tabom.sampling.collect import CollectConfig, check_samples, collect
-from tabom.sampling.engine import EngineConfig
-from tabom.sampling.sampler import SamplerConfig
+from tabom.sampling.answerable import empty_prompts
+from tabom.sampling.collect import check_samples, collect
+from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
 
 
-def run(argv: Sequence[str]) -> None:
-    """Makes the attempts and says how many were right."""
-    arguments, model_arguments, sampler, engine, config = parse_arguments(
-        (PromptArguments, ModelArguments, SamplerConfig, EngineConfig, CollectConfig),
-        argv,
-        "tabom collect",
-        "Answer a prompt set and keep the right answers with their decoding order.",
-    )
+def run(
+    arguments: PromptArguments,
+    model_arguments: ModelArguments,
+    sampler: SamplerConfig,
+    engine: EngineConfig,
+    config: CollectConfig,
+) -> None:
+    """Makes the attempts and prints how many were right."""
     if (arguments.task is None) == (arguments.prompts is None):
         raise ValueError(f"task={arguments.task!r}, prompts={arguments.prompts!r}: give exactly one of them")
     check_samples(config.samples_per_prompt, sampler)
@@ -29,10 +27,14 @@ def run(argv: Sequence[str]) -> None:
         prompts = task.prompt_set(arguments.num_prompts, arguments.split or "train", arguments.prompt_seed)
         sampler.max_new_tokens = sampler.max_new_tokens or task.response_length
     else:
-        prompts = arguments.read(arguments.prompts)
-    report = collect(load_to_sample(model_arguments), prompts, sampler, config, engine)
+        prompts = read(arguments, arguments.prompts, default_split="train")
+    model = load_to_sample(model_arguments)
+    if arguments.skip_invalid and (empty := empty_prompts(model, prompts)):
+        prompts = prompts.without(empty)
+        print(f"{prompts.name}: {len(empty)} prompts without a token left out, which this model cannot answer")
+    report = collect(model, prompts, sampler, config, engine)
     if report is None:
-        return  # the first process speaks for all
+        return  # only the first process prints
     print(f"{config.output}: {report.correct} right of {report.attempts} attempts ({report.new_attempts} made now)")
     if report.unverified:
         print(f"{report.unverified} more had no answer to be checked against: kept, with `correct: null`")

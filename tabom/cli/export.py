@@ -1,46 +1,68 @@
-"""`tabom export`: trajectories in other formats, through `datasets`."""
+"""`tabom export`: trajectories in other formats. A format that would change a record is refused."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tabom.cli.arguments import parse_arguments
-from tabom.data.sources import read_records
+import datasets
+import pyarrow as pa
 
+from tabom.cli.commands import ExportArguments
+from tabom.data.conversations import without_none
+from tabom.data.json_files import to_json
+from tabom.data.sources import READERS, read_records
 
-@dataclass
-class ExportArguments:
-    """What is exported, and where to."""
+FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", "": "datasets"}
+"""Formats by the suffix of the output."""
 
-    data: list[str] = field(metadata={"help": "Files, folders of `datasets` or hub names of trajectories."})
-    output: str | None = field(default=None, metadata={"help": "File, or folder for `datasets`."})
-    to: Literal["parquet", "jsonl", "csv", "datasets"] = field(
-        default="parquet", metadata={"help": "Format; datasets: a folder for load_from_disk."}
-    )
-    push_to: str | None = field(default=None, metadata={"help": "Hub name of a data set to push to."})
+Record = dict[str, Any]
 
 
-def run(argv: Sequence[str]) -> None:
+def run(arguments: ExportArguments) -> None:
     """Reads all records, writes and pushes them."""
-    (arguments,) = parse_arguments((ExportArguments,), argv, "tabom export", "Trajectories in other formats.")
-    if arguments.output is None and arguments.push_to is None:
-        raise ValueError("output=None, push_to=None: give at least one")
-    import datasets
-
+    to = chosen_format(arguments)
     records = [record for source in arguments.data for record in valid(source)]
-    names = {name: None for record in records for name in record}  # from_list takes the first record's for all
-    table = datasets.Dataset.from_list([names | record for record in records])
+    if not any(records):
+        raise ValueError(f"data={arguments.data}: no record to export")
+    table = None if to == "jsonl" and arguments.push_to is None else as_table(records)
     if arguments.output is not None:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        writers = {"parquet": table.to_parquet, "jsonl": table.to_json, "csv": table.to_csv}
-        writers.get(arguments.to, table.save_to_disk)(arguments.output)
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if to == "datasets":
+            table.save_to_disk(output)
+        elif to == "parquet":
+            write_aside(output, table.to_parquet)
+        else:
+            write_aside(output, lambda path: write_lines(path, records))
     if arguments.push_to is not None:
         table.push_to_hub(arguments.push_to)
-    print(f"{arguments.output or arguments.push_to}: {len(table)} records, fields {', '.join(table.column_names)}")
+    fields = ", ".join(dict.fromkeys(name for record in records for name in record))
+    print(f"{arguments.output or arguments.push_to}: {len(records)} records, fields {fields}")
 
 
-def valid(source: str) -> list[dict[str, Any]]:
+def chosen_format(arguments: ExportArguments) -> str | None:
+    """The format of the output; None if records are only pushed.
+
+    Raises:
+        ValueError: there is no output, or its name is that of another format.
+    """
+    output, to = arguments.output, arguments.to
+    if output is None and (to is not None or arguments.push_to is None):
+        raise ValueError(f"output=None, to={to!r}, push_to={arguments.push_to!r}: give output, or push_to alone")
+    if output is None:
+        return None
+    suffix = Path(output).suffix
+    if to == "datasets" and suffix not in (".jsonl", *READERS):
+        return to  # a folder may have a point in its name
+    if suffix not in FORMATS or to not in (None, FORMATS[suffix]):
+        raise ValueError(
+            f"output={output}, to={to!r}: expected a name in .jsonl or .parquet, or a folder for datasets; CSV cannot "
+            "hold the lists of a trajectory"
+        )
+    return FORMATS[suffix]
+
+
+def valid(source: str) -> list[Record]:
     """The records of a source.
 
     Raises:
@@ -52,3 +74,49 @@ def valid(source: str) -> list[dict[str, Any]]:
             raise ValueError(f"{source}, {place}: {record}") from record
         records.append(record)
     return records
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file aside and renames it, so that a failure leaves the file that was there."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, records: list[Record]) -> None:
+    """Writes JSON lines."""
+    with path.open("wb") as file:
+        file.writelines(to_json(record, str(path)) + b"\n" for record in records)
+
+
+def as_table(records: list[Record]) -> datasets.Dataset:
+    """The records as columns of Arrow, which `datasets` and Parquet hold.
+
+    Raises:
+        ValueError: a column would have several types, or would change a value; names the field.
+    """
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {}
+    for name in names:
+        values = [record.get(name) for record in records]
+        try:
+            columns[name] = pa.array(values)
+            is_kept = without_none(columns[name].to_pylist()) == without_none(values)
+            problem = "" if is_kept else f"as {columns[name].type} it would change"
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            problem = " ".join(str(error).split())
+        if problem or is_empty(columns[name].type):
+            raise ValueError(
+                f"field {name!r}: a column has one type, and Parquet and datasets cannot hold these values "
+                f"({problem or 'an object without fields'}); use --to jsonl"
+            )
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
+
+
+def is_empty(kind: pa.DataType) -> bool:
+    """Whether a type holds an object without fields, which Parquet cannot write."""
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not inner) or any(map(is_empty, inner))

@@ -1,35 +1,21 @@
 """`tabom generate`: answers prompts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
-
 from rich.console import Console
 
-from tabom.cli.arguments import parse_arguments
-from tabom.cli.model import ModelArguments, load_to_sample
+from tabom.cli.commands import GenerateArguments, ModelArguments
+from tabom.cli.model import load_to_sample
 from tabom.data.encoding import encode_prompt
 from tabom.data.text import printable
 from tabom.sampling.animation import animate
-from tabom.sampling.engine import EngineConfig, sample
-from tabom.sampling.sampler import SamplerConfig, decode_response
+from tabom.sampling.completions import decode_response
+from tabom.sampling.config import EngineConfig, SamplerConfig
+from tabom.sampling.engine import sample
 
 
-@dataclass
-class GenerateArguments:
-    """What is answered and how it is shown."""
-
-    prompt: list[str] = field(metadata={"help": "One or more prompts."})
-    animate: bool = field(default=False, metadata={"help": "Show the tokens appear, step by step."})
-    color_by: Literal["step", "certainty"] = field(
-        default="step", metadata={"help": "What the colours of the animation mean."}
-    )
-
-
-def run(argv: Sequence[str]) -> None:
-    """Prints an answer a line, or draws every step."""
-    types = (GenerateArguments, ModelArguments, SamplerConfig, EngineConfig)
-    arguments, model_arguments, sampler, engine = parse_arguments(types, argv, "tabom generate", "Answer prompts.")
+def run(
+    arguments: GenerateArguments, model_arguments: ModelArguments, sampler: SamplerConfig, engine: EngineConfig
+) -> None:
+    """Prints one response a line, or draws every step."""
     model = load_to_sample(model_arguments)
     console = Console(highlight=False)
     if arguments.animate:

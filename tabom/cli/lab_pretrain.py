@@ -1,14 +1,9 @@
 """`tabom lab pretrain`: makes the shipped model from nothing."""
 
-from collections.abc import Sequence
-
-from tabom.cli.arguments import parse_arguments
-from tabom.lab.pretrain import PretrainConfig, pretrain
+from tabom.lab.config import PretrainConfig
+from tabom.lab.pretrain import pretrain
 
 
-def run(argv: Sequence[str]) -> None:
+def run(config: PretrainConfig) -> None:
     """Trains and saves."""
-    (config,) = parse_arguments(
-        (PretrainConfig,), argv, "tabom lab pretrain", "Pre-train the model that ships with the package."
-    )
     print(f"saved to {pretrain(config)}")

@@ -1,4 +1,4 @@
-"""Finds the command that is asked for and runs it; a command's module is imported only then."""
+"""Parses the arguments of a command, and only then imports its module and runs it."""
 
 import atexit
 import os
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import tabom
+from tabom.cli.commands import COMMANDS, name_inputs
 from tabom.cli.orphans import end_with_parent
 from tabom.data.text import printable
+from tabom.training.settings import TabomSettings
 
 USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
@@ -18,6 +20,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
   report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
+  merge         an adapter and its base become one model, which loads everywhere
   plan          what a whole run computes, part by part; --recipe NAME --prompts N --gpus N
   quickstart    the whole path on the model that ships with the package, in some three minutes
   lab pretrain  make that model again, from nothing
@@ -25,29 +28,14 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
 `tabom COMMAND --help` lists the fields of a command; `tabom --version` says which version this is."""
 
-COMMANDS = {
-    "generate": "tabom.cli.generate",
-    "collect": "tabom.cli.collect",
-    "evaluate": "tabom.cli.evaluate",
-    "export": "tabom.cli.export",
-    "report": "tabom.cli.report",
-    "train": "tabom.cli.train",
-    "plan": "tabom.cli.plan",
-    "quickstart": "tabom.cli.quickstart",
-    "lab pretrain": "tabom.cli.lab_pretrain",
-    "lab study": "tabom.cli.lab_study",
-}
-"""The module of each command; its `run` takes the rest of the command line."""
-
 GOES_ON = {
     "collect": "the same command goes on where it stopped",
     "evaluate": "the same command goes on where it stopped",
     "train": "the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
 }
-"""What to do after Ctrl-C."""
+"""How to continue after Ctrl-C, by command."""
 
 EXTRAS = {
-    "datasets": "data",
     "lm_eval": "eval",
     "math_verify": "math",
     "matplotlib": "plot",
@@ -73,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "LOCAL_RANK" in os.environ:  # set by torchrun and accelerate launch
         end_with_parent()
     try:
-        import_module(COMMANDS[name]).run(argv[words:])
+        arguments = parse(name, argv[words:])
+        import_module(f"tabom.cli.{COMMANDS[name].module}").run(*arguments)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in EXTRAS:
@@ -98,15 +87,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(name: str, argv: Sequence[str]) -> tuple:
+    """The instances of the command's dataclasses.
+
+    `train` and `plan` also take transformers' `TrainingArguments`, whose import takes seconds. Their command line is
+    first parsed without it, so that most errors are reported before this import.
+    """
+    from tabom.cli.arguments import parse_arguments
+    from tabom.cli.training_arguments import training_fields
+
+    _, types, description, takes_recipe = COMMANDS[name]
+    options = {"prog": f"tabom {name}", "description": description, "takes_recipe": takes_recipe}
+    if name == "report":
+        argv = name_inputs(argv)
+    if types[-1] is not TabomSettings:
+        return parse_arguments(types, argv, **options)
+    parse_arguments(types, argv, other_fields=training_fields(), **options)
+    from tabom.training.config import TabomConfig
+
+    return parse_arguments((*types[:-1], TabomConfig), argv, **options)
+
+
 def no_connection() -> type[Exception]:
-    """What the hub's client raises without a network; imported when it is needed, as most commands ask no hub."""
+    """The error of the hub's client without a network; imported late, because most commands do not use the hub."""
     from huggingface_hub.errors import HTTPError
 
     return HTTPError
 
 
 def leave_process_group() -> None:
-    """Ends torch.distributed while Python still runs; left to the interpreter's end, gloo's threads can abort it."""
+    """Ends torch.distributed before the interpreter exits, because gloo's threads can abort its shutdown."""
     from torch import distributed
 
     if distributed.is_initialized():

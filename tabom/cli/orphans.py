@@ -1,4 +1,4 @@
-"""Workers whose launcher has died end by themselves."""
+"""Ends a worker process whose launcher has died."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ def end_with_parent(interval: float = CHECK_SECONDS) -> None:
     for each other for ever.
 
     Args:
-        interval: seconds between two looks.
+        interval: seconds between two checks.
     """
     threading.Thread(target=watch, args=(os.getppid(), interval), daemon=True, name="end_with_parent").start()
 
 
 def watch(parent: int, interval: float) -> None:
-    """Returns never; the process ends with it."""
+    """Waits until the parent process has died, then kills this process; never returns."""
     while os.getppid() == parent:
         time.sleep(interval)
     print(f"tabom: the launcher (process {parent}) has died: ending", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)  # a rank in a collective does not hear anything else
+    os.kill(os.getpid(), signal.SIGKILL)  # a rank that waits in a collective handles no other signal

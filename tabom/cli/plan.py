@@ -1,23 +1,16 @@
-"""`tabom plan`: what a whole run computes, before any of it is run."""
-
-from collections.abc import Sequence
+"""`tabom plan`: predicts the cost of a whole run."""
 
 from rich.console import Console
 from rich.table import Table
 
-from tabom.cli.arguments import parse_arguments
-from tabom.cli.model import ModelArguments
-from tabom.cli.train import DataArguments
-from tabom.lab.plan import PlanConfig, architecture, plan
+from tabom.cli.commands import DataArguments, ModelArguments
+from tabom.lab.config import PlanConfig
+from tabom.lab.plan import architecture, plan
 from tabom.training.config import TabomConfig
 
 
-def run(argv: Sequence[str]) -> None:
+def run(config: PlanConfig, data: DataArguments, model_arguments: ModelArguments, training: TabomConfig) -> None:
     """Prints FLOP and predicted GPU hours of every part, by the plain loop, exact, and with the block cache."""
-    types = (PlanConfig, DataArguments, ModelArguments, TabomConfig)
-    config, data, model_arguments, training = parse_arguments(
-        types, argv, "tabom plan", "What a whole run computes, part by part.", takes_recipe=True
-    )
     window = training.supervised_window if isinstance(training.supervised_window, int) else config.response
     model = architecture(model_arguments.model)
     plans = {

@@ -1,1 +1,1 @@
-"""Trajectories and prompts: what is read from and written to files, and its way to token ids."""
+"""Trajectories and prompts: reading and writing them, and encoding them as token ids."""

@@ -1,42 +1,44 @@
-"""From text to token ids: prompts and responses, through the chat template where the tokenizer has one."""
+"""Encodes prompts and responses as token ids, through the chat template if the tokenizer has one."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tabom.data.limits import limited
 
-TEMPLATE_SECONDS = 10
+TEMPLATE_SECONDS = 2
 TEMPLATE_BYTES = 2**30
-"""Limits of rendering one conversation."""
+TEMPLATE_CHARACTERS = 2**24
+"""Limits of rendering one conversation: time, memory, and length of the resulting text."""
 
-Prompt = str | list[dict[str, str]]
-"""Plain text, or a conversation of `{"role": ..., "content": ...}` messages."""
+Prompt = str | list[dict[str, Any]]
+"""Plain text, or a conversation of `{"role": ..., "content": ...}` messages, which may have `tool_calls`."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int | None = None) -> list[int]:
-    """Token ids of a prompt, ready to be answered.
+    """Token ids of a prompt, after which the response begins.
 
-    A prompt of more than `max_length` tokens is shortened: a conversation loses the end of its last message, so that
-    what the template puts after it, the turn to the assistant, survives; plain text loses its beginning, as what is
-    to be continued stands at its end.
+    A prompt of more than `max_length` tokens is shortened. A conversation loses the end of its last message, so that
+    the tokens that the template puts after it, which begin the assistant's turn, are kept. Plain text loses its
+    beginning, because the response continues its end. Empty plain text becomes the BOS token, if the tokenizer has one.
 
     Raises:
-        ValueError: a conversation, and the tokenizer has no chat template; or `max_length` leaves no room for what
-            the template puts after the last message.
+        ValueError: the prompt is a conversation and the tokenizer has no chat template; or `max_length` leaves no room
+            for the tokens that the template puts after the last message.
     """
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ValueError("prompt is a list of messages, but this tokenizer has no chat template; use plain text")
-        token_ids = tokenizer(prompt).input_ids
+        token_ids = tokenizer(prompt).input_ids or bos_alone(tokenizer)
         return token_ids if max_length is None else token_ids[-max_length:]
 
     messages = as_messages(prompt)
-    token_ids = render(tokenizer, messages, add_generation_prompt=True)
+    token_ids = encode_text(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
     if max_length is None or len(token_ids) <= max_length:
         return token_ids
-    empty = render(tokenizer, [*messages[:-1], messages[-1] | {"content": ""}], add_generation_prompt=True)
+    emptied = [*messages[:-1], messages[-1] | {"content": ""}]
+    empty = encode_text(tokenizer, render(tokenizer, emptied, add_generation_prompt=True))
     ending = shared_ending(token_ids, empty)
     if max_length <= ending:
         raise ValueError(
@@ -45,20 +47,44 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length
     return token_ids[: max_length - ending] + token_ids[len(token_ids) - ending :]
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
-    """Token ids of a response, with what the chat template puts after it.
+def bos_alone(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token, or an empty list if the tokenizer has none."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def check_prompt(length: int, logits_shift: int) -> None:
+    """Refuses a prompt that is too short for the logits of the first response token, which stand before the response.
+
+    Args:
+        length: of the prompt, tokens.
+        logits_shift: how many positions before a token its logits stand.
 
     Raises:
-        ValueError: the template writes the prompt differently when a response follows it.
+        ValueError: the prompt is shorter than the shift.
+    """
+    if length < logits_shift:
+        raise ValueError(
+            f"the prompt has {length} tokens, and this model reads the logits of a response's first token "
+            f"{logits_shift} position before it: give a prompt with text, or a tokenizer with a bos_token or a template"
+        )
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
+    """Token ids of a response, with the tokens that the chat template puts after it.
+
+    The response is tokenized apart from its prompt, because the sampler puts its tokens after those of the prompt too.
+
+    Raises:
+        ValueError: the template renders the prompt differently when a response follows it.
     """
     if tokenizer.chat_template is None:
         return tokenizer(response, add_special_tokens=False).input_ids
     messages = as_messages(prompt)
-    prompt_ids = render(tokenizer, messages, add_generation_prompt=True)
-    token_ids = render(tokenizer, [*messages, {"role": "assistant", "content": response}])
-    if token_ids[: len(prompt_ids)] != prompt_ids:
+    beginning = render(tokenizer, messages, add_generation_prompt=True)
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}])
+    if not whole.startswith(beginning):
         raise ValueError("this chat template writes a prompt differently when a response follows: give token ids")
-    return token_ids[len(prompt_ids) :]
+    return encode_text(tokenizer, whole[len(beginning) :])
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -69,30 +95,41 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def as_messages(prompt: Prompt) -> list[dict[str, str]]:
-    """Plain text is one message of the user."""
+def as_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A conversation; plain text becomes one message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> list[int]:
-    """Token ids of a conversation.
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+) -> str:
+    """Renders a conversation as text.
 
     Raises:
-        ValueError: the template refuses it, loops, or makes endless text.
+        ValueError: the template fails, exceeds the limits of time, memory or length, or leaves out a call of a tool.
     """
-    options = {"add_generation_prompt": add_generation_prompt, "return_dict": True}
-    with limited("the chat template", TEMPLATE_SECONDS, TEMPLATE_BYTES):
-        try:
-            rendered = tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, OverflowError, ArithmeticError, TypeError) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    return rendered["input_ids"]
+    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    try:
+        with limited("it", TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            text = tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program, which may raise anything
+        raise ValueError(f"the chat template fails on this conversation: {error}") from error
+    if len(text) > TEMPLATE_CHARACTERS:
+        raise ValueError(f"the chat template writes {len(text)} characters; at most {TEMPLATE_CHARACTERS} are read")
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    for name in [call.get("function", call).get("name", "") for call in calls]:
+        if name not in text:
+            raise ValueError(f"the chat template does not write the tool call {name!r}; give one that does")
+    return text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text from the chat template, which has written its special tokens already."""
+    return tokenizer(text, add_special_tokens=False, return_attention_mask=False).input_ids
 
 
 def shared_ending(a: list[int], b: list[int]) -> int:
-    """How many last elements two lists share."""
+    """The length of the longest common suffix of two lists."""
     count = 0
     for x, y in zip(reversed(a), reversed(b), strict=False):
         if x != y:

@@ -1,4 +1,4 @@
-"""Records from anywhere: JSON lines; through `datasets` JSON, Parquet, CSV, saved data sets and the hub; and lists."""
+"""Reads records from JSON lines, lists, and through `datasets` from JSON, Parquet, CSV, folders and the hub."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,20 +9,26 @@ from typing import Any
 import numpy as np
 
 MAX_LINE = 2**24
-"""Bytes of a line of JSON."""
+"""The most bytes of a line of JSON."""
+
+BOM = b"\xef\xbb\xbf"
+"""The mark that some programs put in front of UTF-8."""
 
 BATCH = 100
-"""Records of a table that are held at once."""
+"""How many records of a table are read at once."""
 
 READERS = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-"""How `datasets` calls the format of a file."""
+"""The name of a file's format in `datasets`, by suffix."""
+
+ONLY_EMPTY_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
+"""Options of CSV with which pandas reads `None`, `NA` and `null` as the texts that they are."""
 
 Placed = tuple[str, dict[str, Any] | ValueError]
-"""Where a record stands ("line 3") and the record, or what is wrong with it."""
+"""The place of a record ("line 3"), and the record or the error of parsing it."""
 
 
 class JsonLines:
-    """The records of a JSONL file by index, blank lines left out. Holds where the lines are, not what they say."""
+    """The records of a JSONL file by index, without blank lines. Only offsets are held in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,16 +48,20 @@ class JsonLines:
 
     @property
     def fingerprint(self) -> str:
-        """Another one when the file has changed."""
+        """Changes when the file changes."""
         status = self.path.stat()
         return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 class Table:
-    """The records of a `datasets.Dataset` by index. A field that Arrow fills with None is not there."""
+    """The records of a `datasets.Dataset` by index. Fields that are None, as Arrow fills them in, are left out.
 
-    def __init__(self, table: Any) -> None:
+    `split` is the name of the split if it was chosen by default, else None.
+    """
+
+    def __init__(self, table: Any, split: str | None = None) -> None:
         self.table = table.with_format(None)
+        self.split = split
 
     def __len__(self) -> int:
         return len(self.table)
@@ -64,15 +74,15 @@ class Table:
 
     @property
     def fingerprint(self) -> str:
-        """Another one when the data set is another."""
+        """Changes when the data set changes."""
         return self.table._fingerprint
 
 
 class Listed:
-    """Records that are in memory."""
+    """Records in memory."""
 
     fingerprint = None
-    """Nothing to know them by in another process."""
+    """None: another process could not recognise them."""
 
     def __init__(self, records: Sequence[Any]) -> None:
         self.records = records
@@ -102,14 +112,14 @@ def open_records(
         config_name: of a hub name.
 
     Raises:
-        ValueError: no such split, or several and none is chosen.
-        TypeError: none of these.
+        ValueError: the split does not exist, or there are several and none is chosen.
+        TypeError: the source is none of these.
     """
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix == ".jsonl" or (path.is_file() and path.suffix not in READERS):
-            return JsonLines(path)
-        return Table(load_table(path, str(source), split, config_name, default_split))
+            return load_file(path, "json") if is_indented(path) else JsonLines(path)
+        return load_table(path, str(source), split, config_name, default_split)
 
     import datasets
 
@@ -127,29 +137,55 @@ def open_records(
 def read_records(
     source: str | Path, split: str | None = None, config_name: str | None = None, default_split: str = "test"
 ) -> Iterator[Placed]:
-    """The records of a source one after the other; the arguments are those of `open_records`."""
-    records = open_records(source, split, config_name, default_split)
+    """Yields the records of a source; the arguments are those of `open_records`."""
+    yield from in_order(open_records(source, split, config_name, default_split))
+
+
+def in_order(records: Records) -> Iterator[Placed]:
+    """Yields all records in order."""
     for start in range(0, len(records), BATCH):
         yield from records.read(range(start, min(start + BATCH, len(records))))
 
 
-def load_table(path: Path, name: str, split: str | None, config_name: str | None, default_split: str) -> Any:
-    """A `datasets.Dataset`."""
+def load_table(path: Path, name: str, split: str | None, config_name: str | None, default_split: str) -> Table:
+    """The records that `datasets` reads."""
     import datasets
 
     if path.suffix in READERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+        return load_file(path, READERS[path.suffix])
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     tables = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, config_name, split=split)
     if not isinstance(tables, datasets.DatasetDict):
-        return tables
+        return Table(tables)
     chosen = split or (next(iter(tables)) if len(tables) == 1 else default_split)
     if chosen not in tables:
         raise ValueError(f"{name}, split={split!r}: expected one of {', '.join(tables)}")
-    return tables[chosen]
+    return Table(tables[chosen], None if split else chosen)
+
+
+def load_file(path: Path, name: str) -> Table:
+    """The records of a file in the format of this name in `datasets`.
+
+    Raises:
+        ValueError: the file is not in this format, or holds no record.
+    """
+    import datasets
+    from pyarrow import ArrowInvalid
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    options = ONLY_EMPTY_IS_MISSING if name == "csv" else {}
+    options = options | ({"sep": "\t"} if path.suffix == ".tsv" else {})
+    try:
+        return Table(datasets.load_dataset(name, data_files=str(path), split="train", **options))
+    except (datasets.exceptions.DatasetGenerationError, StopIteration, ArrowInvalid) as error:
+        problem = "the file holds no record" if isinstance(error, StopIteration) else error.__cause__ or error
+        raise ValueError(f"{path}: not readable as {name}: {' '.join(str(problem).split())}") from error
+
+
+def is_indented(path: Path) -> bool:
+    """Whether a file begins like JSON whose objects are written over several lines."""
+    return next((line.removeprefix(BOM).strip() in (b"{", b"[") for _, _, line in read_lines(path)), False)
 
 
 def present(record: dict[str, Any]) -> dict[str, Any]:
@@ -185,13 +221,15 @@ def parse_json_object(line: bytes) -> dict[str, Any] | ValueError:
     if len(line) > MAX_LINE:
         return ValueError(f"longer than {MAX_LINE} bytes")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 at byte {error.start + 1}")
+        return ValueError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return ValueError("not valid JSON: nested too deeply")
     except ValueError:
         return ValueError("not valid JSON: an integer of too many digits")
+    if isinstance(record, list):
+        return ValueError("expected a JSON object, got a list; name the file .json if it holds one list of all records")
     return record if isinstance(record, dict) else ValueError(f"expected a JSON object, got {record!r:.60}")

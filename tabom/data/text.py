@@ -1,4 +1,4 @@
-"""Text from elsewhere, on its way to a terminal."""
+"""Makes text of unknown origin safe to print on a terminal."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def printable(text: str) -> str:
-    """Control characters (ESC, OSC and C1 among them) as escapes to be read; newline and tab stay."""
+    """The text with control characters (such as ESC, OSC and C1) replaced by visible escapes; newline and tab stay."""
     return "".join(spelt_out(c) if is_control(c) and c not in "\n\t" else c for c in text)
 
 

@@ -1,11 +1,12 @@
-"""Trajectories as token ids in an Arrow table: made once, then mapped from the cache by later runs and other ranks."""
+"""Tokenizes trajectories into an Arrow table in the cache, which later runs and other ranks map into memory."""
 
 import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
+from datasets.utils import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from tabom.data.encoding import encode_prompt
+from tabom.data.encoding import check_prompt, encode_prompt
+from tabom.data.shapes import unused_fields, warn_of_unused
 from tabom.data.sources import BATCH, Listed, Records, open_records
 from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
 
 
 @dataclass(frozen=True)
 class TokenizedTrajectory:
-    """What a row teaches. `Trajectory` says what the fields are."""
+    """The part of a row that training uses; `Trajectory` documents the fields."""
 
     prompt_token_ids: list[int]
     response_token_ids: list[int]
@@ -32,8 +35,13 @@ class TokenizedTrajectory:
     non_ltr_positions: list[int] | None
     entropy: list[float] | None
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "TokenizedTrajectory":
+        """The part of a row of a table, or of `Tokenization.row`."""
+        return cls(**{each.name: row[each.name] for each in fields(cls)})
+
     def digest(self) -> bytes:
-        """8 bytes of the whole content."""
+        """A hash of the whole content, 8 bytes."""
         return hashlib.sha256(json.dumps(list(vars(self).values())).encode()).digest()[:8]
 
 
@@ -49,29 +57,36 @@ FEATURES = Features(
         "digest": Value("binary"),
     }
 )
-"""Columns of a tokenized table: a `TokenizedTrajectory`, its digest, and where it comes from."""
+"""Columns of a tokenized table: a `TokenizedTrajectory`, its digest and its origin."""
 
-INVALID = {"invalid": Value("bool")}
-"""Of a table in the cache, which has a row for every record: invalid ones, and those of other methods, are empty."""
+PROGRESS_BAR_RECORDS = 10_000
+"""With fewer records no progress bar is shown, because they are tokenized in seconds."""
+
+NOTES = {"invalid": Value("bool"), "unused": List(Value("string"))}
+"""Further columns of a table in the cache, which has a row for every record: whether it is invalid, and its fields with
+text that is not used. The rows of invalid records and of other methods are empty.
+"""
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How records become rows; the fields are arguments of `tokenize`."""
+    """Makes rows of records; the fields are arguments of `tokenize`."""
 
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int | None
-    max_prompt_length: int | None
-    max_response_length: int | None
-    pad_token_id: int | None
-    method: Sequence[str] | None
-    skip_invalid: bool
+    vocab_size: int | None = None
+    max_prompt_length: int | None = None
+    max_response_length: int | None = None
+    pad_token_id: int | None = None
+    method: Sequence[str] | None = None
+    skip_invalid: bool = False
+    logits_shift: int = 0
+    block_padding: tuple[int, int] | None = None
 
     def rows(self, indices: Sequence[int], records: Records, source: Any) -> dict[str, list[Any]]:
         """The columns of these records.
 
         Raises:
-            ValueError: a record is invalid, and is not to be skipped.
+            ValueError: a record is invalid and `skip_invalid` is False.
         """
         rows = []
         for place, record in records.read(indices):
@@ -81,34 +96,44 @@ class Tokenization:
                 if not self.skip_invalid:
                     raise misplaced(source, place, error) from error
                 rows.append({"invalid": True})
-        return {name: [row.get(name) for row in rows] for name in FEATURES | INVALID}
+        return {name: [row.get(name) for row in rows] for name in FEATURES | NOTES}
 
     def row(self, record: Any) -> dict[str, Any]:
-        """The row of a record or trajectory.
+        """The row of a record or trajectory; only its method if that is not one of `method`.
 
         Raises:
             ValueError: the record is invalid.
         """
         if isinstance(record, ValueError):
             raise record
+        unused: list[str] = []
         if isinstance(record, dict):
             if not is_of(self.method, record):
                 return {"method": str(record.get("method")).encode(errors="replace").decode()}
-            record = parse_trajectory(record, self.tokenizer, self.vocab_size)
+            trajectory = parse_trajectory(record, self.tokenizer, self.vocab_size)
+            unused = unused_fields(record, trajectory.prompt, trajectory.response)
+            record = trajectory
         if self.max_response_length is not None:
             record = fit_response(record, self.max_response_length, self.pad_token_id)
+        prompt_token_ids = encode_prompt(self.tokenizer, record.prompt, self.max_prompt_length)
+        if self.block_padding is not None:
+            block_size, pad_token_id = self.block_padding
+            length = len(record.response_token_ids)
+            missing = -(len(prompt_token_ids) + length) % block_size
+            record = fit_response(record, length + missing, pad_token_id)
         tokenized = TokenizedTrajectory(
-            prompt_token_ids=encode_prompt(self.tokenizer, record.prompt, self.max_prompt_length),
+            prompt_token_ids=prompt_token_ids,
             response_token_ids=record.response_token_ids,
             decoding_order=record.decoding_order,
             non_ltr_positions=record.non_ltr_positions,
             entropy=record.entropy,
         )
+        check_prompt(len(tokenized.prompt_token_ids), self.logits_shift)
         origin = {"method": record.method, "data_source": record.data_source}
-        return {**vars(tokenized), **origin, "digest": tokenized.digest()}
+        return {**vars(tokenized), **origin, "digest": tokenized.digest(), "unused": unused}
 
     def fingerprint(self) -> str:
-        """Another one when rows would be made in another way, by other settings or other code."""
+        """A hash that changes when the settings or the code that makes rows change."""
         settings = {name: value for name, value in vars(self).items() if name != "tokenizer"}
         digest = hashlib.sha256(json.dumps([settings, transformers_version]).encode())
         with tempfile.TemporaryDirectory() as folder:
@@ -130,22 +155,26 @@ def tokenize(
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
     pad_token_id: int | None = None,
+    logits_shift: int = 0,
+    block_padding: tuple[int, int] | None = None,
     num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, int]:
-    """Trajectories as token ids, in a table that is mapped from a file, whatever its size.
+    """Tokenizes trajectories into a table that is mapped from a file, so that it need not fit in memory.
 
-    The file is in the cache of `datasets`, in `tabom/`. It is made anew when the source, the tokenizer or an argument
+    The file is in the cache of `datasets`, in `tabom/`. It is made again when the source, the tokenizer or an argument
     has changed. Records in memory are tokenized in memory.
 
     Args:
         source, split, config_name: see `tabom.data.sources.open_records`; or a table that this function made, which is
-            returned as it is. Without a split: train.
+            returned unchanged. Default split: train.
         vocab_size: the model's; token ids must be below it. None: any will do.
         method: keep only the records whose `method` field is one of these; None, or "all" among them: every record.
         skip_invalid: count and leave out the records that do not parse, instead of raising.
         max_prompt_length: tokens; see `tabom.data.encoding.encode_prompt` for what is cut.
         max_response_length: tokens; the end is cut.
         pad_token_id: fills responses up to `max_response_length`; None: they stay as long as they are.
+        block_padding: block size and padding token that fills the last block of a response; None: it stays as it is.
+        logits_shift: the model's; a record whose prompt has fewer tokens is invalid.
         num_proc: processes that tokenize; default: this one.
 
     Returns:
@@ -158,19 +187,20 @@ def tokenize(
         return source, 0
     records = open_records(source, split, config_name, default_split="train")
     lengths = (max_prompt_length, max_response_length, pad_token_id)
-    tokenization = Tokenization(tokenizer, vocab_size, *lengths, method, skip_invalid)
+    tokenization = Tokenization(tokenizer, vocab_size, *lengths, method, skip_invalid, logits_shift, block_padding)
     table = make_table(records, tokenization, source, num_proc)
     kept = np.flatnonzero(pc.is_valid(table.data.column("digest")))
     invalid = len(table) - table.data.column("invalid").null_count
     if not len(kept) and not isinstance(records, Listed):
         others = Counter(each["method"] for each in table if not each["invalid"])
         raise none_left(source, method, others, invalid)
-    return table.select(kept).remove_columns(list(INVALID)), invalid
+    warn_of_unused(source, set(pc.list_flatten(table.data.column("unused")).unique().to_pylist()))
+    return table.select(kept).remove_columns(list(NOTES)), invalid
 
 
 def make_table(records: Records, tokenization: Tokenization, source: Any, num_proc: int | None) -> datasets.Dataset:
-    """One row a record, from the cache where it is there."""
-    features = Features(FEATURES | INVALID)
+    """The table with a row for each record, from the cache if it is there."""
+    features = Features(FEATURES | NOTES)
     if not len(records):
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
     fingerprint, path = generate_random_fingerprint(), None
@@ -180,18 +210,33 @@ def make_table(records: Records, tokenization: Tokenization, source: Any, num_pr
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "tabom"
         folder.mkdir(parents=True, exist_ok=True)
         path = str(folder / f"{fingerprint}.arrow")
-    # A table of indices: whoever tokenizes some reads these records, and nobody holds them all.
-    return datasets.Dataset.from_dict({"index": range(len(records))}).map(
-        tokenization.rows,
-        batched=True,
-        batch_size=BATCH,
-        writer_batch_size=BATCH,
-        input_columns="index",
-        remove_columns="index",
-        fn_kwargs={"records": records, "source": source if isinstance(source, str | Path) else None},
-        features=features,
-        cache_file_name=path,
-        new_fingerprint=fingerprint,
-        num_proc=num_proc,
-        desc="Tokenizing",
-    )
+    # A table of indices: each process reads the records that it tokenizes, and none holds them all.
+    indices = datasets.Dataset.from_dict({"index": range(len(records))})
+    with progress_bar(len(records)):
+        return indices.map(
+            tokenization.rows,
+            batched=True,
+            batch_size=BATCH,
+            writer_batch_size=BATCH,
+            input_columns="index",
+            remove_columns="index",
+            fn_kwargs={"records": records, "source": source if isinstance(source, str | Path) else None},
+            features=features,
+            cache_file_name=path,
+            new_fingerprint=fingerprint,
+            num_proc=num_proc,
+            desc="Tokenizing",
+        )
+
+
+@contextmanager
+def progress_bar(records: int) -> Iterator[None]:
+    """Shows the progress bars of `datasets` only for at least `PROGRESS_BAR_RECORDS` records."""
+    hidden = records < PROGRESS_BAR_RECORDS and not are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()

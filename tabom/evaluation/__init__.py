@@ -1,1 +1,1 @@
-"""How good the answers are, and how well certainty follows the order."""
+"""Measures responses: whether they are right, and whether the model was most certain of what it unmasked first."""

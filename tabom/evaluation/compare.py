@@ -1,4 +1,4 @@
-"""Results as tables, and two models compared problem by problem."""
+"""Tables and plots of results, and the paired comparison of two models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from tabom.evaluation.evaluate import Cell, by_problem, read_answers
+from tabom.data.store import ResponseFolder
+from tabom.evaluation.evaluate import Cell, by_problem
 from tabom.evaluation.metrics import estimate, estimate_ratio
 
 
 def compare(base: Cell, tuned: Cell, output_dir: str | Path) -> dict[str, Any]:
-    """The change of accuracy from `base` to `tuned` on the problems that both answered, and its paired error.
+    """The change of accuracy from `base` to `tuned` on the problems that both have, and its paired standard error.
 
-    A problem is won where more of its answers are right, lost where fewer are. Retention is the ratio of accuracies.
+    A problem is won if more of its responses are right, and lost if fewer are. Retention is the ratio of accuracies.
     """
-    before, after = (by_problem(list(read_answers(cell.folder(output_dir)))) for cell in (base, tuned))
+    before, after = (by_problem(ResponseFolder(cell.folder(output_dir)).records()) for cell in (base, tuned))
     shared = [index for index in before if index in after]
     a, b = (np.array([np.mean(cell[index]) for index in shared]) for cell in (before, after))
     return {
@@ -51,7 +52,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of `compare`'s results; the first set's gain is the aim, the others' retention the price."""
+    """A Markdown table of `compare`'s results; retention is shown for all prompt sets but the first."""
     header = ["prompts", "sampler", "problems", "base, %", "tuned, %", "change, points", "won", "lost", "retention, %"]
     rows = [
         [
@@ -71,7 +72,7 @@ def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
 
 
 def percent(estimated: dict[str, float | None] | None, signed: bool = False) -> str:
-    """`61.2 ± 1.3`, or a dash for what was not measured."""
+    """Percent with its error, `61.2 ± 1.3`; a dash if it was not measured."""
     if estimated is None or estimated["mean"] is None:
         return "-"
     error = "" if estimated["error"] is None else f" ± {100 * estimated['error']:.1f}"
@@ -79,13 +80,13 @@ def percent(estimated: dict[str, float | None] | None, signed: bool = False) -> 
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a bar inside a cell would end it."""
+    """A Markdown table; bars inside cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def draw(results: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Accuracy with its error, a panel a prompt set; and pass@k where there are several samples."""
+    """Plots accuracy with its error, one panel for each prompt set, and pass@k if there are several samples."""
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(result["prompts"] for result in results))

@@ -1,13 +1,13 @@
-"""Our models in lm-evaluation-harness (extra `eval`):
+"""Runs our models in lm-evaluation-harness (extra `eval`):
 
     python -m tabom.evaluation.lm_eval --model tabom --model_args pretrained=FOLDER,policy=entropy --tasks gsm8k
 
-The command line is lm-eval's own. Under torchrun or accelerate every process answers its share.
+The command line is lm-eval's own. Under torchrun or accelerate the processes share the requests.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -17,13 +17,21 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from tabom.evaluation.likelihood import nelbo_log_likelihood, trajectory_log_likelihood
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
+from tabom.sampling.completions import decode_response, response_length
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import Engine, EngineConfig, Request
-from tabom.sampling.sampler import SamplerConfig, decode_response, response_length
+
+GENERATION_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+"""What a request may ask for, after lm-eval has made one name of `max_gen_toks`, `max_new_tokens` and `max_tokens`."""
+
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
+"""Values of other names that ask for nothing."""
 
 
 @register_model("tabom")
@@ -32,17 +40,18 @@ class TabomLM(TemplateLM):
 
     Args:
         pretrained: folder or hub name, or a loaded model.
-        batch_size: of the longest prompts, decoded together; a finished one makes room for the next. Also rows of a
+        batch_size: how many of the longest prompts are decoded at once; shorter ones pack more. Also the rows of a
             likelihood's forward pass.
-        device, max_batch_size: what lm-eval passes; accelerate chooses the device, and batches have one size.
+        device, max_batch_size: passed by lm-eval and ignored; accelerate chooses the device, and batches have one size.
         dtype: of the weights, such as `bfloat16`.
-        likelihood: `nelbo`, LLaDA's Monte-Carlo bound, or `trajectory`, along the order of the policy.
-        nelbo_samples: draws of the bound.
-        check_greedy: decode along with the bound, for metrics that ask whether a continuation is the greedy one.
+        likelihood: `nelbo`, LLaDA's Monte-Carlo bound, or `trajectory`, the likelihood in the order of the policy.
+        nelbo_samples: number of draws for the bound.
+        check_greedy: also decode, for metrics that need to know whether a continuation is the greedy one.
         max_length: tokens of a prompt; longer ones lose their beginning. Default: no limit.
-        attn_implementation, trust_remote_code: of `tabom.load`.
-        sampler: any field of `SamplerConfig`. A task's `max_gen_toks` is the length of its responses where
-            `max_new_tokens` is not given, its `temperature` counts where it asks to sample.
+        attn_implementation, trust_remote_code: arguments of `tabom.load`.
+        sampler: any field of `SamplerConfig`. A task's `max_gen_toks` (or `max_new_tokens`, `max_tokens`) is the length
+            of its responses where `max_new_tokens` is not given here. Its `temperature`, `top_p` and `top_k` count
+            where it asks to sample.
     """
 
     def __init__(
@@ -77,7 +86,7 @@ class TabomLM(TemplateLM):
                 trust_remote_code=trust_remote_code,
             )
             pretrained.model.to(self.state.device)
-        self.family = pretrained
+        self.model = pretrained
         self.tokenizer = pretrained.tokenizer
         self._device = pretrained.device
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
@@ -87,8 +96,8 @@ class TabomLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a response."""
-        return self.family.eos_token_id
+        """The token that ends a response."""
+        return self.model.eos_token_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -113,31 +122,50 @@ class TabomLM(TemplateLM):
         return self.tokenizer(string, add_special_tokens=special).input_ids
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Decodes responses, those of one length and one temperature together, and cuts them at `until`."""
+        """Decodes responses, those with the same settings together, and cuts them at `until`."""
         groups: dict[tuple, list[int]] = defaultdict(list)
         encoded = [self.tok_encode(request.args[0])[-(self.max_length or 0) :] for request in requests]
         settings = [self.settings_for(request.args[1]) for request in requests]
         for index in sorted(range(len(requests)), key=lambda index: len(encoded[index])):
-            groups[settings[index].max_new_tokens, settings[index].temperature].append(index)
+            groups[astuple(settings[index])].append(index)
         responses = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank > 0, desc="decoding") as bar:
             for indices in groups.values():
                 config = settings[indices[0]]
                 waiting = [Request(encoded[index], config.max_new_tokens, config.seed) for index in indices]
                 budget = self.batch_size * max(len(request.prompt) + request.length for request in waiting)
-                for number, completion in Engine(self.family, config, EngineConfig(budget)).run(waiting):
+                for number, completion in Engine(self.model, config, EngineConfig(budget)).run(waiting):
                     index = indices[number]
-                    text = decode_response(self.family, completion.token_ids)
+                    text = decode_response(self.model, completion.token_ids)
                     responses[index] = cut(text, requests[index].args[1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[index].args, responses[index])
                     bar.update()
         return responses
 
     def settings_for(self, asked: dict[str, Any]) -> SamplerConfig:
-        """The sampler of one request."""
-        length = self.sampler.max_new_tokens or asked.get("max_gen_toks") or response_length(self.family, self.sampler)
-        temperature = asked.get("temperature", 1.0) if asked.get("do_sample") else self.sampler.temperature
-        return replace(self.sampler, max_new_tokens=int(length), temperature=float(temperature))
+        """The sampler of one request, whose `generation_kwargs` are read as lm-eval reads them for other models.
+
+        A temperature above 0 samples, unless `do_sample` is False; then neither it nor `top_p` and `top_k` count.
+
+        Raises:
+            ValueError: the request asks for something that the sampler does not do.
+        """
+        kwargs = normalize_gen_kwargs(asked, response_length(self.model, self.sampler))
+        for name, value in kwargs.items():
+            if name not in GENERATION_KWARGS and NEUTRAL.get(name) != value:
+                raise ValueError(
+                    f"generation_kwargs {name}={value!r}: not done by tabom's sampler, which takes "
+                    f"{', '.join(GENERATION_KWARGS)}; take it out of the task or of --gen_kwargs"
+                )
+        length = self.sampler.max_new_tokens or kwargs["max_gen_toks"]
+        if not kwargs["do_sample"]:
+            return replace(self.sampler, max_new_tokens=length)
+        chosen = {"temperature": float(kwargs.get("temperature", 1.0))}
+        if "top_p" in kwargs:
+            chosen["top_p"] = float(kwargs["top_p"])
+        if "top_k" in kwargs:
+            chosen["top_k"] = None if int(kwargs["top_k"]) in (0, -1) else int(kwargs["top_k"])
+        return replace(self.sampler, max_new_tokens=length, **chosen)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -149,14 +177,14 @@ class TabomLM(TemplateLM):
         return results
 
     def log_likelihood(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-        """Nats, and whether the sampler would give this continuation without temperature."""
+        """The log-likelihood in nats, and whether greedy decoding gives this continuation."""
         along, is_greedy = 0.0, False
         if self.likelihood == "trajectory" or self.check_greedy:
-            along, is_greedy = trajectory_log_likelihood(self.family, context, continuation, self.sampler)
+            along, is_greedy = trajectory_log_likelihood(self.model, context, continuation, self.sampler)
         if self.likelihood == "trajectory":
             return along, is_greedy
         bound = nelbo_log_likelihood(
-            self.family, context, continuation, self.nelbo_samples, self.sampler.seed, self.batch_size
+            self.model, context, continuation, self.nelbo_samples, self.sampler.seed, self.batch_size
         )
         return bound, is_greedy
 

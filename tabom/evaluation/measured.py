@@ -1,4 +1,4 @@
-"""Answers with what their decoding showed: the order of certainty, TDS, steps and positions computed."""
+"""Decodes requests and measures each decoding: order of certainty, TDS, steps and positions computed."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -9,22 +9,23 @@ import torch
 
 from tabom.evaluation.metrics import count_pairs_in_order, tds
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.completions import Completion
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import Decision, Engine, EngineConfig, Request
-from tabom.sampling.sampler import Completion, SamplerConfig
 
 
 class Measured(NamedTuple):
-    """A completion and its decoding.
+    """A completion and the measurements of its decoding.
 
-    Positions behind the first end token are left out of all but `positions`. With blocks, a step sees the masked
-    positions of its block only.
+    Tokens after the first end token count only in `positions`. With blocks, a step sees only the masked positions of
+    its block.
     """
 
     completion: Completion
     tokens: int
     steps: int  # denoising steps that unmasked something
-    positions: int  # that went through the model's body for this response
-    in_order: int  # pairs seen by a step whose earlier position had the lower entropy
+    positions: int  # rows that went through the model's body for this response
+    in_order: int  # pairs seen by a step, of which the earlier position had the lower entropy
     pairs: int
     tds: float  # nats^2
 
@@ -32,7 +33,7 @@ class Measured(NamedTuple):
 def decode_measured(
     model: DiffusionModel, requests: Iterable[Request], config: SamplerConfig, engine: EngineConfig | None = None
 ) -> Iterator[tuple[int, Measured]]:
-    """Decodes requests and measures each decoding; yields the number of a request with it, as they finish."""
+    """Decodes requests; yields the number of each request with its measurements, in the order they finish."""
     seen: dict[int, list[torch.Tensor]] = defaultdict(list)
 
     def keep(decision: Decision) -> None:
@@ -46,9 +47,13 @@ def decode_measured(
 
 
 def measure(model: DiffusionModel, completion: Completion, entropy: torch.Tensor) -> Measured:
-    """One decoding of T tokens from the entropies (S, T) that its steps saw, NaN where they had no choice."""
+    """Measures a decoding of T tokens.
+
+    Args:
+        entropy: (S, T) nats of the candidates of its S steps, NaN where a position was no candidate.
+    """
     is_end = np.array(completion.token_ids) == model.eos_token_id
-    counts = is_end.cumsum() - is_end == 0  # the first end token counts, what follows it does not
+    counts = is_end.cumsum() - is_end == 0  # True up to the first end token, which counts
     order = torch.tensor(completion.decoding_order)
     masked = entropy.isfinite() & torch.from_numpy(counts)
     in_order = pairs = 0

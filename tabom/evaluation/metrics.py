@@ -1,6 +1,7 @@
-"""What the trainer and the reports say of answers and of the order of certainty: numbers in, numbers out."""
+"""Metrics of responses and of the order of certainty, computed from arrays of numbers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import comb
 from typing import NamedTuple
 
@@ -10,27 +11,30 @@ from torch import Tensor
 
 
 class OrderCounts(NamedTuple):
-    """Ordered pairs, and those of them whose earlier position has the lower entropy."""
+    """The number of ordered pairs, and of those whose earlier position has the lower entropy."""
 
     in_order: Tensor  # () int64
     pairs: Tensor  # () int64
 
 
 def count_pairs_in_order(entropy: Tensor, steps: Tensor, cu_seqlens: Tensor) -> OrderCounts:
-    """Pair-order accuracy as two counts, so that batches and ranks can be added up.
+    """Pair-order accuracy as two counts, which can be added up over batches and ranks.
 
-    A pair (i, j) is two positions of one sequence with 0 <= s_i < s_j; it is in order if E_i < E_j.
+    A pair (i, j) is two positions of one sequence with 0 <= s_i < s_j; it is in order if E_i < E_j. Sequences are
+    counted one by one, because all N rows of a batch have N^2 pairs: more than 2^31 from 46341 rows on.
 
     Args:
         entropy: (N,) nats.
         steps: (N,) decoding steps, -1 = not ranked.
         cu_seqlens: (B + 1,) row offsets of the sequences.
     """
-    sequence = torch.bucketize(
-        torch.arange(len(steps), dtype=cu_seqlens.dtype, device=steps.device), cu_seqlens[1:], right=True
-    )
-    first, second = torch.where((sequence[:, None] == sequence) & (steps[:, None] >= 0) & (steps[:, None] < steps))
-    return OrderCounts((entropy[first] < entropy[second]).sum(), torch.tensor(len(first), device=steps.device))
+    in_order, pairs = torch.zeros(2, dtype=torch.int64, device=steps.device)
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        e, s = entropy[begin:end], steps[begin:end]
+        is_pair = (s[:, None] >= 0) & (s[:, None] < s)
+        in_order += (is_pair & (e[:, None] < e)).sum()
+        pairs += is_pair.sum()
+    return OrderCounts(in_order, pairs)
 
 
 def tds(entropy: np.ndarray, masked: np.ndarray) -> float:
@@ -56,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value a problem."""
+    """The mean of values, one for each problem, and its standard error."""
     if len(values) == 0:
         return Estimate(None, None)
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
@@ -73,10 +77,10 @@ def estimate_ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
 
 
 def pass_at_k(right: np.ndarray, samples: int, k: int) -> np.ndarray:
-    """The unbiased estimate of pass@k (arXiv 2107.03374, eq. 1), one a prompt.
+    """The unbiased estimate of pass@k (arXiv 2107.03374, eq. 1) for each prompt.
 
     Args:
-        right: right answers of each prompt, of `samples` drawn.
+        right: number of right responses of each prompt, out of `samples`.
     """
     return np.array([1 - comb(samples - c, k) / comb(samples, k) for c in right.tolist()])
 

@@ -1,4 +1,4 @@
-"""Trajectories replayed by a model: how its certainty follows the order in which their tokens were unmasked."""
+"""Replays trajectories with a model, to measure how its certainty follows the order of unmasking."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from tabom_kernels import softmax_entropy
 
 
 class Replay(NamedTuple):
-    """A response of T tokens at each of the S moments of its decoding, on the model's device."""
+    """A response of T tokens before each of the S steps of its decoding, on the model's device."""
 
     steps: Tensor  # (T,) int64, -1 = never unmasked
     masked: Tensor  # (S, T) bool: not yet unmasked
@@ -24,7 +24,7 @@ class Replay(NamedTuple):
 
 @torch.inference_mode()
 def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
-    """What the model makes of the masked positions before each step of the trajectory, the first to the last."""
+    """Computes the entropies of the masked positions before each step of the trajectory, in one forward."""
     prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
     response = torch.tensor(trajectory.response_token_ids)
     steps = torch.tensor(trajectory.decoding_order)
@@ -32,17 +32,17 @@ def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
     masked = (steps < 0) | (steps >= moments)
     input_ids = torch.cat([prompt.expand(len(moments), -1), response.where(~masked, model.mask_token_id)], dim=1)
     moment, position = masked.nonzero(as_tuple=True)
-    rows = moment * input_ids.shape[1] + len(prompt) + position - model.logits_shift
-    steps, masked, input_ids, rows = (each.to(model.device) for each in (steps, masked, input_ids, rows))
-    logits = logits_at(model.model, rows, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    rows = model.logit_rows(moment * input_ids.shape[1] + len(prompt) + position)
+    steps, masked, rows = (each.to(model.device) for each in (steps, masked, rows))
+    logits = logits_at(model.model, rows, **model.inputs(input_ids))
     entropy = softmax_entropy(logits)
     return Replay(steps, masked, entropy.new_zeros(masked.shape).masked_scatter(masked, entropy))
 
 
 def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """Share of the pairs still to be unmasked whose earlier position has the lower entropy, one score a trajectory.
+    """The share of pairs of masked positions whose earlier one has the lower entropy, for each trajectory.
 
-    The pairs of all moments of a trajectory are counted together.
+    The pairs before all steps of a trajectory are counted together.
     """
     scores = []
     for trajectory in trajectories:
@@ -55,7 +55,7 @@ def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) ->
 
 
 def replayed_tds(model: DiffusionModel, trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """TDS (nats^2, see `tabom.evaluation.metrics.tds`), one a trajectory; the paper's are the model's own answers."""
+    """TDS (nats^2, see `tabom.evaluation.metrics.tds`) of each trajectory; the paper uses the model's own responses."""
     scores = []
     for trajectory in trajectories:
         _, masked, entropy = replay(model, trajectory)

@@ -1,12 +1,10 @@
-"""`tabom train --random-weights`: a recipe's training steps on made-up data, to see what they cost.
+"""`tabom train --random-weights`: times a recipe's training steps on made-up data.
 
 The architecture is the real one, at real size or scaled down; nothing is downloaded. The answers are meaningless, the
 times and the memory are those of a real run.
 """
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+from tabom.data import limits
 from tabom.data.trajectories import Trajectory
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
@@ -59,7 +58,7 @@ PUBLISHED = {
     "GSAI-ML/LLaDA-8B-Base": LLADA_8B,
     "GSAI-ML/LLaDA-8B-Instruct": LLADA_8B,
 }
-"""What their config.json say, so that a dry run needs no network."""
+"""The settings of the published config.json files, so that a dry run needs no network."""
 
 TINY = {
     "vocab_size": 2048,
@@ -122,14 +121,14 @@ def make_up_trajectories(count: int, vocab_size: int, prompt_length: int, respon
 
 
 def train_only(model: PreTrainedModel, layers: Sequence[str]) -> PreTrainedModel:
-    """Freezes all but the layers of these names: what a machine without peft trains in place of an adapter on them."""
+    """Freezes all layers but those of these names, which are trained in place of an adapter if peft is missing."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[-2] in layers)
     return model
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of every optimizer step, the data's way to the device included."""
+    """Measures the seconds of every optimizer step, including the transfer of the data to the device."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -141,8 +140,8 @@ class StepTimer(TrainerCallback):
         self.seconds.append(now(args.device) - self.start)
 
 
-def dry_run(family: DiffusionModel, config: TabomConfig, peft_config: Any = None) -> None:
-    """Trains a few steps, and prints what a step takes, the loss's share of it, and the released loss beside it."""
+def dry_run(diffusion_model: DiffusionModel, config: TabomConfig, peft_config: Any = None) -> None:
+    """Trains a few steps and prints the time of a step, the loss's share of it, and the time of the released loss."""
     if config.max_steps < 1:
         config.max_steps = DEFAULT_STEPS
     config.save_strategy = "no"
@@ -151,15 +150,15 @@ def dry_run(family: DiffusionModel, config: TabomConfig, peft_config: Any = None
     micro_batches = config.max_steps * config.gradient_accumulation_steps
     timer = StepTimer()
     trainer = TabomTrainer(
-        model=family.model,
+        model=diffusion_model.model,
         args=config,
         train_dataset=make_up_trajectories(
             config.train_batch_size * micro_batches * config.world_size,
-            family.model.config.vocab_size,
+            diffusion_model.model.config.vocab_size,
             prompt_length,
             response_length,
         ),
-        processing_class=family.tokenizer,
+        processing_class=diffusion_model.tokenizer,
         peft_config=peft_config,
         callbacks=[timer],
     )
@@ -169,10 +168,12 @@ def dry_run(family: DiffusionModel, config: TabomConfig, peft_config: Any = None
     sequences = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     step = statistics.median(seconds)
 
+    model_type = diffusion_model.model.config.model_type
     table = Table(
-        show_header=False, title=f"{family.model.config.model_type}, random weights, {device_name(config.device)}"
+        show_header=False,
+        title=f"{model_type}, random weights, {device_name(config.device)}",
     )
-    table.add_row("parameters", f"{sum(p.numel() for p in family.model.parameters()):,}")
+    table.add_row("parameters", f"{sum(p.numel() for p in diffusion_model.model.parameters()):,}")
     table.add_row("step", f"{spread(seconds)} s, of {len(seconds)} steps after the first")
     table.add_row("", f"{sequences} sequences of {prompt_length} + {response_length} tokens")
     table.add_row("tokens a second", f"{sequences * (prompt_length + response_length) / step:,.0f}")
@@ -186,13 +187,13 @@ def dry_run(family: DiffusionModel, config: TabomConfig, peft_config: Any = None
 
 
 def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
-    """One micro-batch, forward and backward, with the trainer's loss and with the released one, in turns."""
+    """Times forward and backward of a micro-batch with the trainer's loss and with the released one, in turns."""
     model, device = trainer.model, trainer.args.device
     examples = [trainer.train_dataset[0, index] for index in range(trainer.args.train_batch_size)]
     batch = send_to_device(trainer.data_collator(examples), device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     packed = [batch[name] for name in ("rows", "labels", "steps", "cu_seqlens")]
-    settings = {"margin": trainer.args.margin, "rank_weight": trainer.args.rank_weight}
+    settings = {"margin": trainer.args.rank_margin, "rank_weight": trainer.args.rank_weight}
 
     def with_own_loss() -> torch.Tensor:
         return model(**batch).loss
@@ -230,7 +231,7 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
 
 @contextmanager
 def timed(module: torch.nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """Seconds of each forward of a module; that of the head holds the whole of the fused loss and its gradient."""
+    """Measures the seconds of each forward of a module; the head's includes the fused loss and its gradient."""
     starts: list[float] = []
     seconds: list[float] = []
     before = module.register_forward_pre_hook(lambda *_: starts.append(now(device)))
@@ -241,24 +242,24 @@ def timed(module: torch.nn.Module, device: torch.device) -> Iterator[list[float]
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the allocator's peak, elsewhere that of the process."""
+    """The peak memory in bytes: of the allocator on a GPU, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return limits.peak_memory()
 
 
 def spread(seconds: list[float]) -> str:
-    """Median, and least to most."""
+    """The median, smallest and largest value as text."""
     return f"{statistics.median(seconds):.3g} ({min(seconds):.3g} to {max(seconds):.3g})"
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures are of."""
+    """The name of the device that the figures belong to."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -11,78 +11,47 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
-from tabom.evaluation.answers import answer
-from tabom.lab.model import BASE_PATH
+from tabom.evaluation.responses import complete
+from tabom.lab.config import WEAK_TASK_NAMES, Method
 from tabom.lab.tasks import Addition, Reversing, Sorting, Subtraction, Sudoku, Task
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
 from tabom.sampling.collect import to_trajectory
-from tabom.sampling.sampler import Completion, SamplerConfig
-from tabom.training.collator import Example, TrajectoryDataset
+from tabom.sampling.completions import Completion
+from tabom.sampling.config import SamplerConfig
 from tabom.training.config import TabomConfig
+from tabom.training.examples import TrajectoryDataset
+from tabom.training.objectives import Example
 from tabom.training.trainer import TabomTrainer
 from tabom.training.windows import example_rng
 
-SHIPPED = "shipped"
-WEAK_TASKS: dict[str, Task] = {"subtraction": Subtraction(), "sudoku": Sudoku(givens=4)}
+WEAK_TASKS: dict[str, Task] = dict(zip(WEAK_TASK_NAMES, (Subtraction(), Sudoku(givens=4)), strict=True))
 """What the base does badly, the sudoku at several tokens a step, and post-training is to improve."""
 STRONG_TASKS: tuple[Task, ...] = (Addition(), Sorting(), Reversing(), Sudoku(givens=6))
 """What it does well, and post-training is not to harm."""
 
 
-class Method(NamedTuple):
-    """An objective as the trainer takes it."""
-
-    settings: dict[str, Any]  # fields of `TabomConfig`
-    shuffles_pairs: bool = False
-    on_truth: bool = False  # the right answers to all prompts, instead of the base's own
-
-
-def both_windows(size: int | str) -> dict[str, Any]:
-    """M = W = `size`."""
-    return {"supervised_window": size, "rank_window": size}
-
-
-METHODS = {
-    "NELBO, truth of all prompts": Method({"objective": "nelbo"}, on_truth=True),
-    "NELBO": Method({"objective": "nelbo"}),
-    "NELBO, exact weights": Method({"objective": "nelbo_exact"}),
-    "NELBO with ranking": Method({"objective": "nelbo", "rank_weight": 1.0}),
-    "window": Method({"objective": "window", **both_windows(2)}),
-    "TABOM as released": Method({"objective": "tabom", "skip_last_step": True, **both_windows(2)}),
-    "TABOM": Method({"objective": "tabom", **both_windows(2)}),
-    "whole path": Method({"objective": "window", **both_windows("all")}),
-    "TABOM, whole path": Method({"objective": "tabom", **both_windows("all")}),
-    "whole path, pairs shuffled": Method({"objective": "tabom", **both_windows("all")}, shuffles_pairs=True),
-}
-
-
 def other_tasks(weak: Task) -> list[Task]:
-    """The strong tasks, but for the weak one's own kind."""
+    """The strong tasks, without the one of the same name as the weak task."""
     return [task for task in STRONG_TASKS if task.name != weak.name]
-
-
-def base_path(base: str) -> str | Path:
-    """Where a base is: the model that ships with the package, or a folder."""
-    return BASE_PATH if base == SHIPPED else base
 
 
 def right_answers(
     base: DiffusionModel, prompts: PromptSet, length: int, attempts: int = 1, seed: int = 0
 ) -> list[Trajectory]:
-    """The base's right answers, one a prompt, one token a step, lowest entropy first.
+    """The base's right responses, at most one for each prompt, decoded one token a step, lowest entropy first.
 
     Args:
-        length: of the answers, tokens.
-        attempts: 1: the greedy answer. More: as many samples at temperature 1 with seeds seed, seed + 1, ..., of which
-            the first right one is kept.
+        length: of the responses, tokens.
+        attempts: 1: the greedy response. More: as many samples at temperature 1 with seeds seed, seed + 1, ..., of
+            which the first right one is kept.
     """
     waiting = list(range(len(prompts.prompts)))
     found: dict[int, Trajectory] = {}
     for attempt in range(attempts):
         sampler = SamplerConfig(max_new_tokens=length, temperature=float(attempts > 1), seed=seed + attempt)
         asked = replace(prompts, prompts=[prompts.prompts[i] for i in waiting])
-        for index, completion in zip(waiting, answer(base, asked, sampler), strict=True):
+        for index, completion in zip(waiting, complete(base, asked, sampler), strict=True):
             trajectory = to_trajectory(base, prompts, index, completion, sampler.policy)
             if prompts.is_correct(index, trajectory.response):
                 found[index] = trajectory
@@ -91,7 +60,7 @@ def right_answers(
 
 
 def ground_truth(base: DiffusionModel, prompts: PromptSet) -> list[Trajectory]:
-    """The right answers to all prompts, also to those that the base answered wrongly; they decode left to right."""
+    """Trajectories of the right answers to all prompts, decoded left to right."""
     trajectories = []
     for prompt, response in zip(prompts.prompts, prompts.answers, strict=True):
         token_ids = base.tokenizer(response, add_special_tokens=False).input_ids
@@ -100,7 +69,7 @@ def ground_truth(base: DiffusionModel, prompts: PromptSet) -> list[Trajectory]:
 
 
 class ShuffledPairs(Dataset):
-    """The same examples with the steps of the ranked tokens in random order: what a ranking does without the order."""
+    """The same examples with shuffled steps of the ranked tokens, a control for the ranking."""
 
     def __init__(self, dataset: TrajectoryDataset) -> None:
         self.dataset = dataset
@@ -115,13 +84,13 @@ class ShuffledPairs(Dataset):
         steps[ranked] = example_rng(self.dataset.seed + 1, *key).permutation(steps[ranked])
         return prompt, response, target._replace(steps=steps)
 
-    def asks_anything(self) -> bool:
-        """As before: no token loses its label."""
-        return self.dataset.asks_anything()
+    def has_targets(self) -> bool:
+        """Unchanged, because shuffling keeps all labels."""
+        return self.dataset.has_targets()
 
 
 class AfterStep(TrainerCallback):
-    """Calls back with the number of steps taken, after every one."""
+    """Calls a function with the number of steps taken after each step."""
 
     def __init__(self, call: Callable[[int], None]) -> None:
         self.call = call
@@ -148,11 +117,11 @@ def post_train(
         after_step: is given the number of steps taken and the model.
     """
     set_seed(seed)
-    family = load(base_path(base))
+    diffusion_model = load(base)
     arguments = TabomConfig(
         output_dir=str(folder),
-        form="hinge",
-        margin=0.1,
+        rank_loss="hinge",
+        rank_margin=0.1,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -169,18 +138,18 @@ def post_train(
         **method.settings,
     )
     trainer = TabomTrainer(
-        model=family.model,
+        model=diffusion_model.model,
         args=arguments,
         train_dataset=data,
-        processing_class=family.tokenizer,
-        callbacks=[AfterStep(lambda step: after_step(step, family))],
+        processing_class=diffusion_model.tokenizer,
+        callbacks=[AfterStep(lambda step: after_step(step, diffusion_model))],
     )
     if method.shuffles_pairs:
         trainer.train_dataset = ShuffledPairs(trainer.train_dataset)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    family.model.eval()
-    return family
+    diffusion_model.model.eval()
+    return diffusion_model
 
 
 def forward_passes(completions: Sequence[Completion]) -> np.ndarray:

@@ -1,20 +1,16 @@
 """The lab's model: a Llama with bidirectional attention (the LLaDA convention) over single characters."""
 
 import string
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-BASE_PATH = Path(__file__).parent / "base"
-"""The pre-trained model that ships with the package."""
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "mask_token": "<mask>"}
 CHARACTERS = string.digits + string.ascii_lowercase + " +-=."
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; saves and loads in the Hugging Face format."""
+    """A tokenizer with one token for each character; saves and loads in the Hugging Face format."""
     tokens = [*SPECIAL_TOKENS.values(), *CHARACTERS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -29,7 +25,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """About one million parameters."""
+    """The config of the lab's model, which has about one million parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -5,7 +5,6 @@ predicted from the rest. Matrices learn by Muon, everything else by AdamW. Subtr
 it is the weak task that post-training is to improve.
 """
 
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup, set_seed
 
+from tabom.lab.config import PretrainConfig
 from tabom.lab.model import character_tokenizer, tiny_model
 from tabom.lab.tasks import Addition, Problem, Reversing, Sorting, Subtraction, Sudoku, Task
 
@@ -27,22 +27,11 @@ MIXTURE: dict[Task, int] = {
     Sudoku(givens=9): 12,
     Sudoku(givens=6): 11,
 }
-"""Sequences of each task in a batch: 128 in all, 3% of them subtractions."""
-
-
-@dataclass
-class PretrainConfig:
-    """Settings of `tabom lab pretrain`."""
-
-    output_dir: str = "runs/lab-base"
-    max_steps: int = 2000
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    seed: int = 0
+"""The number of sequences of each task in a batch: 128 in all, of which 3% are subtractions."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> tuple[Tensor, int]:
-    """(B, L) token ids of problems of one task, none padded, and the length of their prompts."""
+    """(B, L) token ids of problems of one task, without padding, and the length of their prompts."""
     input_ids = tokenizer([problem.prompt + problem.answer for problem in problems], return_tensors="pt").input_ids
     return input_ids, input_ids.shape[1] - len(problems[0].answer)
 

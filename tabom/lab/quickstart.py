@@ -4,40 +4,21 @@ A small study (`tabom.lab.study`): one learning rate, eight attempts a prompt, t
 """
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tabom.lab import experiment
-from tabom.lab.experiment import SHIPPED, base_path
+from tabom.data.json_files import finished_lines, write_json
+from tabom.lab.config import METHODS as SETTINGS
+from tabom.lab.config import QuickstartConfig, StudyConfig
 from tabom.lab.report import draw_entropy_by_step, means_and_errors, print_table, print_verdicts
-from tabom.lab.study import BASE, StudyConfig, grid, study, trajectories_of
+from tabom.lab.study import BASE, grid, study, trajectories_of
 from tabom.lab.study_report import Result, draw_paths, groups_of
-from tabom.models.loading import load
-from tabom.sampling.collect import read_lines
+from tabom.models.loading import load, path_of
 
 METHODS = ("NELBO, truth of all prompts", "NELBO", "window", "TABOM", "TABOM, whole path")
-
-
-@dataclass
-class QuickstartConfig:
-    """Sizes of the quickstart; the defaults take some five minutes of CPU, on two cores under three."""
-
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where everything is written."})
-    model: str = field(default=SHIPPED, metadata={"help": "The base: a folder, or the model of the package."})
-    num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
-    attempts: int = field(default=8, metadata={"help": "Attempts a prompt; the first right one is kept."})
-    num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
-    num_other_problems: int = field(default=60, metadata={"help": "Held-out problems of each other task."})
-    num_pass_problems: int = field(default=80, metadata={"help": "Held-out problems sampled 16 times for pass@k."})
-    max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})
-    batch_size: int = field(default=32, metadata={"help": "Trajectories a training step."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of each method."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Of prompts, cuts and batches."})
-    processes: int = field(default=2, metadata={"help": "Training runs at a time, one thread each."})
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, list[Result]]:
@@ -55,11 +36,11 @@ def quickstart(config: QuickstartConfig) -> dict[str, list[Result]]:
     console.rule(f"2. Post-train and measure: {len(METHODS)} methods, each from the base, same number of steps")
     path = study(as_study(config))
     console.rule("3. What it did")
-    return report(config, read_lines(path), console)
+    return report(config, list(finished_lines(path)), console)
 
 
 def report(config: QuickstartConfig, results: list[Result], console: Console) -> dict[str, list[Result]]:
-    """The table, the sentences, the pictures and results.json."""
+    """Writes the table, the sentences, the pictures and results.json."""
     output = Path(config.output_dir)
     found = {method: [r for r in results if r["run"]["method"] == method] for method in (BASE, *METHODS)}
     found = {method: sorted(runs, key=lambda run: run["run"]["seed"]) for method, runs in found.items()}
@@ -68,15 +49,15 @@ def report(config: QuickstartConfig, results: list[Result], console: Console) ->
     draw_paths(results, groups_of(results)[0], output / "accuracy_retention.png")
     draw_entropy_by_step(found, output / "entropy_by_step.png")
     document = {"config": asdict(config), "inputs": inputs(config), "measures": means_and_errors(found)}
-    (output / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    write_json(output / "results.json", document)
     console.print(f"Everything is in {output}: results.json, two pictures, the trajectories, the models")
     return found
 
 
 def inputs(config: QuickstartConfig) -> dict[str, Any]:
-    """What the figures depend on beside the config, in JSON: the base's weights, and the settings of the methods."""
-    weights = (Path(base_path(config.model)) / "model.safetensors").read_bytes()
-    methods = {name: experiment.METHODS[name]._asdict() for name in METHODS}
+    """All that the figures depend on besides the config: the base's weights and the settings of the methods."""
+    weights = (Path(path_of(config.model)) / "model.safetensors").read_bytes()
+    methods = {name: SETTINGS[name]._asdict() for name in METHODS}
     return {"base": f"sha256 {hashlib.sha256(weights).hexdigest()}", "methods": methods}
 
 
@@ -102,7 +83,7 @@ def as_study(config: QuickstartConfig) -> StudyConfig:
 
 def show_collecting(config: QuickstartConfig, console: Console) -> None:
     """Collects for every seed and shows one trajectory."""
-    base = load(base_path(config.model))
+    base = load(config.model)
     for run in grid(as_study(config)):
         if run.method == METHODS[-1]:
             kept = trajectories_of(run, "train", Path(config.output_dir), base)

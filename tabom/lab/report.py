@@ -13,7 +13,7 @@ from tabom.lab.study import BASE
 from tabom.lab.study_report import Result, error, scores
 
 Results = dict[str, list[Result]]
-"""Method -> the results of its seeds; the base has one."""
+"""Maps a method to the results of its seeds; the base has one result."""
 
 PASS_AT = (1, 2, 4, 8, 16)
 
@@ -36,11 +36,11 @@ MEASURES = {
     "pair order": "pair order",
     "TDS": "TDS",
 }
-"""What the sentences speak of."""
+"""The measures that the sentences mention, and their names there."""
 
 
 def mean_and_error(by_seed: np.ndarray) -> tuple[float, float]:
-    """Of (seeds, problems) scores: the mean, and its standard error over seeds and over problems together."""
+    """The mean of (seeds, problems) scores, and its standard error over seeds and problems together."""
     over_problems = error(by_seed.mean(0))
     over_seeds = error(by_seed.mean(1)) if len(by_seed) > 1 else 0.0
     return float(by_seed.mean()), float(np.hypot(over_problems, over_seeds))
@@ -57,7 +57,7 @@ def with_error(mean: float, error: float) -> str:
 
 
 def means_and_errors(results: Results) -> dict[str, dict[str, list[float]]]:
-    """Method -> measure -> mean and error, as the table shows them; TDS in thousandths of nats^2."""
+    """Mean and error of each method and measure, as the table shows them; TDS in thousandths of nats^2."""
     return {
         method: {measure: [round(x, 3) for x in mean_and_error(by_seed(runs, measure))] for measure in ROWS}
         for method, runs in results.items()
@@ -65,7 +65,7 @@ def means_and_errors(results: Results) -> dict[str, dict[str, list[float]]]:
 
 
 def markdown_table(measures: dict[str, dict[str, list[float]]], rows: tuple[str, ...] = tuple(MEASURES)) -> str:
-    """The table of a document, from what `means_and_errors` gave."""
+    """The Markdown table of the results of `means_and_errors`."""
     lines = [f"| | {' | '.join(measures)} |", f"| --- |{' --- |' * len(measures)}"]
     for row in rows:
         lines.append(f"| {ROWS[row].strip()} | {' | '.join(with_error(*each[row]) for each in measures.values())} |")
@@ -91,7 +91,7 @@ def print_table(console: Console, results: Results) -> None:
 
 
 def print_verdicts(console: Console, results: Results) -> None:
-    """Both TABOMs beside the base and the others, measure by measure, in words."""
+    """Sentences that compare both TABOM methods with the base and the other methods, measure by measure."""
     for ours, others in (
         ("TABOM, whole path", ("base", "NELBO", "NELBO, truth of all prompts", "TABOM")),
         ("TABOM", ("NELBO", "window")),
@@ -109,7 +109,7 @@ def print_verdicts(console: Console, results: Results) -> None:
 
 
 def compared(ours: list[Result], theirs: list[Result]) -> dict[str, list[str]]:
-    """Verdict -> the measures of which it holds, with the difference where it is clear."""
+    """Maps each verdict to its measures, with the difference if it is clear."""
     found: dict[str, list[str]] = {}
     for measure, name in MEASURES.items():
         mean, error = mean_and_error(by_seed(ours, measure) - by_seed(theirs, measure))
@@ -120,7 +120,7 @@ def compared(ours: list[Result], theirs: list[Result]) -> dict[str, list[str]]:
 
 
 def verdict(mean: float, error: float) -> str:
-    """Of a paired difference: `higher`, `lower`, or `no clear difference` within two standard errors."""
+    """The verdict on a paired difference: `higher`, `lower`, or `no clear difference` within two standard errors."""
     if abs(mean) <= 2 * error:
         return "no clear difference"
     return "higher" if mean > 0 else "lower"

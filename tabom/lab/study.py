@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,16 +19,15 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
+from tabom.data.json_files import appending, drop_torn_line, finished_lines
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, read_trajectories
-from tabom.evaluation.answers import accuracy, answer, grade
 from tabom.evaluation.metrics import entropy_by_step
 from tabom.evaluation.replay import order_accuracy, replayed_tds
+from tabom.evaluation.responses import accuracy, complete, grade
+from tabom.lab.config import METHODS, PASS_SAMPLES, StudyConfig
 from tabom.lab.experiment import (
-    METHODS,
-    SHIPPED,
     WEAK_TASKS,
-    base_path,
     forward_passes,
     ground_truth,
     other_tasks,
@@ -37,55 +36,16 @@ from tabom.lab.experiment import (
 )
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling.collect import drop_torn_line, read_lines, to_trajectory, write_line, write_to_disk
-from tabom.sampling.sampler import SamplerConfig
+from tabom.sampling.collect import to_trajectory
+from tabom.sampling.config import SamplerConfig
 
 BASE = "base"
-"""The method of a run that trains nothing."""
-PASS_SAMPLES = 16
+"""The method name of a run without training."""
 TOKENS_PER_STEP = (1, 2, 4)
 ADAPTIVE = (
     *(("threshold", probability) for probability in (0.5, 0.7, 0.9, 0.98)),
     *(("entropy_bound", nats) for nats in (0.5, 0.1, 0.02)),
 )
-
-
-@dataclass
-class StudyConfig:
-    """The grid, and the sizes of a run."""
-
-    output_dir: str = field(default="runs/study", metadata={"help": "Where results.jsonl grows."})
-    bases: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "Models: shipped, or folders."})
-    tasks: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": f"Of {', '.join(WEAK_TASKS)}."})
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "Objectives; the base is measured in any case."}
-    )
-    learning_rates: list[float] = field(default_factory=lambda: [2e-4, 3e-4], metadata={"help": "Peaks."})
-    attempts: list[int] = field(
-        default_factory=lambda: [1],
-        metadata={"help": "Attempts a prompt. 1: greedy; more: samples, the first right one is kept."},
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of prompts, cuts and batches."})
-    processes: int = field(default=1, metadata={"help": "Runs at a time."})
-    save_models: bool = field(default=False, metadata={"help": "Keep the trained models, under models."})
-    max_steps: int = field(default=300, metadata={"help": "Training steps."})
-    path_steps: list[int] = field(default_factory=lambda: [75, 150], metadata={"help": "Steps also measured on."})
-    batch_size: int = field(default=64, metadata={"help": "Trajectories a training step."})
-    num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
-    num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
-    num_path_problems: int = field(default=40, metadata={"help": "Of each other task, at path_steps."})
-    num_other_problems: int = field(default=100, metadata={"help": "Of each other task, at the end."})
-    num_pass_problems: int = field(default=100, metadata={"help": f"Problems sampled {PASS_SAMPLES} times."})
-    num_adaptive_problems: int = field(
-        default=200, metadata={"help": "Problems of the weak task for each adaptive policy; 0: none is tried."}
-    )
-    num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
-
-    def __post_init__(self) -> None:
-        for name, known in (("tasks", WEAK_TASKS), ("methods", METHODS)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"{name}={value!r}: expected some of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -111,11 +71,11 @@ class Run:
 
 
 SIZES = tuple(each.name for each in fields(Run))[6:]
-"""What is the same in every run of a grid: all after the seed."""
+"""Names of the fields that are equal in all runs of a grid, which are all after the seed."""
 
 
 def grid(config: StudyConfig) -> Iterator[Run]:
-    """The bases, then all methods of one seed before the next, so that an unfinished study compares them all."""
+    """The runs in order: the bases, then all methods of one seed, so that an unfinished study compares all methods."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"path_steps": tuple(config.path_steps)}
     for base, task in product(config.bases, config.tasks):
         yield Run(**sizes, base=base, task=task, method=BASE, learning_rate=0.0, attempts=0, seed=0)
@@ -135,18 +95,17 @@ def study(config: StudyConfig) -> Path:
     path = output / "results.jsonl"
     path.touch()
     drop_torn_line(path)
-    finished = {json.dumps(record["run"]) for record in read_lines(path)}
+    finished = {json.dumps(record["run"]) for record in finished_lines(path)}
     runs = [run for run in grid(config) if json.dumps(asdict(run)) not in finished]
-    with path.open("a") as lines:
+    with appending(path) as append:
         for count, result in enumerate(results_of(runs, output, config.processes, config.save_models), start=1):
-            write_line(lines, result)
-            write_to_disk(lines)
+            append([result])
             console.print(f"{count} of {len(runs)}: {describe_result(result)}", highlight=False, soft_wrap=True)
     return path
 
 
 def results_of(runs: list[Run], output: Path, processes: int, save_models: bool = False) -> Iterator[dict[str, Any]]:
-    """The results as they come."""
+    """Yields results in the order they finish."""
     if processes == 1:
         torch.set_num_threads(1)
         yield from (result_of(run, output, save_models) for run in runs)
@@ -159,7 +118,7 @@ def results_of(runs: list[Run], output: Path, processes: int, save_models: bool 
 def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, Any]:
     """Trains and measures: `run`, `kept` (trajectories), `path` (steps -> accuracies) and the measures at the end."""
     logging.disable_progress_bar()
-    base = load(base_path(run.base))
+    base = load(run.base)
     held_out = trajectories_of(run, "test", output, base)[: run.num_replayed]
     if run.method == BASE:
         return {"run": asdict(run), **measure(run, base, held_out)}
@@ -196,7 +155,7 @@ def truth_of(run: Run, base: DiffusionModel) -> list[Trajectory]:
 
 
 def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) -> list[Trajectory]:
-    """What the base got right, collected once and kept on the disk; the held-out ones are greedy, and of seed 0."""
+    """The base's right responses, collected once and stored; held-out ones are greedy, with seed 0."""
     if split == "test":
         run = replace(run, seed=0, attempts=1, num_prompts=run.num_problems)
     name = f"{Path(run.base).name}-{run.task}-{split}-{run.num_prompts}-{run.attempts}-{run.seed}.jsonl"
@@ -207,22 +166,22 @@ def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) ->
         found = right_answers(base, prompts, task.response_length, run.attempts, seed=1000 * run.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{name}.{os.getpid()}")
-        with unfinished.open("w") as lines:
-            for trajectory in found:
-                write_line(lines, trajectory.to_record())
+        unfinished.unlink(missing_ok=True)
+        with appending(unfinished) as append:
+            append(trajectory.to_record() for trajectory in found)
         unfinished.replace(path)
     return read_trajectories(path, base.tokenizer, base.model.config.vocab_size)[0]
 
 
 def weak_task(run: Run, model: DiffusionModel) -> str:
-    """One token a step: a digit a problem, 1 = right."""
+    """Decodes one token a step; returns a digit for each problem, 1 = right."""
     task = WEAK_TASKS[run.task]
     prompts = task.prompt_set(run.num_problems, "test", 0)
     return digits(accuracy(model, prompts, SamplerConfig(max_new_tokens=task.response_length)))
 
 
 def other_tasks_of(run: Run, model: DiffusionModel, num_problems: int) -> dict[str, str]:
-    """The same of each other task."""
+    """The same for each other task."""
     right = {}
     for task in other_tasks(WEAK_TASKS[run.task]):
         prompts = task.prompt_set(num_problems, "test", 0)
@@ -231,19 +190,19 @@ def other_tasks_of(run: Run, model: DiffusionModel, num_problems: int) -> dict[s
 
 
 def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict[str, Any]:
-    """All measures of one model: a digit a problem where that is enough, otherwise a number each."""
+    """All measures of one model: a digit for each problem if the score is 0 or 1, otherwise a number."""
     task = WEAK_TASKS[run.task]
     prompts = task.prompt_set(run.num_problems, "test", 0)
     sampler = SamplerConfig(max_new_tokens=task.response_length)
-    answers = {k: answer(model, prompts, replace(sampler, tokens_per_step=k)) for k in TOKENS_PER_STEP}
-    own = [to_trajectory(model, prompts, i, each, "") for i, each in enumerate(answers[1][: run.num_replayed])]
+    completions = {k: complete(model, prompts, replace(sampler, tokens_per_step=k)) for k in TOKENS_PER_STEP}
+    own = [to_trajectory(model, prompts, i, each, "") for i, each in enumerate(completions[1][: run.num_replayed])]
     return {
-        "right": {f"{k} a step": digits(grade(model, prompts, each)) for k, each in answers.items()}
+        "right": {f"{k} a step": digits(grade(model, prompts, each)) for k, each in completions.items()}
         | other_tasks_of(run, model, run.num_other_problems),
         "right_samples": right_samples(model, prompts.first(run.num_pass_problems), replace(sampler, temperature=1.0)),
         "pair_order": np.round(order_accuracy(model, held_out), 4).tolist(),
         "entropy_by_step": entropy_by_step(
-            [each.decoding_order for each in answers[1]], [each.entropy for each in answers[1]]
+            [each.decoding_order for each in completions[1]], [each.entropy for each in completions[1]]
         ).tolist(),
         "tds": np.round(replayed_tds(model, own), 5).tolist(),
         "adaptive": [
@@ -255,7 +214,7 @@ def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict
 
 
 def right_samples(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig) -> list[int]:
-    """How many of 16 samples are right, one number a problem."""
+    """How many of 16 samples are right, for each problem."""
     samples = [accuracy(model, prompts, replace(sampler, seed=sampler.seed + i)) for i in range(PASS_SAMPLES)]
     return np.sum(samples, axis=0).astype(int).tolist()
 
@@ -263,15 +222,15 @@ def right_samples(model: DiffusionModel, prompts: PromptSet, sampler: SamplerCon
 def adaptive(
     model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig, policy: str, bound: float
 ) -> dict[str, Any]:
-    """Accuracy and mean forward passes an answer of a policy that finds its own pace."""
-    completions = answer(model, prompts, replace(sampler, policy=policy, **{policy: bound}))
+    """Accuracy and mean forward passes per response of a policy that determines its own pace."""
+    completions = complete(model, prompts, replace(sampler, policy=policy, **{policy: bound}))
     right = float(grade(model, prompts, completions).mean())
     passes = round(float(forward_passes(completions).mean()), 4)
     return {"policy": policy, "bound": bound, "accuracy": right, "forward_passes": passes}
 
 
 def digits(right: np.ndarray) -> str:
-    """`0110`: one digit a problem."""
+    """Scores as one digit for each problem, such as `0110`."""
     return "".join(str(int(each)) for each in right)
 
 

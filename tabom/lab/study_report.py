@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tabom.data.json_files import finished_lines
 from tabom.evaluation.metrics import pass_at_k
-from tabom.lab.experiment import METHODS
-from tabom.lab.study import BASE, PASS_SAMPLES, SIZES, TOKENS_PER_STEP
-from tabom.sampling.collect import read_lines
+from tabom.lab.config import METHODS, PASS_SAMPLES
+from tabom.lab.study import BASE, SIZES, TOKENS_PER_STEP
 
 Result = dict[str, Any]
 """A line of results.jsonl."""
@@ -96,7 +96,7 @@ def group_tables(results: list[Result], group: Group) -> list[str]:
 
 
 def kept_sentence(runs: list[Result]) -> str:
-    """How many trajectories the runs learnt from."""
+    """A sentence on how many trajectories the runs trained on."""
     kept = sorted({r["kept"] for r in runs if not METHODS[r["run"]["method"]].on_truth})
     spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
     return f"{spread} of {runs[0]['run']['num_prompts']} answers were right and kept."
@@ -142,7 +142,7 @@ def paired_table(runs: list[Result]) -> list[str]:
 
 
 def attempts_table(results: list[Result]) -> list[str]:
-    """What more attempts a prompt change: paired differences of runs that are alike in all else but their sizes."""
+    """The effect of more attempts a prompt: paired differences of runs that differ only in attempts and sizes."""
     accuracies = [f"{k} a step" for k in TOKENS_PER_STEP]
     points = ("base", "task", "method", "learning_rate", "seed", "num_problems")
     trained = [r for r in results if r["run"]["method"] != BASE]
@@ -170,7 +170,7 @@ def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
 
 
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
-    """A panel a method: accuracy on the weak task against the others along the training, every run a path."""
+    """Plots, one panel for each method, the accuracy on the weak task against the others during training."""
     methods = by_method(r for r in results if group_of(r) == group)
     runs = [run for of_method in methods.values() for run in of_method]
     base = base_of(results, runs[0])
@@ -219,7 +219,7 @@ def points_of(result: Result) -> tuple[float, float]:
 
 
 def digits_of(right: str) -> np.ndarray:
-    """0 or 100, one a problem."""
+    """0 or 100 for each problem."""
     return 100 * np.array([int(digit) for digit in right])
 
 
@@ -251,7 +251,7 @@ def draw_passes(results: list[Result], group: Group, path: Path) -> None:
 
 def report(path: Path) -> None:
     """Writes tables.md and the two pictures of the first group beside results.jsonl."""
-    results = read_lines(path)
+    results = list(finished_lines(path))
     (path.parent / "tables.md").write_text(tables(results))
     [first, *_] = groups_of(results)
     draw_paths(results, first, path.parent / "paths.png")

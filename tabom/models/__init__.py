@@ -1,1 +1,1 @@
-"""Models, and the conventions of their families."""
+"""Models and the conventions of their families."""

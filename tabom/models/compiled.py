@@ -1,8 +1,8 @@
-"""Layers of a model compiled with `torch.compile`, for a bounded number of shapes.
+"""Compiles the layers of a model with `torch.compile`, for a bounded number of shapes.
 
-Layers are alike, so that one of them is compiled for all; the last one, of which a decoding step computes chosen rows
-only, is left as it is, and so is attention, whose shapes follow the lengths of the sequences. What remains works row by
-row: it takes packed rows padded to the next of four sizes an octave.
+All layers have the same code and shapes, so one compilation serves them all. The last layer is not compiled, because a
+decoding step computes only chosen rows of it, and neither is attention, whose shapes follow the lengths of the
+sequences. The rest works row by row on packed rows, which are padded to one of four sizes per octave.
 """
 
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-FEWEST_ROWS = 64
+SMALLEST_PADDED_ROWS = 64
 
-MOST_SHAPES = 128
-"""That may be compiled, models and devices of one process together; 34 sizes reach up to 20 480 rows."""
+COMPILED_SHAPES_LIMIT = 128
+"""How many shapes may be compiled in a process, over all models and devices; 34 sizes reach up to 20 480 rows."""
 
 
 def padded_rows(rows: int) -> int:
-    """The next of 64, 80, 96, 112, 128, 160, ...: at most a quarter more, and four compilations an octave."""
-    step = max(FEWEST_ROWS, 1 << (rows - 1).bit_length()) // 8
-    return max(FEWEST_ROWS, -(-rows // step) * step)
+    """The next larger of 64, 80, 96, 112, 128, 160, ...: at most a quarter of padding, and four shapes per octave."""
+    step = max(SMALLEST_PADDED_ROWS, 1 << (rows - 1).bit_length()) // 8
+    return max(SMALLEST_PADDED_ROWS, -(-rows // step) * step)
 
 
 class CompiledLayers:
-    """All layers of a model of a native family but the last, compiled; the model itself stays as it is.
+    """Compiled versions of all layers but the last of a model of a native family; the model is not changed.
 
     Args:
-        mode: of `torch.compile`; `reduce-overhead` captures CUDA graphs on a GPU.
+        mode: mode of `torch.compile`; `reduce-overhead` captures CUDA graphs on a GPU.
     """
 
     def __init__(self, model: PreTrainedModel, mode: str) -> None:
@@ -36,12 +36,12 @@ class CompiledLayers:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The layers are called compiled, as `Module.compile` would have it for good."""
+        """Within this context the model calls its compiled layers, as after `Module.compile`."""
         torch.compiler.cudagraph_mark_step_begin()
         for layer, call in zip(self.layers, self.calls, strict=True):
             layer._compiled_call_impl = call
         try:
-            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES_LIMIT):
                 yield
         finally:
             for layer in self.layers:

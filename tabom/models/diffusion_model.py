@@ -1,20 +1,40 @@
-"""A model with its tokenizer and the conventions of its family: what everything above needs to know of a model."""
+"""A model with its tokenizer and the conventions of its family, which all stages of the pipeline use."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from tabom.models.families import WHAT_LOADS
+from tabom.models.attention import as_bias, block_causal_mask
+from tabom.models.families import BLOCK_CAUSAL, WHAT_LOADS
 
-SAMPLED = 1024
-"""Values of a tensor that a fingerprint looks at."""
+FINGERPRINT_VALUES = 1024
+"""How many values of each tensor a fingerprint reads."""
+
+
+Rows = TypeVar("Rows", int, Tensor, np.ndarray)
+"""Row indices."""
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """Maps the rows of tokens to the rows of the logits that predict them, which stand `shift` rows before.
+
+    Rows index the positions of one sequence, flattened (B * L) positions, or packed sequences.
+    """
+
+    shift: int = 0
+
+    def __call__(self, token_rows: Rows) -> Rows:
+        """The rows of the logits that predict the tokens at `token_rows`, in the same shape."""
+        return token_rows - self.shift
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,8 @@ class DiffusionModel:
     """A model with bidirectional attention, its tokenizer, and the conventions of its family.
 
     `logits_shift` is how far to the left the logits of a token stand: 0 in LLaDA and masked language models, 1 in
-    Dream, whose logits at i - 1 predict the token at i.
+    Dream, whose logits at i - 1 predict the token at i. `block_size` is that of block-causal attention, in which a
+    position attends to its whole block and to the blocks before it; with None every position attends to all.
     """
 
     model: PreTrainedModel
@@ -31,50 +52,95 @@ class DiffusionModel:
     pad_token_id: int
     eos_token_id: int | None
     logits_shift: int = 0
+    block_size: int | None = None
+
+    @property
+    def logit_rows(self) -> LogitRows:
+        """Maps the rows of tokens to the rows of the logits that predict them."""
+        return LogitRows(self.logits_shift)
 
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return self.model.device
 
-    @cached_property  # every request asks for it
+    @cached_property  # read for every request
     def first_position(self) -> int:
-        """The id of a sequence's first position: RoBERTa and its kin count from behind the padding's."""
+        """The position id of the first token: 0, but models like RoBERTa count from after the id of the padding."""
         tables = (getattr(module, "position_embeddings", None) for module in self.model.modules())
         paddings = (getattr(table, "padding_idx", None) for table in tables)
         return next((padding + 1 for padding in paddings if padding is not None), 0)
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence, tokens, that the model has positions for; None: the config says nothing."""
+        """The longest sequence, in tokens, that the model has positions for; None if the config has no limit."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return None if positions is None else positions - self.first_position
 
-    def fingerprint(self) -> str:
-        """Of the weights and their dtype: names, shapes and `SAMPLED` evenly spaced values of every tensor.
+    def inputs(self, input_ids: Tensor, is_token: Tensor | None = None) -> dict[str, Tensor]:
+        """The arguments of the model's forward for sequences of token ids (B, L), with the model's attention.
 
-        A model that was trained further under the same path gives another one; all of 8 billion weights would take
-        longer to read than the first answers.
+        Args:
+            is_token: (B, L) bool, False for the padding, which no token attends to; default: there is none.
+        """
+        inputs = {"input_ids": input_ids}
+        is_token = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
+        positions = (is_token.cumsum(1) - 1).clamp(min=0)
+        if not is_token.all():  # by default most models count padding as positions
+            inputs["position_ids"] = self.first_position + positions
+        if self.block_size is None:
+            inputs["attention_mask"] = is_token.long()
+        else:
+            mask = block_causal_mask(positions, positions, self.block_size) & is_token[:, None, :]
+            inputs["attention_mask"] = as_bias(mask[:, None], self.model.dtype)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def fingerprint(self) -> str:
+        """A text that identifies the weights and their dtype, so that models under the same path are told apart.
+
+        It is a hash of the names, shapes and `FINGERPRINT_VALUES` evenly spaced values of all tensors. Hashing all of 8
+        billion weights would take longer than decoding the first responses.
+
+        Raises:
+            ValueError: a weight is on the meta device, so it has no values here.
         """
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
-            values = weight.detach().reshape(-1)
-            chosen = torch.linspace(0, max(len(values) - 1, 0), min(len(values), SAMPLED)).long()
-            sample = values[chosen.to(values.device)].cpu().contiguous()
+            if weight.is_meta:
+                raise ValueError(
+                    f"weight {name} is on the meta device, where device_map leaves what it offloads: its values cannot "
+                    "be read; load the whole model onto one device"
+                )
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+            digest.update(sample_values(weight, FINGERPRINT_VALUES).view(torch.uint8).numpy().tobytes())
         return f"{self.model.dtype}, sha256 {digest.hexdigest()[:16]}".removeprefix("torch.")
+
+
+def sample_values(tensor: Tensor, most: int) -> Tensor:
+    """Evenly spaced values of a tensor, the first and the last among them: (min(most, numel),), on the CPU.
+
+    Only these values are read, for any strides: a `reshape` would copy a tensor that is not contiguous. The indices are
+    computed as integers, because fp32 holds no odd number beyond 2^24, and a head has 5 * 10^8 elements.
+    """
+    count = min(tensor.numel(), most)
+    places = torch.arange(count) * (tensor.numel() - 1) // max(count - 1, 1)
+    return tensor.detach()[torch.unravel_index(places.to(tensor.device), tensor.shape)].reshape(count).cpu()
 
 
 def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DiffusionModel:
     """The conventions of a model in memory, read from its config and tokenizer.
 
     Raises:
-        ValueError: the model attends causally, or no mask token is known, or it is not in the vocabulary.
+        ValueError: the model attends causally, or no mask token is known, or it is not in the vocabulary, or its config
+            has a block size and its model type cannot attend block-causally.
     """
     config = model.config
+    block_size = getattr(config, "block_size", None)
+    if block_size is not None:
+        check_block_size(block_size, config.model_type)
+        config.is_causal = False  # the mask of the blocks replaces the causal one
     if type(model).__name__ == MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type):
-        config.is_causal = False  # which the config of a masked language model need not say
+        config.is_causal = False  # configs of masked language models often do not set it
     if getattr(config, "is_causal", True):
         raise ValueError(
             f"model type {config.model_type!r} attends causally; a diffusion language model needs bidirectional "
@@ -92,7 +158,20 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
         raise ValueError(f"mask_token_id={mask_token_id}: not in this model's vocabulary of {config.vocab_size}")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     logits_shift = getattr(config, "logits_shift", 0)
-    return DiffusionModel(model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift)
+    return DiffusionModel(
+        model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift, block_size
+    )
+
+
+def check_block_size(block_size: int, model_type: str) -> None:
+    """Raises a ValueError for a block size that is no positive number, or of a model that has no blocks."""
+    if type(block_size) is not int or block_size < 1:
+        raise ValueError(f"block_size={block_size!r}: expected a number of tokens of at least 1")
+    if model_type not in BLOCK_CAUSAL:
+        raise ValueError(
+            f"block_size={block_size} with model type {model_type!r}: only {', '.join(BLOCK_CAUSAL)} attend "
+            "block-causally; take block_size out of its config.json"
+        )
 
 
 def logits_at(
@@ -100,13 +179,14 @@ def logits_at(
 ) -> Tensor:
     """Runs the model and returns the logits of chosen positions only, (N, V).
 
-    The rows are gathered just before the head, so the head never sees the others; the model's own forward does
-    everything else, such as scaling or capping the logits. A model without such a head gives all logits.
+    The rows are gathered just before the head, so that it computes no others. The model's own forward does everything
+    else, such as scaling or capping the logits. If the model has no such head, all logits are computed and then
+    gathered.
 
     Args:
         rows: (N,) int64 indices into the flattened (B * L) positions of `inputs`.
-        forward: called instead of `model`, for a caller that has replaced the model's forward.
-        inputs: what the model's forward takes: `input_ids` (B, L), `attention_mask`, `position_ids`, ...
+        forward: called instead of `model`, if the caller has replaced the model's forward.
+        inputs: arguments of the model's forward: `input_ids` (B, L), `attention_mask`, `position_ids`, ...
 
     Raises:
         ValueError: the model does not give logits of each position.
@@ -117,7 +197,7 @@ def logits_at(
         nonlocal is_chosen
         (hidden,) = args
         if hidden.shape[:-1].numel() != shape.numel():
-            return None  # as ProphetNet's, which predicts several tokens at a position
+            return None  # ProphetNet predicts several tokens at each position
         is_chosen = True
         return (hidden.reshape(-1, hidden.shape[-1])[rows],)
 

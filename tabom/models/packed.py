@@ -1,8 +1,9 @@
-"""Sequences packed into one row of positions, each attending to itself alone: no padding is computed.
+"""Packs sequences into one row of positions, each attending only to itself, so that no padding is computed.
 
-A model of a native family takes the row in one forward: its attention, which is looked up by name, is flash-attention's
-variable-length kernel where the model was loaded with it, and else one call of PyTorch's for every run of sequences of
-equal length. Any other model takes one forward a run.
+A model of a native family takes the row in one forward. Its attention is flash-attention's variable-length kernel if
+the model was loaded with it, else one call of PyTorch's attention for each run of sequences of equal length. Any other
+model needs one forward for each run. With block-causal attention a mask is needed only where the computed positions of
+a sequence are more than one block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,39 +17,44 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
+from tabom.models.attention import block_causal_mask
 from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import logits_at
-from tabom.models.families import ADAPTABLE
+from tabom.models.families import BLOCK_CAUSAL
 
 PACKED = "tabom_packed"
 """The name of `packed_attention` among transformers' attention implementations."""
 
 
 class Span(NamedTuple):
-    """Of one sequence: how many of its positions are computed, and how many they attend to."""
+    """How many positions of a sequence are computed, and how many they attend to: the first `keys` of its `rows`.
+
+    With block-causal attention the computed positions are the last ones of the keys.
+    """
 
     queries: int
     keys: int
+    rows: int
 
 
 class Run(NamedTuple):
-    """Neighbouring sequences of equal spans."""
+    """Adjacent sequences with equal spans, which attend in one batch."""
 
     count: int
     span: Span
 
 
 class Packing:
-    """How a packed row is made up; a class of its own, into which `torch.compile` does not look."""
+    """The sequences of a packed row, in an object that `torch.compile` treats as opaque."""
 
-    def __init__(self, runs: Sequence[Run], cache: Cache | None) -> None:
-        self.runs, self.cache = runs, cache
+    def __init__(self, runs: Sequence[Run], masks: Sequence[Tensor | None], cache: Cache | None) -> None:
+        self.runs, self.masks, self.cache = runs, masks, cache
 
 
 def takes_packed_rows(model: PreTrainedModel) -> bool:
-    """Whether one forward can hold sequences of different lengths: native families, all of whose layers see all."""
+    """Whether one forward can take packed sequences: native families whose layers all have full attention."""
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"]
-    return model.config.model_type in ADAPTABLE and set(layer_types) == {"full_attention"}
+    return model.config.model_type in BLOCK_CAUSAL and set(layer_types) == {"full_attention"}
 
 
 def packed_logits(
@@ -59,18 +65,20 @@ def packed_logits(
     rows: Tensor,
     cache: Cache | None = None,
     compiled: CompiledLayers | None = None,
+    block_size: int | None = None,
 ) -> Tensor:
     """Logits of chosen positions of packed sequences, (R, V).
 
-    The last layer's queries, output projection and MLP, and the head, see the chosen positions only.
+    The last layer's queries, output projection and MLP, and the head, are computed at the chosen positions only.
 
     Args:
-        input_ids: (N,) of the positions that are computed, sequence after sequence.
-        position_ids: (N,) of the same, from 0 in every sequence.
-        spans: one a sequence. Without a cache a sequence attends to what is computed of it: queries == keys.
+        input_ids: (N,) tokens at the computed positions, sequence after sequence.
+        position_ids: (N,) position ids of the same, from 0 in every sequence.
+        spans: one for each sequence. Without a cache a sequence attends to its computed positions: all three are equal.
         rows: (R,) int64 indices into N, ascending if the model does not take packed rows.
         cache: holds the keys and values of the positions that are not computed.
-        compiled: the layers of `model`; positions are then padded to a size that they are compiled for.
+        compiled: the compiled layers of `model`; positions are then padded to a size that they are compiled for.
+        block_size: of block-causal attention; None is full attention.
     """
     runs = [Run(len(list(group)), span) for span, group in groupby(spans)]
     if not takes_packed_rows(model):
@@ -87,7 +95,8 @@ def packed_logits(
                 inputs["past_key_values"] = cache
         else:
             changes.enter_context(attention_implementation(model, PACKED))
-            inputs["packing"] = Packing(runs, cache)
+            masks = [mask_of(run.span, block_size, input_ids.device) for run in runs]
+            inputs["packing"] = Packing(runs, masks, cache)
         for module in last_layer(model):
             changes.enter_context(only_rows(module, rows))
         return logits_at(model, rows, **inputs)
@@ -107,27 +116,28 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each sequence: query (1, H, N, D), key and value (1, H_kv, N, D) to (1, N, H, D).
 
-    Rows behind the last sequence are padding and come out as 0.
+    Rows after the last sequence are padding; their output is 0.
     """
     if packing.cache is not None:
         key, value = packing.cache.update(key, value, module.layer_idx)
 
-    def batch(states: Tensor, start: int, count: int, length: int) -> Tensor:
-        """(count, H, length, D)."""
-        return states[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+    def batch(states: Tensor, start: int, count: int, rows: int, length: int) -> Tensor:
+        """(count, H, length, D): the first `length` of every `rows` rows."""
+        return states[0, :, start : start + count * rows].unflatten(1, (count, rows))[:, :, :length].transpose(0, 1)
 
     outputs, first_query, first_key = [], 0, 0
-    for count, (queries, keys) in packing.runs:
+    for (count, (queries, keys, rows)), mask in zip(packing.runs, packing.masks, strict=True):
         output = functional.scaled_dot_product_attention(
-            batch(query, first_query, count, queries),
-            batch(key, first_key, count, keys),
-            batch(value, first_key, count, keys),
+            batch(query, first_query, count, queries, queries),
+            batch(key, first_key, count, rows, keys),
+            batch(value, first_key, count, rows, keys),
+            attn_mask=mask,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         first_query += count * queries
-        first_key += count * keys
+        first_key += count * rows
     padding = query.shape[2] - first_query
     return functional.pad(torch.cat(outputs), (0, 0, 0, 0, 0, padding))[None], None
 
@@ -135,20 +145,29 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
+def mask_of(span: Span, block_size: int | None, device: torch.device) -> Tensor | None:
+    """(queries, keys) bool mask of block-causal attention; None where every query attends to every key."""
+    first_query = span.keys - span.queries
+    if block_size is None or first_query // block_size == (span.keys - 1) // block_size:
+        return None
+    keys = torch.arange(span.keys, device=device)
+    return block_causal_mask(keys[first_query:], keys, block_size)
+
+
 @lru_cache(maxsize=2)
 def flash_arguments(spans: tuple[Span, ...], device: torch.device) -> dict[str, Any]:
-    """What transformers passes on to flash-attention's variable-length kernel; kept, as most steps repeat the last."""
+    """Arguments of flash-attention's variable-length kernel; cached, because most steps have the spans of the last."""
     arguments: dict[str, Any] = {}
-    for side, lengths in zip("qk", zip(*spans, strict=True), strict=True):
+    for side, lengths in (("q", [span.queries for span in spans]), ("k", [span.keys for span in spans])):
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         arguments |= {f"cu_seq_lens_{side}": offsets.to(device), f"max_length_{side}": max(lengths)}
     return arguments
 
 
 def logits_by_run(model: PreTrainedModel, input_ids: Tensor, runs: Sequence[Run], rows: Tensor) -> Tensor:
-    """One forward for every run of sequences of equal length, at the model's own positions; `rows` ascend."""
+    """Runs one forward for each run of equal lengths, with the model's default positions; `rows` must ascend."""
     logits, start = [], 0
-    for count, (_, length) in runs:
+    for count, (_, length, _) in runs:
         end = start + count * length
         ids = input_ids[start:end].view(count, length)
         own = rows[(rows >= start) & (rows < end)] - start
@@ -158,14 +177,14 @@ def logits_by_run(model: PreTrainedModel, input_ids: Tensor, runs: Sequence[Run]
 
 
 def last_layer(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
-    """The parts of a native family's last layer whose every row is for itself."""
-    layer = model.get_decoder().layers[-1]  # also inside an adapter
+    """The modules of a native family's last layer that compute each row independently."""
+    layer = model.get_decoder().layers[-1]  # get_decoder also finds it inside an adapter
     return layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp
 
 
 @contextmanager
 def only_rows(module: torch.nn.Module, rows: Tensor) -> Iterator[None]:
-    """Computes a module that maps (1, N, ...) row by row at `rows` only; its other rows are 0."""
+    """Within this context a module that maps (1, N, ...) row by row is computed at `rows` only; other rows are 0."""
     length = 0
 
     def keep_rows(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -186,7 +205,7 @@ def only_rows(module: torch.nn.Module, rows: Tensor) -> Iterator[None]:
 
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Swaps the attention of a model, whose layers look it up in their config at every forward."""
+    """Within this context the model uses another attention, which its layers look up in the config at every forward."""
     config = model.config
     before = config._attn_implementation_internal
     config._attn_implementation_internal = name

@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from tabom.data.encoding import Prompt, encode_prompt
 from tabom.data.text import printable
 from tabom.models.diffusion_model import DiffusionModel
-from tabom.sampling.sampler import DecodingState, SamplerConfig, denoise, response_length
+from tabom.sampling.completions import response_length
+from tabom.sampling.config import SamplerConfig
+from tabom.sampling.sampler import DecodingState, denoise
 
-SECONDS = 3.0
-SECONDS_PER_STEP = 0.15
-"""An animation takes at least the one, and each of its steps at least the other."""
+ANIMATION_SECONDS = 3.0
+STEP_SECONDS = 0.15
+"""The least duration of an animation, and of each of its steps."""
 
-NOT_WHOLE = "▯"
-"""For tokens whose character is not whole yet."""
+PARTIAL_CHARACTER = "▯"
+"""Shown for a token whose character still lacks other tokens."""
 
 
 def animate(
@@ -34,11 +36,12 @@ def animate(
     """Decodes one prompt and draws every step; green is early or certain, red is late or uncertain."""
     encoded = encode_prompt(model.tokenizer, prompt)
     length = response_length(model, config)
-    steps = sum(block.steps for block in config.plan(length))
+    blocks = config.plan(length, len(encoded), model.block_size)
+    steps = blocks.count * blocks.steps
     with Live(console=console, auto_refresh=False) as live:
         for state in denoise(model, [encoded], length, config):
             live.update(render(model, prompt, state, steps, color_by), refresh=True)
-            time.sleep(max(SECONDS_PER_STEP, SECONDS / steps))
+            time.sleep(max(STEP_SECONDS, ANIMATION_SECONDS / steps))
 
 
 def render(
@@ -63,7 +66,7 @@ def render(
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], order: Sequence[int]) -> Iterator[str]:
     """The text that each token adds to the unmasked ones before it, a dot for every masked token.
 
-    Byte-level tokens may end inside a character: it belongs to the one that completes it.
+    A byte-level token may end inside a character; the character is then given to the token that completes it.
     """
     for is_masked, run in groupby(zip(tokens, order, strict=True), key=lambda token: token[1] < 0):
         token_ids = [token for token, _ in run]
@@ -77,9 +80,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], order: Seq
                 waiting += 1
                 continue
             yield from [""] * waiting
-            yield text[shown:].replace("\ufffd", NOT_WHOLE)
+            yield text[shown:].replace("\ufffd", PARTIAL_CHARACTER)
             shown, waiting = len(text), 0
-        yield from [NOT_WHOLE] * waiting
+        yield from [PARTIAL_CHARACTER] * waiting
 
 
 def heat(share: float) -> str:

@@ -1,8 +1,9 @@
-"""Keys and values kept between the steps of a decoding, so that a step computes a part of a sequence only.
+"""Caches of keys and values between decoding steps, so that a step computes only a part of each sequence.
 
-In a bidirectional model every key and value changes when a token is decided, so what is kept is stale until it is
-computed again: an approximation, after Fast-dLLM (arXiv 2505.22618) and dKV-Cache (arXiv 2505.15781). A sequence is
-refreshed, that is computed whole, when a block begins, and every `cache_refresh` steps in it.
+With block-causal attention the keys and values of a finished block never change again, so its cache is exact. With full
+attention every key and value changes when a token is decided, so cached ones are stale until they are computed again.
+Caching is then an approximation, after Fast-dLLM (arXiv 2505.22618) and dKV-Cache (arXiv 2505.15781). A sequence is
+refreshed, which means that all its positions are computed, when a block begins and then every `cache_refresh` steps.
 """
 
 from typing import Any
@@ -11,32 +12,50 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from tabom.sampling.policies import Step
-from tabom.sampling.sampler import SamplerConfig
+from tabom.models.diffusion_model import LogitRows
+from tabom.sampling.config import Blocks, SamplerConfig
+from tabom.sampling.policies import POLICIES
 
 
 def computed_positions(
-    prompt_length: int, response_length: int, block: int, step: Step, config: SamplerConfig, logits_shift: int
+    prompt_length: int, blocks: Blocks, block: int, index: int, config: SamplerConfig, logit_rows: LogitRows
 ) -> range:
-    """What a step computes of a sequence: all of it when it is refreshed, else what its cache does not keep.
+    """The positions of a sequence with full attention that a step computes: all in a refresh, else those not cached.
 
-    `prefix` keeps what stands before the active block, `block` also what stands behind it. The position whose logits
-    are those of the block's first token is computed too, wherever it stands.
+    The cache `prefix` holds the positions before the active block, `block` also those after it. The position whose
+    logits predict the first token of the block is computed even where it stands before the block.
 
     Args:
-        block: the active one, from 0.
-        step: within it.
+        block: index of the active block, from 0.
+        index: of the step, among the steps of this block.
+        logit_rows: see `DiffusionModel.logit_rows`.
     """
-    end = prompt_length + response_length
-    refreshes = step.index == 0 or (config.cache_refresh is not None and step.index % config.cache_refresh == 0)
+    end = prompt_length + blocks.length
+    refreshes = index == 0 or (config.cache_refresh is not None and index % config.cache_refresh == 0)
     if config.cache == "none" or refreshes:
         return range(end)
-    start = prompt_length + block * step.tokens
-    return range(start - logits_shift, end if config.cache == "prefix" else start + step.tokens)
+    start = prompt_length + block * blocks.size
+    return range(logit_rows(start), end if config.cache == "prefix" else start + blocks.size)
+
+
+def block_causal_positions(
+    prompt_length: int, blocks: Blocks, block: int, index: int, config: SamplerConfig, logit_rows: LogitRows
+) -> range:
+    """The positions of a sequence with block-causal attention that a step computes. This cache is exact.
+
+    It is the active block, and in the first step of a block also the block before it, whose tokens are final now: these
+    keys and values are kept. The first step of a sequence computes its whole prompt. The position whose logits predict
+    the first token of the block is computed even where it stands before the block; where this token is decided alone
+    (`Policy.begins_alone`), the step ends there.
+    """
+    start = prompt_length - blocks.given + block * blocks.size
+    first = logit_rows(start) if index > 0 else start - blocks.size
+    begins_alone = POLICIES[config.policy].begins_alone and index == 0 and (block > 0 or blocks.given == 0)
+    return range(0 if block == index == 0 else max(first, 0), start + (0 if begins_alone else blocks.size))
 
 
 class RowCache(Cache):
-    """Keys and values of all packed rows, layer by layer; a forward replaces those of the rows that it computes."""
+    """Keys and values of all packed rows, one tensor a layer; a forward overwrites the rows that it computes."""
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[])
@@ -46,29 +65,31 @@ class RowCache(Cache):
         self.count = 0
 
     def begin(self, rows: Tensor | None, count: int) -> None:
-        """Says which of the `count` packed rows the next forward computes; None: all of them."""
+        """Sets which of the `count` packed rows the next forward computes; None: all of them."""
         self.rows, self.count = rows, count
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all rows, (1, H, N, D), from those of the computed ones, which padding may follow."""
+        """Stores the computed rows, which padding may follow; returns keys and values of all rows, (1, H, N, D)."""
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
-            if self.rows is None:  # a copy, as what a CUDA graph returns is overwritten by its next replay
+            if self.rows is None:  # a copy, because the next replay of a CUDA graph overwrites its outputs
                 kept[layer_idx] = states[:, :, : self.count].clone()
             else:
+                if kept[layer_idx].numel() == 0:
+                    kept[layer_idx] = states.new_zeros(*states.shape[:2], self.count, states.shape[3])
                 kept[layer_idx].index_copy_(2, self.rows, states[:, :, : len(self.rows)])
         return self.keys[layer_idx], self.values[layer_idx]
 
     def move(self, source: Tensor) -> None:
-        """Packs anew: row i becomes what row `source[i]` was."""
+        """Reorders the rows: row i gets the contents of row `source[i]`."""
         for kept in (self.keys, self.values):
             kept[:] = [states.index_select(2, source) if states.numel() else states for states in kept]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: no position stands before those that are computed."""
+        """0, because the inputs of a forward are not the continuation of a cached sequence."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """All rows, from the first; no mask is made of it, as sequences are told apart by their spans."""
+        """The number of all rows, and offset 0; no mask is built from them, because spans separate the sequences."""
         return self.count, 0

@@ -1,136 +1,51 @@
-"""The decoding engine: requests in, completions out as they finish, and no position computed in vain.
+"""The decoding engine: continuous batching of requests, without padding.
 
-Requests wait in a queue; those in flight hold a slot each. A step runs the model once over the positions of all slots,
-packed without padding, and unmasks tokens in every one of them, each at its own step of its own plan. A finished
-request leaves its slot at once and the next ones move in, as many as the compute budget has positions for. The answers
-are those of `denoise` for each prompt alone, up to the rounding of the model, unless a cache is asked for.
+Requests wait in a queue, and each request that is being decoded holds a slot. A step runs the model once over the
+positions of all slots, packed without padding, and unmasks tokens in every slot, each at its own step of its own plan.
+A finished request frees its slot at once, and the next requests are admitted, as many as the compute budget has
+positions for. With block-causal attention the keys and values of finished blocks are kept, and a step computes the
+active blocks only. Without an approximate cache, each response is the one that `denoise` gives for that prompt alone,
+up to the rounding of the model.
 
-All of a step stays on the device: its shapes are known beforehand, and what is decided is read by the host when it
-looks, every `look_every` steps.
+A step never waits for the device: all its shapes are known beforehand. The host reads which tokens were decided in
+`sync_host`, once every `look_every` steps.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig
 
 from tabom.models.compiled import CompiledLayers, padded_rows
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.nan_checks import logits_not_finite
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
-from tabom.sampling.caches import RowCache, computed_positions
-from tabom.sampling.policies import Candidates, Step, check_at_least, choose, steps_that_unmask, time_shares
-from tabom.sampling.sampler import (
+from tabom.sampling.budget import default_budget
+from tabom.sampling.caches import RowCache, block_causal_positions, computed_positions
+from tabom.sampling.completions import (
     Completion,
-    SamplerConfig,
     check_positions,
     is_decided,
-    read_candidates,
     response_length,
+    with_block_length,
 )
+from tabom.sampling.config import EngineConfig, SamplerConfig
+from tabom.sampling.policies import (
+    POLICIES,
+    Candidates,
+    Step,
+    choose,
+    edited,
+    first_sub_block,
+    is_settled,
+    read_candidates,
+    steps_that_unmask,
+)
+from tabom.sampling.slots import Request, Slot, State, lay_out
 from tabom_kernels import mix_keys
-
-MOST_ON_A_CPU = 2**12
-"""Positions: a step of more is no faster a position (the lab's model: 57 µs of a core at 3200, 53 µs at 6400)."""
-
-MOST_ON_A_GPU = 2**14
-"""Positions, where no cache keeps them. Below some 300 rows a matmul waits for its bf16 weights (990 TFLOP/s over 3.35
-TB/s on an H100's data sheet), beyond for its arithmetic: at 2**14 reading the weights takes 2 % as long. More is hardly
-faster a position, takes memory, and has the first answers come later. By arithmetic, not yet measured.
-"""
-
-
-class Request(NamedTuple):
-    """A prompt's token ids, how many tokens to answer, and the seed of its random numbers."""
-
-    prompt: Sequence[int]
-    length: int
-    seed: int
-
-
-@dataclass
-class EngineConfig:
-    """How much is computed at once; changes no answer."""
-
-    compute_budget: int | None = field(
-        default=None, metadata={"help": "Positions a decoding step computes at most. Default: what memory allows."}
-    )
-    look_every: int = field(
-        default=1, metadata={"help": "Decoding steps between two looks of the host. Caches need 1."}
-    )
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = field(
-        default="none",
-        metadata={
-            "help": "torch.compile the model's layers, in this mode; rows are padded to a few sizes. reduce-overhead "
-            "captures CUDA graphs on a GPU."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("compute_budget", "look_every"):
-            check_at_least(name, getattr(self, name), 1)
-        modes = ("none", "default", "reduce-overhead", "max-autotune")
-        if self.compile not in modes:
-            raise ValueError(f"compile={self.compile!r}: expected one of {', '.join(modes)}")
-
-
-@dataclass
-class Slot:
-    """A request in flight, and what the host knew of it when it last looked."""
-
-    number: int  # of the request, in the order of the requests
-    request: Request
-    plan: list[Step]
-    unmasking: tuple[int, ...]  # the steps of a block that unmask something
-    block: int = 0  # the active one
-    index: int = 0  # of the step, among those of the block that unmask something
-    positions: int = 0  # computed so far
-    beginning: int = 0  # decided tokens without a gap
-    given_up: bool = False
-
-    def __post_init__(self) -> None:
-        self.candidates = self.plan[0].tokens  # masked positions of the active block
-        self.length = len(self.request.prompt) + self.request.length
-
-    @property
-    def step(self) -> Step:
-        """Where the active block stands."""
-        return self.plan[self.block]._replace(index=self.index)
-
-
-class State(NamedTuple):
-    """What is decided in each of S slots, on the device; T is the longest response.
-
-    A slot that is done counts on until the host looks, and has nothing to unmask.
-    """
-
-    tokens: Tensor  # (S, T) int64
-    order: Tensor  # (S, T) int64, -1 where masked
-    entropy: Tensor  # (S, T) nats
-    block: Tensor  # (S,) int64, the active one
-    index: Tensor  # (S,) int64, of the step, among those of the block that unmask something
-    step: Tensor  # (S,) int64, its number over all blocks, those that unmask nothing included
-
-
-class Layout(NamedTuple):
-    """Where the positions of S slots stand among N packed rows, and their plans; the same until slots change."""
-
-    starts: list[int]  # the first row of each slot
-    input_ids: Tensor  # (N + 1,); the last one takes what belongs to no row
-    position_ids: Tensor  # (N,)
-    rows: Tensor  # (S, T) of the response's positions; N where the response is shorter
-    seeds: Tensor  # (S,)
-    blocks: Tensor  # (S,)
-    steps: Tensor  # (S,) of a block, those that unmask something
-    tokens: Tensor  # (S,) of a block
-    shares: Tensor  # (S, most steps) of Dream's time schedule
-    strides: Tensor  # (S, most steps) from the number of a step to that of the next one
 
 
 class Decision(NamedTuple):
@@ -143,16 +58,18 @@ class Decision(NamedTuple):
 
 
 class Engine:
-    """Decodes requests of any lengths, a changing batch of them at a time.
+    """Decodes requests of any lengths in a batch that changes as requests finish.
 
     Args:
-        observer: called with the `Decision` of every step, for what is measured along the way.
-        is_hopeless: called with the number of a request and the tokens that its response begins with, whenever more of
-            them are decided; where it is true the response is given up as it stands.
+        observer: called with the `Decision` of every step, for measurements.
+        is_hopeless: called with the number of a request and the decided tokens at the beginning of its response,
+            whenever there are more of them. If it returns True, the decoding of this response ends there.
 
     Raises:
-        ValueError: a cache with a model that takes no packed rows, or with `look_every` above 1; `compile` with such
-            a model, or one that was loaded with flash-attention.
+        ValueError: `is_hopeless` with a policy that edits; a cache with a model that takes no packed rows, or with
+            block-causal attention, whose own cache is exact; a cache or block-causal attention with `look_every` above
+            1; `compile` with a model that takes no packed rows; flash-attention with `compile` or block-causal
+            attention; a policy that needs another model.
     """
 
     def __init__(
@@ -164,7 +81,17 @@ class Engine:
         is_hopeless: Callable[[int, list[int]], bool] | None = None,
     ) -> None:
         engine = engine or EngineConfig()
+        model = with_block_length(model, config)
         self.packs, attention = takes_packed_rows(model.model), model.model.config._attn_implementation
+        is_block_causal = model.block_size is not None
+        if is_block_causal and config.cache != "none":
+            raise ValueError(f"cache={config.cache!r} with block-causal attention: its cache is exact and on; use none")
+        if is_block_causal and engine.look_every > 1:
+            raise ValueError(f"look_every={engine.look_every} with block-causal attention: expected 1")
+        if is_hopeless is not None and POLICIES[config.policy].edits:
+            raise ValueError(f"give_up=True with policy={config.policy!r}: a wrong beginning may still be edited")
+        if is_block_causal and attention.startswith("flash"):
+            raise ValueError(f"attn_implementation={attention!r} with block-causal attention: load the model with sdpa")
         if config.cache != "none" and not self.packs:
             raise ValueError(f"cache={config.cache!r}: model type {model.model.config.model_type!r} has none; use none")
         if config.cache != "none" and engine.look_every > 1:
@@ -175,18 +102,21 @@ class Engine:
                 f"{attention!r} is not compiled; load qwen2, qwen3 or llama with sdpa, or use none"
             )
         self.model, self.config, self.observer, self.is_hopeless = model, config, observer, is_hopeless
-        self.compute_budget = engine.compute_budget or default_budget(model, keeps=config.cache != "none")
+        keeps = is_block_causal or config.cache != "none"
+        self.compute_budget = engine.compute_budget or default_budget(model, keeps)
         self.look_every = engine.look_every if self.packs else 1
         self.compiled = None if engine.compile == "none" else CompiledLayers(model.model, engine.compile)
-        self.cache = None if config.cache == "none" else RowCache(model.model.config.num_hidden_layers)
+        self.cache = RowCache(model.model.config.num_hidden_layers) if keeps else None
         self.slots: list[Slot] = []
-        self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(3, 0, dtype=torch.int64))
+        self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(5, 0, dtype=torch.int64))
+        self.edits = POLICIES[config.policy].edits
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         """Yields the number of a request (from 0, as they come) and its completion, in the order they finish.
 
         Raises:
             ValueError: a response's length does not fit the blocks and steps of the config, or the model's positions.
+            FloatingPointError: the logits of a step are not finite; names the cause.
         """
         waiting = iter(enumerate(requests))
         following = next(waiting, None)
@@ -195,8 +125,8 @@ class Engine:
             admitted: list[Slot] = []
             used = sum(self.slots[i].length for i in staying)
             while following:
-                check_positions(self.model, len(following[1].prompt), following[1].length)
                 slot = self.slot_of(*following)
+                check_positions(self.model, len(slot.request.prompt), slot.blocks.length)
                 if used and used + slot.length > self.compute_budget:
                     break
                 admitted.append(slot)
@@ -206,23 +136,23 @@ class Engine:
                 self.arrange(staying, admitted)
             for _ in range(self.look_every):
                 self.step()
-            finished = self.look()
+            finished = self.sync_host()
             staying = [i for i in range(len(self.slots)) if i not in finished]
             yield from zip((self.slots[i].number for i in finished), self.completions(finished), strict=True)
 
     def slot_of(self, number: int, request: Request) -> Slot:
-        """A slot for a request that waits."""
-        plan = self.config.plan(request.length)
-        unmasking = steps_that_unmask(self.config.policy, plan[0].steps, plan[0].tokens, self.config.eps)
-        return Slot(number, request, plan, unmasking)
+        """A new slot for a waiting request."""
+        blocks = self.config.plan(request.length, len(request.prompt), self.model.block_size)
+        unmasking = steps_that_unmask(self.config.policy, blocks.steps, blocks.size, self.config.eps)
+        return Slot(number, request, blocks, unmasking)
 
     @torch.inference_mode()
     def arrange(self, staying: list[int], admitted: list[Slot]) -> None:
-        """Packs the slots that stay and the admitted ones, those of like lengths side by side."""
+        """Packs the staying and the admitted slots, sorted by length, so that equal lengths are neighbours."""
         device = self.model.device
         slots = [self.slots[i] for i in staying] + admitted
         places = sorted(range(len(slots)), key=lambda i: slots[i].length)
-        longest = max(slot.request.length for slot in slots)
+        longest = max(slot.blocks.length for slot in slots)
         count = len(admitted)
         fresh = State(
             torch.full((count, longest), self.model.mask_token_id),
@@ -230,6 +160,7 @@ class Engine:
             torch.zeros(count, longest),
             *torch.zeros(2, count, dtype=torch.int64),
             torch.tensor([slot.unmasking[0] for slot in admitted], dtype=torch.int64),
+            *torch.zeros(2, count, dtype=torch.int64),
         )
         kept, place = (torch.tensor(indices, dtype=torch.int64).to(device) for indices in (staying, places))
         fields = []
@@ -239,37 +170,48 @@ class Engine:
                 stays = pad(stays, (0, longest - stays.shape[1]), value=-1)
             fields.append(torch.cat([stays, new.to(device)])[place])
         self.state = State(*fields)
-        if self.cache is not None:  # an admitted slot is computed whole before its rows are read
+        if self.cache is not None:  # an admitted slot computes its rows before it attends to them: any source will do
             before = [torch.arange(self.slots[i].length) + self.layout.starts[i] for i in staying]
             before += [torch.zeros(slot.length, dtype=torch.int64) for slot in admitted]
             self.cache.move(torch.cat([before[i] for i in places]).to(device))
         self.slots = [slots[i] for i in places]
         self.layout = lay_out(self.slots, longest, self.config, device)
         self.layout.input_ids.scatter_(0, self.layout.rows.flatten(), self.state.tokens.flatten())
-        self.masked = self.masked_now()
+        self.look_for_candidates()
+        self.is_finite = torch.ones(len(slots), dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step of every slot."""
+        """Runs one decoding step of every slot."""
         state, layout, config = self.state, self.layout, self.config
-        masked, longest = self.masked, self.masked.shape[1]
-        reads = torch.nonzero_static(masked.flatten(), size=self.most_candidates(), fill_value=0).squeeze(1)
+        seen, longest = self.candidates | self.editable, self.candidates.shape[1]
+        reads = torch.nonzero_static(seen.flatten(), size=self.most_candidates(), fill_value=0).squeeze(1)
         slot, position = reads // longest, reads % longest
-        logits = self.forward(slot, layout.rows.flatten()[reads] - self.model.logits_shift)
+        logits = self.forward(slot, self.model.logit_rows(layout.rows.flatten()[reads]))
         logits[:, self.model.mask_token_id] = -torch.inf
         keys = mix_keys(layout.seeds[slot], state.step[slot], position)
-        token, candidates = read_candidates(logits, masked, keys, config)
-        share, stride = (table.gather(1, state.index[:, None]).squeeze(1) for table in (layout.shares, layout.strides))
-        chosen = choose(candidates, Step(state.index, layout.steps, layout.tokens, share), config)
+        token, candidates = read_candidates(logits, seen, keys, config)
+        candidates = candidates._replace(masked=self.candidates)
+        planned = state.index.minimum(layout.steps - 1)[:, None]
+        share, stride = (table.gather(1, planned).squeeze(1) for table in (layout.shares, layout.strides))
+        self.is_finite *= candidates.entropy.isfinite().all(1)  # it is not for logits that are not finite
+        chosen = choose(candidates, Step(state.index, layout.steps, layout.size, share), config)
         if self.observer is not None:
             self.observer(Decision([slot.number for slot in self.slots], state.step, candidates, chosen))
 
+        index, post_steps = state.index + 1, state.post_steps
+        block_ends = (index >= layout.steps) | ~(self.masked & ~chosen).any(1)
+        if self.edits:
+            had_masks = self.masked.any(1)
+            replaced = edited(candidates, self.editable, token, state.tokens, config)
+            post_steps = post_steps + ~had_masks
+            block_ends = is_settled(had_masks, replaced, post_steps, config)
+            chosen |= replaced
+            state = state._replace(edits=state.edits + replaced.sum(1))
         tokens = torch.where(chosen, token, state.tokens)
         order = torch.where(chosen, state.step[:, None], state.order)
         entropy = torch.where(chosen, candidates.entropy, state.entropy)
         layout.input_ids.scatter_(0, layout.rows.flatten(), tokens.flatten())
-        index = state.index + 1
-        block_ends = (index >= layout.steps) | ~(masked & ~chosen).any(1)
         self.state = State(
             tokens,
             order,
@@ -277,29 +219,30 @@ class Engine:
             state.block + block_ends,
             torch.where(block_ends, 0, index),
             state.step + stride,
+            torch.where(block_ends, 0, post_steps),
+            state.edits,
         )
-        self.masked = self.masked_now()
+        self.look_for_candidates()
 
     def most_candidates(self) -> int:
-        """Rows that go through the head: the masked ones, or as many as there may be when the host has not looked."""
+        """Rows that go through the head: the masked ones, or an upper bound if the host has not read their number."""
         if self.look_every == 1:
             return sum(slot.candidates for slot in self.slots)
-        return sum(slot.plan[0].tokens for slot in self.slots)
+        return sum(slot.blocks.size for slot in self.slots)
 
     def forward(self, slot: Tensor, rows: Tensor) -> Tensor:
-        """Logits (R, V) at packed rows (R,) that belong to slots (R,), computing what no cache keeps."""
+        """Logits (R, V) at packed rows (R,) of slots (R,); computes only the positions whose keys no cache holds."""
         layout, count = self.layout, len(self.layout.position_ids)
-        ranges = [
-            computed_positions(
-                len(s.request.prompt), s.request.length, s.block, s.step, self.config, self.model.logits_shift
-            )
-            for s in self.slots
+        ranges = [self.computed(s) for s in self.slots]
+        is_block_causal = self.model.block_size is not None
+        spans = [
+            Span(len(computed), computed.stop if is_block_causal else s.length, s.length)
+            for computed, s in zip(ranges, self.slots, strict=True)
         ]
-        spans = [Span(len(computed), s.length) for computed, s in zip(ranges, self.slots, strict=True)]
         for s, span in zip(self.slots, spans, strict=True):
             s.positions += span.queries
         queries = sum(span.queries for span in spans)
-        if self.compiled is not None:  # what is padded behind the last slot counts for it
+        if self.compiled is not None:  # the padding after the last slot is counted as its cost
             self.slots[-1].positions += padded_rows(queries) - queries
         if queries == count:
             computed = None
@@ -313,29 +256,52 @@ class Engine:
             rows = rows - torch.tensor(left_out, device=rows.device)[slot]
         if self.cache is not None:
             self.cache.begin(computed, count)
-        return packed_logits(self.model.model, input_ids, position_ids, spans, rows, self.cache, self.compiled)
+        return packed_logits(
+            self.model.model, input_ids, position_ids, spans, rows, self.cache, self.compiled, self.model.block_size
+        )
 
-    def masked_now(self) -> Tensor:
-        """(S, T) the positions that the next step may unmask: the masked ones of the active block, none when done."""
+    def computed(self, slot: Slot) -> range:
+        """The positions of a slot that the next step computes."""
+        positions = computed_positions if self.model.block_size is None else block_causal_positions
+        progress = (len(slot.request.prompt), slot.blocks, slot.block, slot.index)
+        return positions(*progress, self.config, self.model.logit_rows)
+
+    def look_for_candidates(self) -> None:
+        """Sets `masked`, the masked positions (S, T) of the active block, and those that a step may unmask or edit."""
         state, layout = self.state, self.layout
         position = torch.arange(state.order.shape[1], device=state.order.device)
-        end = torch.where(state.block < layout.blocks, (state.block + 1) * layout.tokens, 0)
+        end = torch.where(state.block < layout.blocks, (state.block + 1) * layout.size - layout.given, 0)
         masked = (state.order < 0) & (position < end[:, None])
+        begin = (state.block * layout.size - layout.given)[:, None]
+        editable = (state.order >= 0) & (begin <= position) & (position < end[:, None]) & self.edits
         if self.config.stop_early:
-            masked &= ~is_decided(state.tokens, state.order, self.model.eos_token_id)[:, None]
-        return masked
+            stops = is_decided(state.tokens, state.order, self.model.eos_token_id)
+            if self.edits:  # a block that has begun is edited to its end
+                stops &= state.index == 0
+            masked &= ~stops[:, None]
+        self.masked, self.editable = masked, editable
+        self.candidates = first_sub_block(masked, layout.given, layout.size, self.config)
 
-    def look(self) -> list[int]:
-        """Reads where every slot stands, the one wait for the device; returns the slots that are done."""
-        seen = torch.stack([self.masked.sum(1), self.state.block, self.state.index], dim=1).tolist()
-        for slot, (candidates, block, index) in zip(self.slots, seen, strict=True):
+    def sync_host(self) -> list[int]:
+        """Waits for the device, reads the state of every slot and returns the indices of the finished ones.
+
+        This is the only wait for the device. It also reads whether the logits were finite.
+
+        Raises:
+            FloatingPointError: they were not; names the cause.
+        """
+        reads = (self.candidates | self.editable).sum(1)
+        seen = torch.stack([reads, self.state.block, self.state.index, self.is_finite], dim=1).tolist()
+        for slot, (candidates, block, index, is_finite) in zip(self.slots, seen, strict=True):
+            if not is_finite:
+                raise logits_not_finite(self.model.model)
             slot.candidates, slot.block, slot.index = candidates, block, index
         if self.is_hopeless is not None:
             self.give_up(self.is_hopeless)
         return [i for i, slot in enumerate(self.slots) if slot.candidates == 0 or slot.given_up]
 
     def give_up(self, is_hopeless: Callable[[int, list[int]], bool]) -> None:
-        """Marks the slots whose responses begin with more than at the last look, and hopelessly."""
+        """Marks the hopeless slots; asks only for responses with more decided tokens at their beginning than before."""
         lengths = (self.state.order < 0).int().argmax(1).where((self.state.order < 0).any(1), self.state.order.shape[1])
         for slot, length, tokens in zip(self.slots, lengths.tolist(), self.state.tokens.tolist(), strict=True):
             if slot.candidates > 0 and length > slot.beginning:
@@ -343,7 +309,7 @@ class Engine:
                 slot.given_up = is_hopeless(slot.number, tokens[:length])
 
     def completions(self, finished: list[int]) -> list[Completion]:
-        """The responses of some slots; what an early stop, or giving up, left masked is padding."""
+        """The completions of these slots; positions that were left masked get the padding token."""
         if not finished:
             return []
         which = torch.tensor(finished, device=self.model.device)
@@ -351,70 +317,11 @@ class Engine:
         tokens = tokens.masked_fill(order < 0, self.model.pad_token_id)
         columns = tokens.tolist(), order.tolist(), entropy.tolist()
         completions = []
-        for i, *rows in zip(finished, *columns, strict=True):
+        for i, edits, *rows in zip(finished, self.state.edits[which].tolist(), *columns, strict=True):
             slot = self.slots[i]
-            columns = (row[: slot.request.length] for row in rows)
-            completions.append(Completion(*columns, slot.positions, slot.given_up))
+            columns = (row[: slot.blocks.length] for row in rows)
+            completions.append(Completion(*columns, slot.positions, slot.given_up, edits))
         return completions
-
-
-def lay_out(slots: Sequence[Slot], longest: int, config: SamplerConfig, device: torch.device) -> Layout:
-    """Packs slots one after the other; the responses' tokens are yet to be filled in."""
-    starts = list(accumulate((slot.length for slot in slots), initial=0))
-    total = starts.pop()
-    position = torch.arange(longest)
-    prompts = torch.tensor([len(slot.request.prompt) for slot in slots], dtype=torch.int64)
-    lengths = torch.tensor([slot.request.length for slot in slots], dtype=torch.int64)
-    rows = (torch.tensor(starts, dtype=torch.int64) + prompts)[:, None] + position
-    plans = [(slot.request.seed, len(slot.plan), len(slot.unmasking), slot.plan[0].tokens) for slot in slots]
-    unmasking = [torch.tensor(slot.unmasking) for slot in slots]
-    following = [slot.plan[0].steps + slot.unmasking[0] for slot in slots]  # in the next block
-    shares = [time_shares(slot.plan[0].steps, config.eps)[steps] for slot, steps in zip(slots, unmasking, strict=True)]
-    strides = [steps.diff(append=torch.tensor([end])) for steps, end in zip(unmasking, following, strict=True)]
-    tensors = (
-        torch.tensor([id for slot in slots for id in [*slot.request.prompt, *[0] * slot.request.length]] + [0]),
-        torch.cat([torch.arange(slot.length) for slot in slots]),
-        rows.where(position < lengths[:, None], total),
-        *torch.tensor(plans, dtype=torch.int64).unbind(1),
-        pad_sequence(shares, batch_first=True),
-        pad_sequence(strides, batch_first=True),
-    )
-    return Layout(starts, *(tensor.to(device) for tensor in tensors))
-
-
-def default_budget(model: DiffusionModel, keeps: bool = False) -> int:
-    """Positions a step that take half of the free memory, and no more than make a position cheaper.
-
-    The other half is for what the allocator wastes. Dream-7B in bf16 takes 2 * (2 * 3584 + 3 * 152064) bytes a
-    position, 0.93 MB, so that 60 GB free after its weights hold 32 000 positions; a step gets `MOST_ON_A_GPU` of them,
-    40 sequences of 400. With a cache on a GPU memory alone decides, as a step computes but a block of each sequence.
-
-    Args:
-        keeps: whether a cache keeps keys and values, see `bytes_per_position`.
-    """
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = max(1, free // 2 // bytes_per_position(model.model.config, model.model.dtype.itemsize, keeps))
-    if model.device.type == "cuda":
-        return fitting if keeps else min(fitting, MOST_ON_A_GPU)
-    return min(fitting, MOST_ON_A_CPU)
-
-
-def bytes_per_position(config: PreTrainedConfig, itemsize: int, keeps: bool) -> int:
-    """What a step holds of a position at most: in attention, in the MLP or in the head, whichever is most.
-
-    Of the hidden size D attention holds 9 (the residual stream, its norm, queries, keys and values, rotated ones, the
-    output), the MLP 6 and 3 intermediate sizes (gate, its activation, up), the head 2 and 3 vocabularies (the logits,
-    filtered twice). A cache keeps keys and values of every layer beside it.
-    """
-    hidden = config.hidden_size
-    held = max(9 * hidden, 6 * hidden + 3 * config.intermediate_size, 2 * hidden + 3 * config.vocab_size)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    kept = 2 * config.num_hidden_layers * heads * head_size if keeps else 0
-    return (held + kept) * itemsize
 
 
 def sample(
@@ -425,11 +332,11 @@ def sample(
     engine: EngineConfig | None = None,
     observer: Callable[[Decision], None] | None = None,
 ) -> list[Completion]:
-    """Decodes prompts to the end, in their order.
+    """Decodes prompts and returns their completions in the same order.
 
     Args:
         prompts: token ids, of any number and lengths.
-        seeds: one for each prompt; default `config.seed` for all.
+        seeds: one for each prompt; default: `config.seed` for all.
         observer: see `Engine`.
     """
     length = response_length(model, config)

@@ -1,16 +1,22 @@
 """Unmasking policies: how certain each masked position is, and how many positions a step unmasks.
 
-The `dream_` and `llada_` policies are those of the models' own generation code. Dream's measure certainty on the
-distribution that the tokens are drawn from, after temperature and filters; all others on the model's own.
+The policies `dream_*`, `llada_*`, `sdar_*`, `llada2` and `fast_dllm` are those of the models' own generation code.
+Dream's measure certainty on the distribution that the tokens are drawn from, after temperature and filters; all others
+on the model's own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tabom.sampling.config import PolicySettings, SamplerConfig
+from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels.noise import uniform_noise
+from tabom_kernels.ops.sampling import filter_logits
 
 
 class Candidates(NamedTuple):
@@ -24,29 +30,37 @@ class Candidates(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where the decoding of a block stands: numbers, or (B,) tensors where every sequence stands at its own step."""
+    """The current step of a block: numbers, or (B,) tensors if every sequence is at a step of its own."""
 
     index: int | Tensor  # from 0
     steps: int | Tensor  # planned for the block
     tokens: int | Tensor  # of the block
-    share: float | Tensor = 1.0  # of the masked positions, what Dream's time schedule unmasks (see `time_shares`)
+    share: float | Tensor = 1.0  # of the masked positions that Dream's time schedule unmasks (see `time_shares`)
 
 
 Certainty = Callable[[Candidates], Tensor]
-"""(B, T) scores; the highest is unmasked first, the leftmost of equals."""
+"""(B, T) scores; the position with the highest score is unmasked first, and of equal scores the leftmost."""
 
-Count = Callable[[Candidates, Step, "PolicySettings"], Tensor | int]
+Count = Callable[[Candidates, Step, PolicySettings], Tensor | int]
 """(B,) how many positions are unmasked, or one number for all sequences."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`paced`: the number of steps is planned, and not found on the way. `on_draw_distribution`: see above."""
+    """How certain each position is, and how many are unmasked.
+
+    `on_draw_distribution`: certainty is measured after temperature and filters. `begins_alone`: the first token of a
+    block is decided before the model sees the masks of this block, as the next token after the blocks before it.
+    `sub_block_length`: tokens of the parts of a block, where the config says nothing else. `edits`: decided tokens of
+    the active block may be replaced, and the block ends when none is (see `edited`).
+    """
 
     certainty: Certainty
     count: Count
-    paced: bool = True
     on_draw_distribution: bool = False
+    begins_alone: bool = False
+    sub_block_length: int | None = None
+    edits: bool = False
 
 
 def by_entropy(candidates: Candidates) -> Tensor:
@@ -64,8 +78,18 @@ def by_margin(candidates: Candidates) -> Tensor:
     return beyond_rounding(candidates.margin, candidates.entropy)
 
 
+def by_position(candidates: Candidates) -> Tensor:
+    """From left to right."""
+    count = candidates.masked.shape[1]
+    places = torch.arange(count, 0, -1, dtype=torch.float32, device=candidates.masked.device)
+    return places.expand_as(candidates.masked)
+
+
 def beyond_rounding(certainty: Tensor, entropy: Tensor) -> Tensor:
-    """Tells those that round to 1 apart by their entropies, which are exact; in fp64, less than a rounding of fp32."""
+    """Orders certainties that round to 1 in fp32 by their entropies, which are still exact there.
+
+    The fp64 result differs from the certainty by less than half a unit in the last place of fp32.
+    """
     half_a_step = 2.0**-25
     more = half_a_step - (entropy.double() / 32).clamp(max=half_a_step)
     return certainty.double() + torch.where(certainty == 1, more, 0.0)
@@ -76,8 +100,8 @@ def by_chance(candidates: Candidates) -> Tensor:
     return -candidates.uniform
 
 
-def even_count(_candidates: Candidates, step: Step, settings: "PolicySettings") -> int:
-    """The same number every step, one more in the first steps where it does not come out even (LLaDA)."""
+def even_count(_candidates: Candidates, step: Step, settings: PolicySettings) -> int:
+    """The same number every step; a remainder is spread over the first steps, one more in each (LLaDA)."""
     if settings.tokens_per_step is not None:
         return settings.tokens_per_step
     return step.tokens // step.steps + (step.index < step.tokens % step.steps)
@@ -85,9 +109,9 @@ def even_count(_candidates: Candidates, step: Step, settings: "PolicySettings") 
 
 @cache
 def time_shares(steps: int, eps: float) -> Tensor:
-    """(steps,) fp32, 1 - s/t: what each step unmasks of the masked, between the times t and s; all in the last (Dream).
+    """(steps,) fp32: the share 1 - s/t of the masked positions that the step from time t to s unmasks (Dream).
 
-    Time runs evenly from 1 to `eps`.
+    Time runs evenly from 1 to `eps`. The last step unmasks all that is left.
     """
     times = torch.linspace(1, eps, steps + 1)
     shares = 1 - times[1:] / times[:-1]
@@ -97,40 +121,51 @@ def time_shares(steps: int, eps: float) -> Tensor:
 
 @cache
 def steps_that_unmask(policy: str, steps: int, tokens: int, eps: float) -> tuple[int, ...]:
-    """Of the steps planned for a block, those that may unmask something; the others need no forward.
+    """The planned steps of a block that may unmask something; the others need no forward.
 
-    Dream's time schedule rounds down to nothing in some steps, which its plan tells beforehand; every other policy
-    unmasks something in every step, or tells only when it is there.
+    Dream's time schedule rounds down to nothing in some steps, which are known beforehand. Every other policy unmasks
+    something in every step, or decides only in the step itself.
     """
     if POLICIES[policy].count is not count_by_time:
         return tuple(range(steps))
     found, masked = [], float(tokens)
     for index, share in enumerate(time_shares(steps, eps)):
-        count = (masked * share).floor().item()  # in fp32, as the step itself rounds
+        count = (masked * share).floor().item()  # in fp32, so that it rounds as the step itself does
         masked -= count
         if count > 0:
             found.append(index)
     return tuple(found)
 
 
-def count_by_time(candidates: Candidates, step: Step, _settings: "PolicySettings") -> Tensor:
+def count_by_time(candidates: Candidates, step: Step, _settings: PolicySettings) -> Tensor:
     """The expected number of the time schedule, rounded down; a step may unmask nothing (Dream)."""
     return (candidates.masked.sum(1).float() * step.share).long()
 
 
-def chance_by_time(candidates: Candidates, step: Step, _settings: "PolicySettings") -> Tensor:
-    """Every position by itself, with the probability of the time schedule (Dream's `origin`)."""
+def chance_by_time(candidates: Candidates, step: Step, _settings: PolicySettings) -> Tensor:
+    """Each position independently with the probability of the time schedule (Dream's `origin`)."""
     share = torch.as_tensor(step.share, device=candidates.uniform.device).reshape(-1, 1)
     return (candidates.masked & (candidates.uniform < share)).sum(1)
 
 
-def above_threshold(candidates: Candidates, _step: Step, settings: "PolicySettings") -> Tensor:
-    """All whose token has at least the probability `threshold`, and never none (Fast-dLLM, arXiv 2505.22618)."""
+def above_threshold(candidates: Candidates, _step: Step, settings: PolicySettings) -> Tensor:
+    """All positions whose token has at least the probability `threshold`, or one (Fast-dLLM, arXiv 2505.22618)."""
     return (candidates.masked & (candidates.probability >= settings.threshold)).sum(1).clamp(min=1)
 
 
-def within_entropy_bound(candidates: Candidates, _step: Step, settings: "PolicySettings") -> Tensor:
-    """As many as keep the sum of their entropies without the largest at most `entropy_bound` (arXiv 2505.24857)."""
+def strictly_above_threshold(candidates: Candidates, _step: Step, settings: PolicySettings) -> Tensor:
+    """All positions whose token has more than the probability `threshold`, or one (Fast-dLLM v2)."""
+    return (candidates.masked & (candidates.probability > settings.threshold)).sum(1).clamp(min=1)
+
+
+def above_threshold_or_even(candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:
+    """All positions above `threshold` if they are at least as many as `even_count`, else that many (SDAR, LLaDA2)."""
+    above = (candidates.masked & (candidates.probability > settings.threshold)).sum(1)
+    return above.maximum(torch.as_tensor(even_count(candidates, step, settings), device=above.device))
+
+
+def within_entropy_bound(candidates: Candidates, _step: Step, settings: PolicySettings) -> Tensor:
+    """The most positions whose entropies, without the largest, sum to at most `entropy_bound` (arXiv 2505.24857)."""
     entropy = candidates.entropy.masked_fill(~candidates.masked, torch.inf).sort(1).values
     return (entropy.cumsum(1) - entropy <= settings.entropy_bound).sum(1)
 
@@ -145,77 +180,93 @@ POLICIES = {
     "confidence": Policy(by_probability, even_count),
     "margin": Policy(by_margin, even_count),
     "random": Policy(by_chance, even_count),
-    "threshold": Policy(by_probability, above_threshold, paced=False),
-    "entropy_bound": Policy(by_entropy, within_entropy_bound, paced=False),
+    "threshold": Policy(by_probability, above_threshold),
+    "entropy_bound": Policy(by_entropy, within_entropy_bound),
     "dream_origin": dream(by_chance, chance_by_time),
     "dream_maskgit_plus": dream(by_probability),
     "dream_topk_margin": dream(by_margin),
     "dream_entropy": dream(by_entropy),
     "llada_low_confidence": Policy(by_probability, even_count),
     "llada_random": Policy(by_chance, even_count),
+    "sdar_static": Policy(by_probability, even_count),
+    "sdar_dynamic": Policy(by_probability, above_threshold_or_even),
+    "sdar_sequential": Policy(by_position, even_count),
+    "llada2": Policy(by_probability, above_threshold_or_even),
+    "llada2_edit": Policy(by_probability, strictly_above_threshold, edits=True),
+    "fast_dllm": Policy(by_probability, strictly_above_threshold, begins_alone=True, sub_block_length=8),
 }
 
 
-@dataclass
-class PolicySettings:
-    """Which policy, and the numbers that policies read.
+EDITING_THRESHOLD, MAX_POST_STEPS = 0.9, 16
+"""Of LLaDA2.1, where the config says nothing else."""
 
-    Raises:
-        ValueError: settings that contradict each other.
+
+def edited(candidates: Candidates, editable: Tensor, token: Tensor, tokens: Tensor, config: SamplerConfig) -> Tensor:
+    """(B, T) bool: the decided positions whose token is replaced by another one above the editing threshold (LLaDA2.1).
+
+    Args:
+        editable: (B, T) bool: the decided positions of the active block.
+        token: (B, T) the token that the model would choose now.
+        tokens: (B, T) the tokens as they are.
     """
-
-    policy: str = field(
-        default="entropy",
-        metadata={
-            "help": "What is unmasked first: lowest entropy, highest probability (confidence), largest top-2 margin, "
-            "or random; or as many as a threshold or entropy_bound allows; or as Dream and LLaDA do.",
-            "choices": sorted(POLICIES),
-        },
-    )
-    tokens_per_step: int | None = field(
-        default=None, metadata={"help": "Tokens unmasked in one step. Default 1; excludes steps."}
-    )
-    steps: int | None = field(
-        default=None, metadata={"help": "Total denoising steps, shared evenly; excludes tokens_per_step."}
-    )
-    alg_temp: float = field(
-        default=0.0, metadata={"help": "Temperature of the choice of positions (Dream); 0 takes the most certain."}
-    )
-    eps: float = field(default=1e-3, metadata={"help": "Where the time of the dream_ policies ends."})
-    threshold: float = field(default=0.9, metadata={"help": "Probability from which the threshold policy unmasks."})
-    entropy_bound: float = field(default=0.1, metadata={"help": "Of the entropy_bound policy, nats."})
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}")
-        for name in ("tokens_per_step", "steps"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("alg_temp", "entropy_bound"):
-            check_at_least(name, getattr(self, name), 0)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold}: expected a probability in [0, 1]")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"eps={self.eps}: expected a time in (0, 1)")
-        if self.tokens_per_step is not None and self.steps is not None:
-            raise ValueError(f"tokens_per_step={self.tokens_per_step} and steps={self.steps}: give only one of them")
-        pace = [name for name in ("tokens_per_step", "steps") if getattr(self, name) is not None]
-        if pace and not POLICIES[self.policy].paced:
-            raise ValueError(f"{pace[0]}={getattr(self, pace[0])} with policy={self.policy!r}: it finds its own pace")
-        if self.tokens_per_step is not None and self.policy.startswith("dream_"):
-            raise ValueError(f"tokens_per_step={self.tokens_per_step} with policy={self.policy!r}: give steps")
-        if self.alg_temp > 0 and POLICIES[self.policy].certainty is by_chance:
-            raise ValueError(f"alg_temp={self.alg_temp} with policy={self.policy!r}: it is random already")
-
-    @property
-    def order_is_random(self) -> bool:
-        """Whether another seed can unmask in another order."""
-        return self.alg_temp > 0 or POLICIES[self.policy].certainty is by_chance
+    threshold = EDITING_THRESHOLD if config.editing_threshold is None else config.editing_threshold
+    return editable & (candidates.probability > threshold) & (token != tokens)
 
 
-def check_at_least(name: str, value: float | None, least: int) -> None:
-    """Raises a ValueError that names the setting, unless it is None."""
-    if value is not None and not value >= least:  # NaN neither
-        raise ValueError(f"{name}={value}: expected at least {least}")
+def is_settled(had_masks: Tensor, edits: Tensor, post_steps: Tensor, config: SamplerConfig) -> Tensor:
+    """(B,) bool: whether the active block ends after a step: it had no mask, and nothing was edited, or for too long.
+
+    Args:
+        had_masks: (B,) bool, before the step.
+        edits: (B, T) bool: what the step replaced.
+        post_steps: (B,) the steps of the block so far in which it had no mask, this one included.
+    """
+    return ~had_masks & (~edits.any(1) | (post_steps >= (config.max_post_steps or MAX_POST_STEPS)))
+
+
+def first_sub_block(masked: Tensor, given: Tensor, size: Tensor | int, config: SamplerConfig) -> Tensor:
+    """(B, T) bool: of the masked positions of the active block, those of the first sub-block that has any.
+
+    With `Policy.begins_alone` the first position of a block is a sub-block of its own.
+
+    Args:
+        masked: (B, T) bool.
+        given: (B,) positions of the first block that stand before the response.
+        size: positions of a block, or (B,).
+    """
+    policy = POLICIES[config.policy]
+    length = config.sub_block_length or policy.sub_block_length
+    if length is None:
+        return masked
+    size = torch.as_tensor(size, device=masked.device).expand(len(masked))[:, None]
+    place = (torch.arange(masked.shape[1], device=masked.device) + given[:, None]) % size
+    part = place // length
+    if policy.begins_alone:
+        part = part.masked_fill(place == 0, -1)
+    first = part.where(masked, size).amin(1, keepdim=True)
+    return masked & (part == first)
+
+
+def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: SamplerConfig) -> tuple[Tensor, Candidates]:
+    """The token that would be unmasked at each masked position (B, T), and the model's certainty of it.
+
+    Args:
+        logits: (N, V) of the masked positions, row by row of `masked`.
+        masked: (B, T) bool.
+        keys: (N,) keys of the random numbers.
+    """
+    temperature, top_k, top_p = config.temperature, config.top_k, config.top_p
+    changes_distribution = temperature > 0 or top_k is not None or top_p is not None
+    if POLICIES[config.policy].on_draw_distribution and changes_distribution:
+        logits = filter_logits(filter_logits(logits, temperature=temperature or 1.0, top_p=top_p), top_k=top_k)
+        temperature, top_k, top_p = float(temperature > 0), None, None
+    statistics = unmask_statistics(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=keys)
+
+    def on_grid(values: Tensor) -> Tensor:
+        return values.new_zeros(masked.shape).masked_scatter_(masked, values)
+
+    token, *certainties = map(on_grid, statistics)
+    return token, Candidates(masked, *certainties, on_grid(uniform_noise(mix_keys(keys, 1))))
 
 
 def choose(candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:

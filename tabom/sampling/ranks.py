@@ -1,4 +1,4 @@
-"""The processes of one job that answer a prompt set together: each takes the next attempt that nobody has."""
+"""The processes of one job, which share a prompt set: each takes the next attempt that no other has taken."""
 
 import os
 import time
@@ -10,60 +10,62 @@ from itertools import count
 from rich.progress import Progress
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
+"""Between two updates of the progress bar while the first process waits for the others."""
 
 _jobs = count()
 
 
 class Ranks:
-    """This process among those that torchrun or accelerate started, and what they tell each other.
+    """This process's rank among the processes that torchrun or accelerate started, and their shared counters.
 
-    They meet in the key-value store of their launcher and share nothing else: a process that is slow holds up no other,
-    and what was taken and not finished is free again when the launcher starts anew. Every process makes its `Ranks` in
-    the same order as the others.
+    The processes share only the launcher's key-value store, so a slow process does not delay the others, and attempts
+    that were taken but not finished are free again after the launcher restarts. Every process must create its `Ranks`
+    objects in the same order.
 
     Raises:
-        ValueError: WORLD_SIZE says that there are others, and MASTER_ADDR or MASTER_PORT does not say where.
+        ValueError: WORLD_SIZE is above 1, and MASTER_ADDR or MASTER_PORT is not set.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         store: Store = next(rendezvous("env://"))[0] if self.size > 1 else HashStore()
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # a launcher may keep its store when it starts anew
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # a launcher may keep its store across restarts
         self.store = PrefixStore(f"tabom/{start}/{next(_jobs)}", store)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process does what only one may do."""
+        """Whether this process does the work that exactly one process has to do."""
         return self.rank == 0
 
-    def say(self, word: str) -> None:
-        """Lets those go on that wait to hear this word from this process."""
-        self.store.set(f"{word}/{self.rank}", "")
+    def signal(self, key: str) -> None:
+        """Releases the ranks that are blocked in `wait_for(key)` on this one."""
+        self.store.set(f"{key}/{self.rank}", "")
 
-    def hear(self, word: str, *speakers: int) -> None:
-        """Waits until these ranks, by default all, have said the word."""
-        self.store.wait([f"{word}/{rank}" for rank in speakers or range(self.size)])
+    def wait_for(self, key: str, *ranks: int) -> None:
+        """Blocks until these ranks, by default all, have called `signal(key)`."""
+        self.store.wait([f"{key}/{rank}" for rank in ranks or range(self.size)])
 
     def add(self, name: str, amount: int) -> int:
-        """Adds to a number that all share; returns what it is now."""
+        """Adds to a counter that all processes share and returns its new value."""
         return self.store.add(name, amount)
 
     def count(self, verdicts: Iterable[bool | None]) -> Counter[bool | None]:
-        """Adds verdicts to those of all; returns how many of each there are now."""
+        """Adds verdicts to the shared counters and returns how many of each kind all processes have now."""
         here = Counter(verdicts)
         return Counter({each: self.add(f"correct={each}", here[each]) for each in (True, False, None)})
 
     def take(self, total: int) -> Iterator[int]:
-        """Numbers below `total`, each to that process alone which asks for it first."""
+        """Yields numbers below `total`; each number goes to exactly one process, the first that asks for it."""
         while (number := self.add("taken", 1) - 1) < total:
             yield number
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar of what all have finished, on the first process, which waits at the end until that is all.
+        """Shows, on the first process, a bar of the work that all processes have finished.
 
-        Gives a function that counts what this process has finished, and retitles the bar.
+        Yields a function that adds to the finished work of this process and sets the title of the bar. At the end the
+        first process waits until all work is finished.
         """
         with Progress(disable=not self.is_first) as progress:
             bar = progress.add_task(title, total=total)
@@ -74,4 +76,4 @@ class Ranks:
             yield advance
             while self.is_first and (finished := self.add("finished", 0)) < total:
                 progress.update(bar, completed=finished)
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)

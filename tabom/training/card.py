@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-WORDS = """# {name}
+CARD_TEMPLATE = """# {name}
 
 A diffusion language model, post-trained from `{base}` with the objective `{objective}` of
 [TABOM](https://arxiv.org/abs/2605.11854). Load it with `tabom.load`.
@@ -40,11 +40,11 @@ def model_card(
     Args:
         name: of the model.
         base: folder or hub name that it was trained from.
-        settings: what decided the weights, `objective` and the `adapter`s among them.
-        origins: how many trajectories there are of each data source and method.
-        log_history: of the trainer's state; the last value of every figure is reported.
-        step: of the weights; evaluations at others are of other weights, and are left out.
-        eval_prompts: where the problems behind `eval_accuracy` came from.
+        settings: all that decided the weights, with `objective` and `adapter`.
+        origins: the number of trajectories of each data source and method.
+        log_history: log of the trainer's state; the last value of every figure is reported.
+        step: step of the weights; evaluations at other steps are left out.
+        eval_prompts: source of the problems of `eval_accuracy`.
     """
     is_hub_name = not Path(base).exists() and base.count("/") == 1
     figures = last_figures(log_history, step)
@@ -69,7 +69,7 @@ def model_card(
     shown = {key: value for key, value in settings.items() if key not in ("data", "adapter")}
     for adapter in settings["adapter"]:
         shown |= {f"adapter {key}": value for key, value in adapter.items() if value not in (None, False, {}, [])}
-    text = WORDS.format(
+    text = CARD_TEMPLATE.format(
         name=name,
         base=base,
         objective=settings["objective"],
@@ -81,7 +81,7 @@ def model_card(
 
 
 def last_figures(log_history: Sequence[dict[str, Any]], evaluated_step: int) -> dict[str, tuple[int, float]]:
-    """The step and the value of every figure, those of evaluations at `evaluated_step` alone."""
+    """The last step and value of every figure; figures of evaluations only at `evaluated_step`."""
     figures: dict[str, tuple[int, float]] = {}
     for entry in log_history:
         for key, value in entry.items():

@@ -1,7 +1,7 @@
-"""Checkpoints that are there whole or not at all: written aside, synced to the disk, then renamed.
+"""Atomic checkpoints: written to another folder, synced to the disk, then renamed.
 
-The last file written lists all others with their sizes and says what run they belong to, so that a checkpoint that is
-no longer whole, or another run's, is recognised before anything is loaded.
+The last file written is a manifest, which lists all other files with their sizes and describes the run, so that an
+incomplete checkpoint, or one of another run, is recognised before anything is loaded.
 """
 
 import json
@@ -13,29 +13,31 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from tabom.training.renamed import RENAMED
+
 MANIFEST = "tabom_checkpoint.json"
 SAVING = ".saving"
-"""Folder in the output folder where a checkpoint is written."""
+"""Folder within the output folder that a checkpoint is first written to."""
 
 
 def publish(written: Path, final: Path, run: dict[str, Any]) -> None:
-    """Makes a written checkpoint visible under its name, in one step.
+    """Writes the manifest of a checkpoint and renames its folder, so that it appears complete.
 
     Args:
-        run: JSON; what another run must agree with to go on from here.
+        run: description of the run as JSON values; only a run with the same description can resume.
     """
     files = {str(path.relative_to(written)): path.stat().st_size for path in files_under(written)}
-    (written / MANIFEST).write_text(json.dumps({"run": run, "files": files}, indent=1))
+    (written / MANIFEST).write_text(json.dumps({"run": run, "files": files}, indent=1, allow_nan=False))
     for folder, _, names in os.walk(written):
         for path in (*(Path(folder, name) for name in names), Path(folder)):
             sync(path)
-    shutil.rmtree(final, ignore_errors=True)  # an earlier run's
+    shutil.rmtree(final, ignore_errors=True)  # a checkpoint of an earlier run
     written.rename(final)
     sync(final.parent)
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """Every file, at any depth."""
+    """All files of a folder, at any depth."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
@@ -49,10 +51,10 @@ def sync(path: Path) -> None:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What run a checkpoint belongs to, once it was found whole.
+    """The description of the run in the manifest, after checking that the checkpoint is complete.
 
     Raises:
-        ValueError: something is missing; says what.
+        ValueError: a file is missing or has another size; names it.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -66,13 +68,13 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"{checkpoint}: {name} has {path.stat().st_size} bytes of {size}")
     if not any(name.startswith(("optimizer", "global_step")) for name in manifest["files"]):  # the latter: DeepSpeed
         raise ValueError(
-            f"{checkpoint}: holds no state of the optimizer (save_only_model), so it cannot be gone on with"
+            f"{checkpoint}: holds no state of the optimizer (save_only_model), so training cannot continue from it"
         )
-    return manifest["run"]
+    return {RENAMED.get(name, name): value for name, value in manifest["run"].items()}
 
 
 def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a folder that is whole, and why newer ones are passed over."""
+    """The newest complete checkpoint of a folder, and the reasons why newer ones are not complete."""
     broken = []
     names = sort_checkpoints(str(output_dir), PREFIX_CHECKPOINT_DIR) if Path(output_dir).is_dir() else []
     for name in reversed(names):
@@ -86,15 +88,15 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Refuses to go on with a checkpoint of another run.
+    """Refuses to resume a checkpoint of another run.
 
     Raises:
-        ValueError: the checkpoint is not whole, or differs; names what differs.
+        ValueError: the checkpoint is incomplete, or belongs to another run; names the difference.
     """
     begun_with = read_run(checkpoint)
     for name in begun_with | run:
         if begun_with.get(name) != run.get(name):
             raise ValueError(
                 f"{checkpoint} was begun with {name}={begun_with.get(name)!r}, now {name}={run.get(name)!r}: "
-                "go on with the same, or begin in another output_dir"
+                "continue with the same settings, or begin in another output_dir"
             )

@@ -1,4 +1,4 @@
-"""The loss computed in the straightforward way of the authors' release, to be compared with; nothing trains with it."""
+"""The loss as the authors' release computes it, for comparison; nothing trains with it."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def released_loss(
     margin: float,
     rank_weight: float,
 ) -> Tensor:
-    """fp32 logits and log(p + 1e-10) of every position, the hinge in a loop over the sequences, all under autograd.
+    """Computes fp32 logits and log(p + 1e-10) of all positions, and the hinge sequence by sequence, under autograd.
 
     Args:
         logits: (B, L, V), of all positions.

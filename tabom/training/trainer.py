@@ -1,43 +1,54 @@
 """`TabomTrainer`: transformers' Trainer with trajectories for data and the TABOM loss in the model's forward."""
 
 import json
-import logging
-import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
-from tabom.evaluation.answers import count_right
-from tabom.evaluation.metrics import count_pairs_in_order
+from tabom.evaluation.responses import count_right
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.loading import as_diffusion_model
-from tabom.sampling.sampler import SamplerConfig
+from tabom.models.nan_checks import logits_not_finite
+from tabom.sampling.answerable import check_prompts
+from tabom.sampling.config import SamplerConfig
+from tabom.training.blocks import check_takes_bias
 from tabom.training.card import model_card
-from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
-from tabom.training.collator import DENOMINATORS, FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
-from tabom.training.config import TabomConfig
-from tabom.training.finite import check_step, check_weights
+from tabom.training.collator import DENOMINATORS, TrajectoryCollator
+from tabom.training.config import NO_LOGITS, TabomConfig
+from tabom.training.examples import FILLER, EpochSampler, ExampleReader
 from tabom.training.forward import LossOutput, add_loss_to_forward
+from tabom.training.loss_terms import LossTerms
+from tabom.training.nan_checks import check_step
+from tabom.training.saving import CheckpointingTrainer
+from tabom.training.stream import TrajectoryStream
 
-logger = logging.getLogger(__name__)
+Records = datasets.Dataset | datasets.IterableDataset | IterableDataset | Sequence[dict[str, Any] | Trajectory]
+"""What examples are made of."""
+
+REFUSED = {
+    "data_collator": "the loss needs the batches of TrajectoryCollator",
+    "model_init": "the loss is put into the model that is given",
+    "compute_loss_func": "the head computes the loss; for another one use add_loss_to_forward in a loop of your own",
+    "compute_metrics": NO_LOGITS,
+    "preprocess_logits_for_metrics": NO_LOGITS,
+}
+"""Arguments of `transformers.Trainer` that would have no effect, and why."""
 
 
 class FollowEpoch(TrainerCallback):
-    """Tells the sampler the epoch, also when a resumed run skips into the middle of one."""
+    """Sets the epoch of the sampler, also if a resumed run starts in the middle of one."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -46,7 +57,7 @@ class FollowEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-class TabomTrainer(Trainer):
+class TabomTrainer(CheckpointingTrainer):
     """Trains a diffusion language model on trajectories.
 
     Both denominators of the loss are counted over the global batch (all micro-batches of a step, all ranks), so
@@ -55,41 +66,47 @@ class TabomTrainer(Trainer):
     and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy).
 
     Args:
-        model: a name or folder, what `tabom.load` makes of it (for another dtype or attention), or a model of
+        model: a name or folder, a `DiffusionModel` from `tabom.load` (for another dtype or attention), or a model of
             transformers with bidirectional attention.
-        args: a `TabomConfig`; default: its defaults, into the folder `<model>-TABOM`.
+        args: a `TabomConfig`; default: default settings, with the output folder `<model>-TABOM`.
         train_dataset: trajectories: a `datasets.Dataset` or a list of records in any spelling that `parse_trajectory`
-            reads, or of `Trajectory`. A data set is tokenized once; other ranks and later runs find it in the cache.
-            What `tabom.data.tokenized.tokenize` made is taken as it is.
-        eval_dataset: the same.
-        eval_prompts: answered and judged at every evaluation, for the figure `eval_accuracy`; every process answers its
-            share.
+            reads, or of `Trajectory`. A data set is tokenized once; other ranks and later runs read it from the cache.
+            A table from `tabom.data.tokenized.tokenize` is used directly. A stream (`IterableDataset`) is tokenized
+            while it is read; it needs `max_steps`, and its order is that of the stream.
+        eval_dataset: the same, or several by name, whose figures are then called `eval_<name>_loss`.
+        eval_prompts: prompts that are decoded and judged at every evaluation of `eval_dataset`, for the figure
+            `eval_accuracy`; the processes share them.
         eval_sampler: how they are decoded; default: greedily, one token a step.
-        processing_class: the tokenizer; default: that of the model's name or folder. Saved beside the model.
-        peft_config: trains an adapter of the model instead of its weights (needs peft). A model that was loaded with
-            an adapter trains that one.
-        kwargs: the other arguments of `transformers.Trainer`.
+        processing_class: the tokenizer, which is saved with the model; default: that of the model's name or folder.
+        peft_config: trains an adapter of the model instead of its weights (needs peft). If the model was loaded with
+            an adapter, that adapter is trained.
+        kwargs: the other arguments of `transformers.Trainer`, except those in `REFUSED`.
 
     Raises:
         TypeError: args are no `TabomConfig`.
-        ValueError: several GPUs in one process, a tokenizer that is neither given nor to be found, a second adapter,
-            records longer than the model's table of positions, or a model that `load` or `describe` refuses.
+        ValueError: an argument in `REFUSED`, several GPUs in one process, a tokenizer that is neither given nor to be
+            found, a second adapter, several evaluation sets of which `metric_for_best_model` names none, records longer
+            than the model's table of positions, an empty prompt that the model cannot answer, or a model that `load` or
+            `describe` refuses.
     """
 
     def __init__(
         self,
         model: str | Path | DiffusionModel | PreTrainedModel,
         args: TabomConfig | None = None,
-        train_dataset: datasets.Dataset | Sequence[dict[str, Any] | Trajectory] | None = None,
-        eval_dataset: datasets.Dataset | Sequence[dict[str, Any] | Trajectory] | None = None,
+        train_dataset: Records | None = None,
+        eval_dataset: Records | dict[str, Records] | None = None,
         eval_prompts: PromptSet | None = None,
         eval_sampler: SamplerConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        family = as_diffusion_model(model, processing_class)
-        model, processing_class = family.model, family.tokenizer
+        for name in REFUSED.keys() & kwargs.keys():
+            if kwargs.pop(name) is not None:
+                raise ValueError(f"{name}: not used by TabomTrainer, because {REFUSED[name]}")
+        diffusion_model = as_diffusion_model(model, processing_class)
+        model, processing_class = diffusion_model.model, diffusion_model.tokenizer
         if not isinstance(args, TabomConfig | None):
             raise TypeError(f"args: expected a TabomConfig, got {type(args).__name__}")
         args = args or TabomConfig(f"{Path(model.name_or_path).name or model.config.model_type}-TABOM")
@@ -106,55 +123,62 @@ class TabomTrainer(Trainer):
         if peft_config is not None and model._hf_peft_config_loaded:
             raise ValueError(
                 "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "
-                "merge this one into its base and save that (peft's merge_and_unload)"
+                "merge this one into its base (tabom merge, tabom.merge_adapter) and load the merged folder"
             )
+        args.check_attention(diffusion_model.block_size, diffusion_model.logits_shift)
+        if diffusion_model.block_size is not None:
+            check_takes_bias(model.config)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
 
-        def dataset(name: str, source: Any) -> TrajectoryDataset | None:
-            if source is None:
-                return None
-            with args.main_process_first(desc="tokenizing"):  # the others find it in the cache
-                examples = TrajectoryDataset(
-                    source,
-                    processing_class,
-                    args.objective_settings,
-                    args.seed,
-                    vocab_size=family.model.config.vocab_size,
-                    **args.tokenizing_settings(family.pad_token_id),
-                )
-            check_positions(name, examples.longest, family)
-            return examples
+        self._reader = ExampleReader(args, diffusion_model, processing_class)
+        if isinstance(eval_dataset, dict) and args.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} with several evaluation sets: expected "
+                f"{' or '.join(f'eval_{name}_loss' for name in eval_dataset)}"
+            )
+        if eval_prompts is not None:
+            check_prompts(diffusion_model, eval_prompts)
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=TrajectoryCollator(family.mask_token_id, family.pad_token_id, family.logits_shift),
-            train_dataset=dataset("train_dataset", train_dataset),
-            eval_dataset=dataset(
-                "eval_dataset", [] if eval_dataset is None and eval_prompts is not None else eval_dataset
+            data_collator=TrajectoryCollator(
+                diffusion_model.mask_token_id,
+                diffusion_model.pad_token_id,
+                diffusion_model.logit_rows,
+                diffusion_model.block_size,
+                args.first_token_logits,
+            ),
+            train_dataset=self._reader.train(train_dataset),
+            eval_dataset=self._reader.evaluate(
+                [] if eval_dataset is None and eval_prompts is not None else eval_dataset
             ),
             processing_class=processing_class,
             **kwargs,
         )
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
-        self._saving_in: Path | None = None
-        self._loaded_step: int | None = None  # of the checkpoint whose weights were loaded at the end
-        self._losses: list[Tensor] = []  # of the step that is being made
+        self._decodes_prompts = False
+        self._losses: list[Tensor] = []  # of the micro-batches of the current step
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the global batch
-        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._loss_terms = LossTerms()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers', but what FSDP2 casts in mixed precision are the weights, and nothing else.
+        """Creates the accelerator as transformers does, with mixed precision of FSDP2 for the weights only.
 
-        accelerate's policy also rounds the inputs (the weights of NELBO), the outputs (the loss) and the sums of
-        gradients over the ranks.
+        accelerate's default policy would also round the inputs (NELBO's weights), the outputs (the loss) and the sums
+        of gradients over the ranks.
+
+        Raises:
+            ValueError: ZeRO-3 is set up in such a way that no loadable model would be saved.
         """
         super().create_accelerator_and_postprocess()
+        # Each process reads a stream itself: batches are packed, so one process could not share them out.
+        self.accelerator.dataloader_config.dispatch_batches = False
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = replace(
@@ -171,102 +195,33 @@ class TabomTrainer(Trainer):
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As transformers', from a checkpoint that is whole and of the same run, or none.
+        """Trains as transformers' Trainer does, from a checkpoint that is complete and of the same run, or from none.
 
         Args:
-            resume_from_checkpoint: a folder; True: the newest whole one of `output_dir`; "auto": the same, or a fresh
-                start where there is none.
+            resume_from_checkpoint: a folder; True: the newest complete one of `output_dir`; "auto": the same, or a
+                fresh start where there is none.
 
         Raises:
-            ValueError: no data has anything to learn, the checkpoint is not whole, or it is of a run with other data,
-                objective, seed or settings.
+            ValueError: the data has no token to learn from, the checkpoint is not complete, or it belongs to a run with
+                other data, another objective, seed or setting.
             FloatingPointError: a loss or gradient is not finite.
         """
-        if self.train_dataset is not None and not self.train_dataset.asks_anything():
+        if self.train_dataset is not None and not self.train_dataset.has_targets():
             raise ValueError(
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"
             )
-        self._loaded_step = None
-        return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._loaded_step = self.state.best_global_step
-
-    def _find_checkpoint(self, resume: str | bool | None) -> str | None:
-        """The checkpoint to go on with, the same on every rank."""
-        if not resume:
-            return None
-        checkpoint = resume
-        if resume is True or resume == "auto":
-            checkpoint, broken = newest_whole(self.args.output_dir)
-            for problem in broken if self.is_world_process_zero() else ():
-                logger.warning("passed over: %s", problem)
-            if checkpoint is None and resume is True:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
-                )
-        checkpoint = broadcast_object_list([checkpoint and str(checkpoint)])[0]
-        if checkpoint is not None:
-            check_same_run(Path(checkpoint), self._describe_run())
-        return checkpoint
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _describe_run(self) -> dict[str, Any]:
-        """What decides the weights: JSON, the same on every rank and for any number of them."""
+        """All that decides the weights, as JSON values, the same on every rank and for any number of ranks."""
         adapters = getattr(self.model, "peft_config", {})
         return {
             "data": self.train_dataset.digest if self.train_dataset is not None else None,
             **self.args.run_settings(self.accelerator.num_processes),
+            "block_size": self._reader.diffusion_model.block_size,
             "adapter": [describe_adapter(adapter) for adapter in adapters.values()],
         }
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saving_in or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Whole or not at all, and never weights that are not finite."""
-        folder = Path(self._get_output_dir(trial))
-        written, final = (
-            path / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" for path in (folder / SAVING, folder)
-        )
-        check_weights(model, self.accelerator)
-        if self.args.should_save:
-            shutil.rmtree(folder / SAVING, ignore_errors=True)  # a killed run's
-        self.accelerator.wait_for_everyone()
-        self._saving_in = folder / SAVING
-        super()._save_checkpoint(model, trial)
-        self._saving_in = None
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            publish(written, final, self._describe_run())
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
-        self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As transformers', with the model card, and of whole checkpoints: not of one that is being written."""
-        if self._saving_in is None:
-            self.create_model_card()
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model as it loads back, whole, and pushes it if `push_to_hub` is set.
-
-        A checkpoint of a sharded run may hold shards instead.
-        """
-        check_weights(self.model, self.accelerator)
-        if self.is_fsdp_enabled and not _internal_call:
-            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        else:
-            super().save_model(output_dir, _internal_call)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -280,7 +235,7 @@ class TabomTrainer(Trainer):
         return EpochSampler(len(eval_dataset), self.args.seed, shuffle=False, multiple_of=together)
 
     def _together(self, batch_size: int) -> int:
-        """Records that the processes take at once; 1 where a short last batch is no trouble, or dropped."""
+        """How many records all processes take at once; 1 if a short last batch is possible or dropped."""
         processes = self.accelerator.num_processes
         return 1 if processes == 1 or self.args.dataloader_drop_last else batch_size * processes
 
@@ -289,23 +244,28 @@ class TabomTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """The denominators of the loss over all micro-batches of a step and all ranks.
 
-        `num_batches` are the micro-batches that ask anything.
+        `num_batches` counts the micro-batches that have a row of loss.
         """
         counts = {name: sum(batch[name].to(device) for batch in batch_samples) for name in DENOMINATORS}
         counts["num_batches"] = torch.tensor(sum(len(batch["rows"]) > 0 for batch in batch_samples), device=device)
         return self.accelerator.reduce(counts, reduction="sum")
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
-        """As transformers', and the last look before the optimizer's step."""
+        """The norm as transformers computes it; also checks losses and gradient before the optimizer's step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         losses, self._losses = self._losses, []
         check_step(losses, grad_norm, self.state.global_step + 1, self._records_of, self.accelerator)
         return grad_norm
 
     def _records_of(self, rank: int) -> list[int]:
-        """What a rank reads for the step that is being made."""
-        keys, batch_size = list(self._sampler), self._train_batch_size
+        """The indices of the records that a rank reads for the current step; of a stream, their places in it."""
+        batch_size = self._train_batch_size
         processes, accumulation = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        if isinstance(self.train_dataset, TrajectoryStream):
+            blocks = range(self.state.global_step * accumulation, (self.state.global_step + 1) * accumulation)
+            starts = [(block * processes + rank) * batch_size for block in blocks]
+            return [start + place for start in starts for place in range(batch_size)]
+        keys = list(self._sampler)
         steps_an_epoch = ceil(len(keys) / (batch_size * processes * accumulation))
         first = self.state.global_step % steps_an_epoch * accumulation
         starts = [(micro * processes + rank) * batch_size for micro in range(first, first + accumulation)]
@@ -318,7 +278,7 @@ class TabomTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: dict[str, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, LossOutput]:
-        """This micro-batch's share of the loss; `num_items_in_batch` are the global denominators."""
+        """This micro-batch's share of the loss; `num_items_in_batch` holds the global denominators."""
         processes = self.accelerator.num_processes
         if self.args.loss_average == "global_batch":
             inputs = {**inputs, **{name: num_items_in_batch[name] for name in DENOMINATORS}}
@@ -326,35 +286,80 @@ class TabomTrainer(Trainer):
         else:  # the collator's denominators are those of the micro-batch
             share = 1 / num_items_in_batch["num_batches"].clamp(min=1)
         will_log = model.training and (self.state.global_step + 1) % self.state.logging_steps == 0
-        output = model(**inputs, return_entropy=will_log)
+        auxiliary_share = 0.0  # an evaluation is of the tokens alone
+        if model.training:
+            is_global = self.args.loss_average == "global_batch"
+            auxiliary_share = 1 / (self.current_gradient_accumulation_steps * processes) if is_global else 1.0
+        output = model(**inputs, auxiliary_share=auxiliary_share, return_entropy=will_log)
         if model.training:
             self._losses.append(output.loss.detach())
-            self._sums["steps"] += 1 / self.current_gradient_accumulation_steps
-            self._sums["cross_entropy"] += output.cross_entropy * share
-            self._sums["rank"] += output.rank * share
+            self._loss_terms.add_loss(output, share, 1 / self.current_gradient_accumulation_steps)
         if will_log:
-            in_order, pairs = count_pairs_in_order(output.entropy, inputs["steps"], inputs["cu_seqlens"])
-            self._sums["entropy"] += output.entropy.sum()
-            self._sums["rows"] += len(output.entropy)
-            self._sums["in_order"] += in_order
-            self._sums["pairs"] += pairs
-        loss = output.loss * share  # summed over the ranks it is the loss
-        # Data parallelism averages gradients over the ranks.
+            self._loss_terms.add_entropy(output.entropy, inputs["steps"], inputs["cu_seqlens"])
+        loss = output.loss * share  # the loss is the sum of these over micro-batches and ranks
+        # Data parallelism averages gradients over the ranks, so the factor makes them a sum.
         loss = loss * processes if model.training else self.accelerator.reduce(loss, reduction="sum")
         return (loss, output) if return_outputs else loss
 
+    def get_eval_dataloader(self, eval_dataset: str | Records | None = None) -> DataLoader:
+        """Batches of a data set, of the one of this name in `eval_dataset`, or of `eval_dataset`."""
+        if isinstance(eval_dataset, str | None):
+            return super().get_eval_dataloader(eval_dataset)
+        # Not `get_eval_dataloader`, which returns the workers of the trainer's own data set where they persist.
+        return super().get_test_dataloader(self._reader.evaluate(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Records) -> DataLoader:
+        """Batches of a data set, for `predict`."""
+        return super().get_test_dataloader(self._reader.evaluate(test_dataset, "test_dataset"))
+
+    def evaluate(
+        self,
+        eval_dataset: str | Records | dict[str, Records] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The figures of a data set, of each of several, or of the trainer's own with the accuracy on `eval_prompts`.
+
+        Args:
+            eval_dataset: a data set, several by name, or the name of one of the trainer's own; None: all of its own.
+            ignore_keys: without effect, because the logits are never computed.
+            metric_key_prefix: the beginning of the figures' names, before the name of a data set.
+
+        Raises:
+            FloatingPointError: the logits are not finite; names the cause.
+        """
+        is_own = eval_dataset is None and self.eval_prompts is not None
+        are_several = isinstance(self.eval_dataset, dict)
+        self._decodes_prompts = is_own and not are_several
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._decodes_prompts = False
+        if is_own and are_several:  # once for all of them
+            accuracy = self._accuracy_on_prompts(metric_key_prefix)
+            self.log(accuracy)
+            metrics |= accuracy
+        return metrics
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The loss on trajectories, and the accuracy of the answers to `eval_prompts`."""
+        """The loss on trajectories, and the accuracy on `eval_prompts` where `evaluate` asks for it.
+
+        Raises:
+            FloatingPointError: the logits are not finite; names the cause.
+        """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.eval_prompts is not None:
-            model = describe(self.accelerator.unwrap_model(self.model), self.processing_class)
-            prompts = self.eval_prompts.share(self.args.process_index, self.args.world_size)
-            counts = torch.tensor(count_right(model, prompts, self.eval_sampler), device=self.args.device)
-            right, checked = self.accelerator.reduce(counts, reduction="sum").tolist()
-            if checked:
-                output.metrics[f"{metric_key_prefix}_accuracy"] = right / checked
-            output.metrics[f"{metric_key_prefix}_checked_answers"] = checked
+        if not isfinite(output.metrics.get(f"{metric_key_prefix}_loss", 0.0)):
+            raise logits_not_finite(self.accelerator.unwrap_model(self.model))
+        if self._decodes_prompts:
+            output.metrics.update(self._accuracy_on_prompts(metric_key_prefix))
         return output
+
+    def _accuracy_on_prompts(self, metric_key_prefix: str) -> dict[str, float]:
+        """The accuracy of the responses to `eval_prompts`, and how many of them could be checked."""
+        model = describe(self.accelerator.unwrap_model(self.model), self.processing_class)
+        prompts = self.eval_prompts.share(self.args.process_index, self.args.world_size)
+        counts = torch.tensor(count_right(model, prompts, self.eval_sampler), device=self.args.device)
+        right, checked = self.accelerator.reduce(counts, reduction="sum").tolist()
+        accuracy = {f"{metric_key_prefix}_accuracy": right / checked} if checked else {}
+        return {**accuracy, f"{metric_key_prefix}_checked_answers": checked}
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md with method, data, settings and results; `push_to_hub` calls it too."""
@@ -376,44 +381,19 @@ class TabomTrainer(Trainer):
         card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss terms since the last log, and the entropies of the logging step."""
+        """Adds the loss terms since the last log, and the entropies of the logging step.
+
+        Figures that are not finite are left out, because trainer_state.json keeps all figures and JSON has no such
+        number: with fp16 the gradient's norm overflows in a step that the gradient scaler skips.
+        """
         if "loss" in logs:
-            logs |= self._take_sums()
-        super().log(logs, start_time)
-
-    def _take_sums(self) -> dict[str, float]:
-        names = list(self._sums)
-        sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device).double() for name in names])
-        total = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-        self._sums.clear()
-        steps = total["steps"] / self.accelerator.num_processes
-        terms = {"cross_entropy": total["cross_entropy"] / steps, "rank": total["rank"] / steps}
-        if total.get("rows"):
-            terms["entropy"] = total["entropy"] / total["rows"]
-        if total.get("pairs"):
-            terms["order_accuracy"] = total["in_order"] / total["pairs"]
-        return terms
-
-
-def check_positions(name: str, longest: int, family: DiffusionModel) -> None:
-    """Warns of records longer than a model was made for; rotary positions at least go on there.
-
-    Raises:
-        ValueError: positions that a table holds end.
-    """
-    if family.positions is None or longest <= family.positions:
-        return
-    message = (
-        f"{name}: a record of {longest} tokens, and the model has {family.positions} positions "
-        "(max_position_embeddings); shorten records by max_prompt_length and max_response_length"
-    )
-    if getattr(family.model.config, "rope_parameters", None) is None:
-        raise ValueError(message)
-    logger.warning(message)
+            logs |= self._loss_terms.take(self.accelerator)
+        finite = {name: value for name, value in logs.items() if not isinstance(value, float) or isfinite(value)}
+        super().log(finite, start_time)
 
 
 def describe_adapter(adapter: Any) -> dict[str, Any]:
-    """JSON of a peft config, without the path of its base."""
+    """A peft config as JSON values, without the path of its base."""
     settings = json.loads(json.dumps(adapter.to_dict(), default=sorted))
     return {
         name: value for name, value in settings.items() if name not in ("base_model_name_or_path", "inference_mode")

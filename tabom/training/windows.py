@@ -1,13 +1,13 @@
 """Cuts and windows: which tokens of a trajectory are visible, supervised and ranked (arXiv 2605.11854).
 
-A trajectory unmasks position i at step s_i (-1: never). Training replays the moment c, the cut:
+A trajectory unmasks position i at step s_i (-1: never). Training replays the moment before step c, the cut:
 
     visible      0 <= s_i < c        shown to the model, all other positions are masked
     supervised   c <= s_i < c + M    cross-entropy
     ranked       c <= s_i < c + W    pairs (i, j) with s_i < s_j
 
-M and W count steps, as the authors' release does; or tokens, as their paper does: then the next M of them are
-supervised in the order of the steps, ties broken by entropy. "all" is every later token, whichever the unit.
+M and W count steps, as in the authors' release, or tokens, as in their paper: then the next M tokens in the order of
+the steps are supervised, with ties broken by entropy. "all" means every later token, in either unit.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ WindowUnit = Literal["steps", "tokens"]
 
 
 class Window(NamedTuple):
-    """A trajectory of T tokens seen at one cut."""
+    """The parts of a trajectory of T tokens at one cut."""
 
     visible: np.ndarray  # (T,) bool
     supervised: np.ndarray  # (T,) bool
@@ -28,15 +28,15 @@ class Window(NamedTuple):
 
 
 def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one record in one epoch: the same on every worker, every rank and after a resume."""
+    """The random generator of one record in one epoch, the same on every worker and rank and after a resume."""
     return np.random.default_rng((seed, epoch, index))
 
 
-def one_by_one(steps: np.ndarray, entropy: Sequence[float] | None = None) -> np.ndarray:
-    """(T,) ranks from 0 in the order of `steps`; equal ones by entropy, else from left to right.
+def break_ties(steps: np.ndarray, entropy: Sequence[float] | None = None) -> np.ndarray:
+    """(T,) ranks from 0 in the order of `steps`; equal steps are ordered by entropy, then from left to right.
 
     Args:
-        entropy: (T,) nats, of each token when it was unmasked, as far as the record has it.
+        entropy: (T,) nats, of each token when it was unmasked; None if the record has none.
     """
     ranks = np.empty_like(steps)
     ranks[np.lexsort((np.zeros(len(steps)) if entropy is None else entropy, steps))] = np.arange(len(steps))
@@ -46,8 +46,8 @@ def one_by_one(steps: np.ndarray, entropy: Sequence[float] | None = None) -> np.
 def last_cut(steps: np.ndarray, supervised_window: WindowSize, unit: WindowUnit = "steps") -> int:
     """The first cut whose window reaches the end: s_max - M + 1 in steps, or 0 for a trajectory shorter than that.
 
-    In tokens: the first step before which at most M tokens are left, or s_max where the last step alone unmasks more.
-    For "all" the last step, s_max.
+    In tokens it is the first step before which at most M tokens are left, or s_max if the last step unmasks more than
+    M. For "all" it is the last step, s_max.
     """
     last_step = max(int(steps.max()), 0)
     if supervised_window == "all":
@@ -68,8 +68,8 @@ def draw_cut(
     Args:
         steps: (T,) decoding steps from 0, -1 for never.
         last: see `last_cut`.
-        among_positions: draw among the steps of these positions instead (the record's `non_ltr_positions`), as far as
-            they are at most `last`. Where none is: as if not given.
+        among_positions: if given (the record's `non_ltr_positions`), draw among the steps of these positions that are
+            at most `last`; ignored if there are none.
     """
     if among_positions:
         candidates = np.unique(steps[np.asarray(among_positions)])
@@ -90,11 +90,11 @@ def window_at(
     """The window of M = `supervised_window` and W = `rank_window` at `cut`.
 
     Args:
-        entropy: (T,) nats, breaks ties where the windows count tokens; see `one_by_one`.
+        entropy: (T,) nats, breaks ties if the windows count tokens; see `break_ties`.
     """
     visible = (steps >= 0) & (steps < cut)
     later = steps >= cut
-    ahead = one_by_one(steps, entropy) - (~later).sum() if unit == "tokens" else steps - cut
+    ahead = break_ties(steps, entropy) - (~later).sum() if unit == "tokens" else steps - cut
 
     def next_ones(window: WindowSize) -> np.ndarray:
         return later if window == "all" else later & (ahead < window)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -14,10 +15,10 @@ from tabom.cli.train import DataArguments
 from tabom.data.prompts import read_prompts
 from tabom.data.sources import read_records
 from tabom.data.trajectories import read_trajectories
-from tabom.evaluation.answers import count_right
-from tabom.lab.model import BASE_PATH, character_tokenizer
-from tabom.models.loading import load
-from tabom.sampling.sampler import SamplerConfig
+from tabom.evaluation.responses import count_right
+from tabom.lab.model import character_tokenizer
+from tabom.models.loading import SHIPPED_PATH, load
+from tabom.sampling.config import SamplerConfig
 from tabom.training.config import TabomConfig
 from tests.conftest import random_model
 
@@ -25,9 +26,9 @@ from tests.conftest import random_model
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    family = random_model(0)
-    family.model.save_pretrained(folder)
-    family.tokenizer.save_pretrained(folder)
+    diffusion_model = random_model(0)
+    diffusion_model.model.save_pretrained(folder)
+    diffusion_model.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -87,8 +88,9 @@ def test_collect_then_train_then_generate(capsys, tmp_path, model_folder):
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "objective: tabom\nsupervised_window: 2\nrank_window: 2\nform: hinge\nmargin: 0.1\nlearning_rate: 2e-5\n"
-        f"max_steps: 2\nuse_cpu: true\nsave_strategy: 'no'\ndata: {output}\noutput_dir: {tmp_path / 'run'}\n"
+        "objective: tabom\nsupervised_window: 2\nrank_window: 2\nrank_loss: hinge\nrank_margin: 0.1\n"
+        "learning_rate: 2e-5\nmax_steps: 2\nuse_cpu: true\nsave_strategy: 'no'\n"
+        f"data: {output}\noutput_dir: {tmp_path / 'run'}\n"
     )
     assert run("train", "--config", str(recipe), "--model", model_folder, "--max_steps", "3") == 0
     assert "12 trajectories, 0 invalid" in capsys.readouterr().out
@@ -138,10 +140,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     monkeypatch.setattr(TabomTrainer, "train", lambda self, **_: seen.append(self.args))
     monkeypatch.setattr(TabomTrainer, "save_model", lambda self: None)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("learning_rate: 2e-5\nmargin: 1\nform: hinge\n")
+    recipe.write_text("learning_rate: 2e-5\nrank_margin: 1\nrank_loss: hinge\n")
     arguments = ["--config", str(recipe), "--model", model_folder, "--data", data, "--output_dir", str(tmp_path)]
-    assert run("train", *arguments, "--margin", "0.3") == 0
-    assert (seen[0].learning_rate, seen[0].margin, seen[0].form, seen[0].rank_weight) == (2e-5, 0.3, "hinge", 1.0)
+    assert run("train", *arguments, "--rank_margin", "0.3") == 0
+    [config] = seen
+    assert (config.learning_rate, config.rank_margin, config.rank_loss, config.rank_weight) == (2e-5, 0.3, "hinge", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +163,18 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         (["collect", "--output", "{tmp}/o.jsonl", "--task", "sorting", "--samples_per_prompt", "2"], "temperature=0"),
         (["train", "--data", "{tmp}/broken.jsonl"], "broken.jsonl, line 2: field 'prompt': missing"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/bad.yaml"], "did you mean 'learning_rate'?"),
-        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/choice.yaml"], "form='ranknet'"),
+        (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/choice.yaml"], "rank_loss='ranknet'"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/list.yaml"], "expected `field: value` lines"),
         (["train", "--data", "{tmp}/broken.jsonl", "--config", "{tmp}/none.yaml"], "none.yaml"),
         (["train", "--data", "{tmp}/t", "--supervised_window", "0"], "supervised_window=0"),
         (["train", "--data", "{tmp}/t", "--rank_window", "most"], "rank_window=most: expected a number"),
-        (["train", "--data", "{tmp}/t", "--margin", "nan"], "margin=nan"),
+        (["train", "--data", "{tmp}/t", "--rank_margin", "nan"], "rank_margin=nan"),
     ],
 )
 def test_errors_are_one_line_with_a_status(capsys, tmp_path, model_folder, arguments, message):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "response": "2"}\n{"response": "2"}\n')
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
-    (tmp_path / "choice.yaml").write_text("form: ranknet\n")
+    (tmp_path / "choice.yaml").write_text("rank_loss: ranknet\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     if "--model" not in arguments and arguments[0] in ("generate", "train", "collect"):
@@ -240,9 +243,9 @@ def test_the_best_checkpoint_by_the_answers(tmp_path, data, peft):
     assert state["best_metric"] == max(accuracy.values()) and state["best_global_step"] == max(
         accuracy, key=accuracy.get
     )
-    family = load(tmp_path / "run")
+    diffusion_model = load(tmp_path / "run")
     sums, _ = read_prompts(prompts)
-    assert count_right(family, sums, SamplerConfig(max_new_tokens=4)) == (round(5 * max(accuracy.values())), 5)
+    assert count_right(diffusion_model, sums, SamplerConfig(max_new_tokens=4)) == (round(5 * max(accuracy.values())), 5)
 
 
 @pytest.mark.parametrize("to, suffix", [("parquet", ".parquet"), ("jsonl", ".jsonl"), ("datasets", "")])
@@ -298,13 +301,27 @@ def test_the_model_card_says_method_data_settings_and_results(tmp_path, data, mo
         assert words in card.text, words
 
 
+def test_collect_never_takes_the_test_split_by_itself(capsys, tmp_path, model_folder):
+    tables = {split: Dataset.from_list([{"prompt": split, "answer": "1"}]) for split in ("test", "train")}
+    DatasetDict(tables).save_to_disk(tmp_path / "sums")
+    common = ["--model", model_folder, "--prompts", str(tmp_path / "sums"), "--max_new_tokens", "3"]
+    assert run("collect", *common, "--output", str(tmp_path / "t.jsonl")) == 0
+    assert "sums: split 'train' (--split chooses another)" in capsys.readouterr().out
+    [_settings, record] = (tmp_path / "t.jsonl.rejected").read_text().splitlines()
+    assert json.loads(record)["prompt"] == "train"
+    assert run("evaluate", *common, "--output_dir", str(tmp_path / "e")) == 0
+    assert "sums: split 'test' (--split chooses another)" in capsys.readouterr().out
+    [answers] = (tmp_path / "e").rglob("answers-0.jsonl")
+    assert json.loads(answers.read_text())["prompt"] == "test"
+
+
 def test_evaluate_and_compare(capsys, tmp_path, model_folder):
     prompts = tmp_path / "sums.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(6)))
     folder = tmp_path / "results"
     arguments = ["--tasks", "subtraction", "--prompts", str(prompts), "--num_prompts", "5", "--max_new_tokens", "4"]
     arguments += ["--samplers", "tokens_per_step=1", "tokens_per_step=2,policy=margin", "--output_dir", str(folder)]
-    assert run("evaluate", *arguments, "--compare", str(BASE_PATH), model_folder) == 0
+    assert run("evaluate", *arguments, "--compare", str(SHIPPED_PATH), model_folder) == 0
     said = capsys.readouterr().out
     results, comparison = (json.loads((folder / name).read_text()) for name in ("results.json", "comparison.json"))
     assert len(results) == 8 and len(comparison["comparisons"]) == 4
@@ -329,10 +346,10 @@ PUBLISHED = {  # learning rate, rank weight, margin, methods
 def test_recipes_hold_the_published_values(recipe):
     types = (DataArguments, ModelArguments, TabomConfig)
     arguments, model, config = parse_arguments(types, ["--recipe", recipe], "tabom train", "", takes_recipe=True)
-    assert (config.learning_rate, config.rank_weight, config.margin, arguments.method) == PUBLISHED[recipe]
+    assert (config.learning_rate, config.rank_weight, config.rank_margin, arguments.method) == PUBLISHED[recipe]
     assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
     assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
-    assert (config.form, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
+    assert (config.rank_loss, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
     assert (config.window_unit, config.skip_last_step) == ("steps", True)
     assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
     lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
@@ -344,11 +361,11 @@ def test_recipes_hold_the_published_values(recipe):
 
 def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("margin: 0.5\nrank_weight: 3.0\n")
+    path.write_text("rank_margin: 0.5\nrank_weight: 3.0\n")
     argv = ["--recipe", "dream_prm12k", "--config", str(path), "--rank_weight", "4"]
     types = (DataArguments, ModelArguments, TabomConfig)
     _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
-    assert (config.rank_weight, config.margin, config.form) == (4.0, 0.5, "hinge")
+    assert (config.rank_weight, config.rank_margin, config.rank_loss) == (4.0, 0.5, "hinge")
 
 
 @pytest.mark.parametrize("text, window", [("all", "all"), ("7", 7), (7, 7)])
@@ -385,6 +402,9 @@ def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
         (["--data", "t.jsonl", "--adapt", "--use_peft"], "adapt=True with use_peft=True"),
     ],
 )
-def test_training_that_cannot_start_says_why(capsys, tmp_path, arguments, error):
+def test_training_that_cannot_start_says_why(capsys, monkeypatch, tmp_path, arguments, error):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jsonl", "e.jsonl"):
+        (tmp_path / name).touch()
     assert run("train", *arguments, "--output_dir", str(tmp_path), "--scale", "tiny") == 2
     assert error in capsys.readouterr().err

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
+from tabom.cli.arguments import TRAINING_ARGUMENTS
 from tabom.cli.main import main
-from tabom.lab.model import BASE_PATH
-from tabom.models.loading import load
-from tabom.sampling.animation import NOT_WHOLE, pieces
+from tabom.models.loading import SHIPPED_PATH, load
+from tabom.sampling.animation import PARTIAL_CHARACTER, pieces
 from tests.conftest import random_model
 
 
@@ -26,9 +26,9 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "base"
-    family = random_model(0)
-    family.model.save_pretrained(folder)
-    family.tokenizer.save_pretrained(folder)
+    diffusion_model = random_model(0)
+    diffusion_model.model.save_pretrained(folder)
+    diffusion_model.tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -54,6 +54,11 @@ def test_relative_and_absolute_paths_are_one_model(capsys, monkeypatch, tmp_path
 
 def test_help_lists_own_fields_before_those_of_transformers(capsys):
     assert run("train", "--help") == 0
+    short = capsys.readouterr().out
+    assert "--objective" in short and "--adam_beta1" not in short
+    for name in re.findall(r"--(\w+)", TRAINING_ARGUMENTS):
+        assert name == "help_all" or name in TrainingArguments.__dataclass_fields__
+    assert run("train", "--help_all") == 0
     said = capsys.readouterr().out
     own, theirs = said.split("TrainingArguments of transformers:")
     for name in ("data", "model", "objective", "rank_weight", "eval_prompts"):
@@ -91,7 +96,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["evaluate", "--samplers", "threshold=7"], "threshold=7: expected a probability"),
         (["report", "{data}", "--limit", "0"], "limit=0: expected at least 1"),
         (["train", "--rank_weight", "-1"], "rank_weight=-1.0: expected at least 0"),
-        (["train", "--temperature", "0"], "temperature=0.0: expected above 0 nats"),
+        (["train", "--rank_temperature", "0"], "rank_temperature=0.0: expected above 0 nats"),
         (["train", "--max_response_length", "0"], "max_response_length=0: expected at least 1"),
         (["train", "--lora_r", "0"], "lora_r=0: expected at least 1"),
         (["train", "--lora_dropout", "1"], "lora_dropout=1.0: expected a share in [0, 1)"),
@@ -105,7 +110,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
 )
 def test_a_wrong_value_is_one_line_that_names_it(capsys, monkeypatch, tmp_path, model_folder, data, arguments, message):
     monkeypatch.setattr("tabom.training.config.get_available_reporting_integrations", list)
-    (tmp_path / "broken.yaml").write_text("margin: [1,\nform: hinge\n")
+    (tmp_path / "broken.yaml").write_text("rank_margin: [1,\nrank_loss: hinge\n")
     if "{tmp}/torn" in arguments:
         shutil.copytree(model_folder, tmp_path / "torn")
         weights = tmp_path / "torn" / "model.safetensors"
@@ -164,7 +169,19 @@ def test_the_animation_shows_characters_of_several_tokens_whole():
     assert list(pieces(tokenizer, tokens, decided)) == ["", "é", " ", "", "", "→", " ", "", "", "中", "!"]
     half_way = [0, 1, 2, 3, 4, -1, -1, -1, 8, 9, 10]  # inside the arrow, and inside the Chinese character
     shown = list(pieces(tokenizer, tokens, half_way))
-    assert shown == ["", "é", " ", NOT_WHOLE, NOT_WHOLE, "·", "·", "·", "", "", NOT_WHOLE * 2 + "!"]
+    assert shown == [
+        "",
+        "é",
+        " ",
+        PARTIAL_CHARACTER,
+        PARTIAL_CHARACTER,
+        "·",
+        "·",
+        "·",
+        "",
+        "",
+        PARTIAL_CHARACTER * 2 + "!",
+    ]
     assert not any("\ufffd" in piece for piece in shown)
 
 
@@ -174,7 +191,16 @@ def test_the_animation_is_slow_enough_to_see(monkeypatch, capsys):
     for length in ("4", "40"):
         slept.clear()
         assert (
-            run("generate", "--model", str(BASE_PATH), "--prompt", "517-289=", "--animate", "--max_new_tokens", length)
+            run(
+                "generate",
+                "--model",
+                str(SHIPPED_PATH),
+                "--prompt",
+                "517-289=",
+                "--animate",
+                "--max_new_tokens",
+                length,
+            )
             == 0
         )
         assert sum(slept) >= 3 and min(slept) >= 0.15

@@ -1,7 +1,7 @@
 """What comes from elsewhere must not reach the terminal, run code, loop, or end in a traceback."""
 
 import io
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -42,16 +42,16 @@ def test_other_text_stays_what_it_is():
 
 @pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
 def test_generate_and_its_animation_strip_what_a_terminal_obeys(capsys, monkeypatch, tmp_path, text):
-    family = random_model(0)
-    family.model.save_pretrained(tmp_path)
-    family.tokenizer.save_pretrained(tmp_path)
+    diffusion_model = random_model(0)
+    diffusion_model.model.save_pretrained(tmp_path)
+    diffusion_model.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr("tabom.cli.generate.decode_response", lambda *_: text)
     assert main(["generate", "--model", str(tmp_path), "--prompt", "1+1="]) == 0
-    monkeypatch.setattr(type(family.tokenizer), "decode", lambda self, ids, **_: text)
+    monkeypatch.setattr(type(diffusion_model.tokenizer), "decode", lambda self, ids, **_: text)
     nats = [torch.zeros(1, 1)] * (len(DecodingState._fields) - 2)
     state = DecodingState(torch.tensor([[5]]), torch.tensor([[0]]), *nats)
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None)
-    terminal.print(render(family, text, state, 1, "step"), end="")
+    terminal.print(render(diffusion_model, text, state, 1, "step"), end="")
     obeyed = ("\x9b", "\x07", "\r", "\u202e", "\x1b]", "\x1b[31m")
     for shown in (capsys.readouterr().out, terminal.file.getvalue()):
         assert shown.strip() and not any(each in shown for each in obeyed)
@@ -59,9 +59,9 @@ def test_generate_and_its_animation_strip_what_a_terminal_obeys(capsys, monkeypa
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
 def test_pickled_weights_are_refused_with_the_remedy_and_not_read(tmp_path, name):
-    family = random_model(0)
-    family.model.save_pretrained(tmp_path)
-    family.tokenizer.save_pretrained(tmp_path)
+    diffusion_model = random_model(0)
+    diffusion_model.model.save_pretrained(tmp_path)
+    diffusion_model.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match=rf"{name} is pickled and could run code.*save_pretrained writes"):
@@ -72,16 +72,19 @@ def test_pickled_weights_are_refused_with_the_remedy_and_not_read(tmp_path, name
 @pytest.mark.parametrize(
     "template, problem",
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "takes more than 0.5 s"),
-        ("{{ 'x' * 20000000000 }}", "takes more than 256 MiB"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate"),
-        ("{{ messages[7].content }}", "refuses this conversation"),
-        ("{% broken", "refuses this conversation"),
-        ("{{ 1 / 0 }}", "refuses this conversation"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 2 s"),
+        ("{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "256 MiB"),
+        ("{{ 'x' * 10 ** 16 }}", "takes more memory than there is"),
+        ("{{ messages[0].content * 2 ** 23 }}", "writes 33554432 characters; at most 16777216 are read"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on this conversation: maximum recursion depth"),
+        ("{{ '{}'.format() }}", "fails on this conversation: "),
+        ("{{ raise_exception('roles must alternate') }}", "fails on this conversation: roles must alternate"),
+        ("{{ messages[7].content }}", "fails on this conversation"),
+        ("{% broken", "fails on this conversation"),
+        ("{{ 1 / 0 }}", "fails on this conversation"),
     ],
 )
 def test_a_chat_template_is_ended_in_time(monkeypatch, template, problem):
-    monkeypatch.setattr(encoding, "TEMPLATE_SECONDS", 0.5)
     monkeypatch.setattr(encoding, "TEMPLATE_BYTES", 2**28)
     tokenizer = random_model(0).tokenizer
     tokenizer.chat_template = template
@@ -93,11 +96,11 @@ def test_a_chat_template_is_ended_in_time(monkeypatch, template, problem):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_ends_in_one_line_with_status_130(capsys, monkeypatch, command):
-    def interrupt(argv):
+    def interrupt():
         raise KeyboardInterrupt
 
-    __import__(COMMANDS[command])
-    monkeypatch.setattr(sys.modules[COMMANDS[command]], "run", interrupt)
+    monkeypatch.setattr("tabom.cli.main.parse", lambda name, argv: ())
+    monkeypatch.setattr(import_module(f"tabom.cli.{COMMANDS[command].module}"), "run", interrupt)
     assert main(command.split()) == 130
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and f"tabom {command}: interrupted; " in error

@@ -5,7 +5,8 @@ import json
 import datasets
 import pytest
 
-from tabom.cli.prompts import ReadingArguments
+from tabom.cli.commands import ReadingArguments
+from tabom.cli.prompts import read
 from tabom.data.prompts import PromptReader, read_prompts
 from tabom.data.trajectories import read_trajectories
 from tabom.lab.model import character_tokenizer
@@ -129,6 +130,20 @@ def test_csv_and_numbers_for_answers(tmp_path):
     assert (prompts.prompts, prompts.answers) == (["6*7", "1/2"], ["42", "0.5"])
 
 
+def test_words_for_missing_values_are_answers_in_csv(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("question,answer\nWhich roots?,None\nWhich gas?,NA\nWhat?,\n")
+    prompts, _ = read_prompts(path)
+    assert prompts.answers == ["None", "NA", None]
+
+
+def test_an_answer_that_is_no_number_is_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "2+2?", "answer": NaN}\n')
+    with pytest.raises(ValueError, match="line 1: field 'answer': nan; expected a text or a finite number"):
+        read_prompts(path)
+
+
 def test_a_folder_of_datasets_and_its_splits(tmp_path):
     tables = {name: datasets.Dataset.from_list([{**GSM8K, "question": name}]) for name in ("train", "test")}
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
@@ -136,6 +151,24 @@ def test_a_folder_of_datasets_and_its_splits(tmp_path):
     assert read_prompts(tmp_path / "saved", split="train")[0].prompts == ["train"]
     with pytest.raises(ValueError, match=r"split='dev': expected one of train, test"):
         read_prompts(tmp_path / "saved", split="dev")
+
+
+def test_the_split_that_was_taken_by_default_is_printed(tmp_path, capsys):
+    tables = {name: datasets.Dataset.from_list([{**GSM8K, "question": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    only = datasets.DatasetDict({"validation": tables["train"]})
+    only.save_to_disk(tmp_path / "only")
+    for folder, default, taken in (
+        ("saved", "train", "train"),
+        ("saved", "test", "test"),
+        ("only", "train", "validation"),
+    ):
+        read_prompts(tmp_path / folder, default_split=default)
+        assert f"{folder}: split {taken!r} (--split chooses another)\n" in capsys.readouterr().out
+    read_prompts(tmp_path / "saved", split="train")
+    assert ": split" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="split=None: expected one of train, test"):
+        read_prompts(tmp_path / "saved", default_split="dev")
 
 
 def test_a_field_that_other_records_have_is_not_there(tmp_path):
@@ -232,7 +265,7 @@ def test_a_name_of_the_hub_with_its_configuration_and_split(hub):
 
     hub("openai/gsm8k", {name: {split: problems(f"{name} {split}") for split in ("train", "test")} for name in "ab"})
     for config_name, split in (("a", "train"), ("b", "train"), ("b", "test"), ("a", None)):
-        prompts = ReadingArguments(config_name=config_name, split=split).read("openai/gsm8k")
+        prompts = read(ReadingArguments(config_name=config_name, split=split), "openai/gsm8k", default_split="test")
         assert prompts.prompts == [f"{config_name} {split or 'test'}"]
         assert (prompts.name, prompts.verifier) == ("gsm8k", "math")
     with pytest.raises(ValueError, match=r"available configs: \['a', 'b'\]"):
@@ -246,3 +279,33 @@ def test_trajectories_from_a_name_of_the_hub(hub):
     tokenizer = character_tokenizer()
     [trajectory], _ = read_trajectories("user/name", tokenizer, len(tokenizer))
     assert (trajectory.prompt, trajectory.response) == ("1+1=", "2")
+
+
+ODD_TESTS = {
+    "uneven": ({"question": "q", "input_output": {"inputs": ["1"], "outputs": []}}, "input_output"),
+    "other names": ({"question": "q", "tests": [{"given": "1", "wanted": "2"}]}, "tests"),
+    "a large integer": (
+        {"question": "q", "input_output": '{"inputs": [' + "1" * 5000 + '], "outputs": ["1"]}'},
+        "input_output",
+    ),
+    "no JSON": ({"question_content": "q", "public_test_cases": "[{"}, "public_test_cases"),
+    "a bad entry point": ({"prompt": "q", "test": "def check(c): pass", "entry_point": "add("}, "test"),
+    "no Python": ({"question": "q", "test_list": ["assert f(1 ="]}, "test_list"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TESTS)
+def test_tests_that_cannot_be_run_are_named_where_they_are_read_and_counted(tmp_path, name):
+    record, field = ODD_TESTS[name]
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"question": "q", "tests": "assert f(1)"}) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=rf"odd.jsonl, line 2: field '{field}'"):
+        read_prompts(path)
+    prompts, invalid = read_prompts(path, skip_invalid=True)
+    assert len(prompts.prompts) == 1 and invalid == 1
+
+
+def test_expected_output_is_a_name_of_the_output(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"question": "q", "tests": [{"input": "1", "expected_output": "2"}]}) + "\n")
+    assert read_prompts(path)[0].verifier == "code"

@@ -13,7 +13,7 @@ from tabom.data import tokenized
 from tabom.data.tokenized import FEATURES, TokenizedTrajectory, tokenize
 from tabom.data.trajectories import parse_trajectory
 from tabom.lab.model import character_tokenizer
-from tabom.training.collator import TrajectoryDataset
+from tabom.training.examples import TrajectoryDataset
 from tabom.training.objectives import ObjectiveSettings
 
 TOKENIZER = character_tokenizer()
@@ -173,7 +173,7 @@ def test_invalid_records_are_named_or_counted_also_from_the_cache(tmp_path, pars
         assert (len(table), invalid, len(parsed)) == (2, 1, 3)
     template = character_tokenizer()
     template.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: the chat template refuses"):
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: the chat template fails"):
         tokenize(lines, template, len(TOKENIZER))
 
 

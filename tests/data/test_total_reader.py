@@ -16,7 +16,6 @@ from tabom.data.sources import MAX_LINE
 from tabom.data.tokenized import tokenize
 from tabom.data.trajectories import read_trajectories
 from tabom.lab.model import character_tokenizer
-from tabom.sampling.collect import drop_torn_line, start_or_resume
 from tabom.training.config import TabomConfig
 
 TOKENIZER = character_tokenizer()
@@ -170,24 +169,3 @@ def test_configs_of_any_kind_raise_nothing_else(tmp_path, content):
     argv = ["--config", str(path), "--output_dir", str(tmp_path)]
     with contextlib.suppress(ValueError, SystemExit):
         parse_arguments((ModelArguments, TabomConfig), argv, "tabom train", "")
-
-
-def test_a_collected_file_that_was_damaged_is_named(tmp_path):
-    output = tmp_path / "o.jsonl"
-    assert start_or_resume(output, {"a": 1}) == {}
-    for damage, problem in (
-        (b"{\n", "line 1: not valid JSON"),
-        (b"\xff\n", "line 1: not UTF-8"),
-        (b"{}\n", "without id"),
-    ):
-        output.write_bytes(damage)
-        with pytest.raises(ValueError, match=rf"o\.jsonl.*{problem}"):
-            start_or_resume(output, {"a": 1})
-
-
-@pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"a\nb", b"\n", b"a\n" + b"x" * 200_000, b"x" * 200_000])
-def test_a_torn_line_is_cut_off_at_any_length(tmp_path, content):
-    path = tmp_path / "t"
-    path.write_bytes(content)
-    drop_torn_line(path)
-    assert path.read_bytes() == content[: content.rfind(b"\n") + 1]

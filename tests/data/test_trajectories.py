@@ -3,6 +3,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from tabom.data import encoding
 from tabom.data.encoding import encode_prompt, encode_response
 from tabom.data.trajectories import (
     Trajectory,
@@ -183,6 +184,16 @@ def test_a_response_is_encoded_as_the_chat_template_ends_it():
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     with pytest.raises(ValueError, match="writes a prompt differently"):
         encode_response(tokenizer, "q", "xyz")
+
+
+def test_a_response_is_tokenized_without_its_prompt_whose_tokens_stand_before_it_already(monkeypatch):
+    tokenizer, texts = character_tokenizer(), []
+    encode = encoding.encode_text
+    monkeypatch.setattr(encoding, "encode_text", lambda tokenizer, text: texts.append(text) or encode(tokenizer, text))
+    encode_response(tokenizer, "q" * 100, "xyz")
+    tokenizer.chat_template = CHAT.replace("=", "-", 1)
+    encode_response(tokenizer, "q" * 100, "xyz")
+    assert texts and all(text.startswith("xyz") for text in texts)
 
 
 def test_a_response_is_cut_and_filled_up():

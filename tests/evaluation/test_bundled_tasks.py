@@ -14,8 +14,8 @@ from tabom import load
 from tabom.cli.main import main
 from tabom.data.verifiers.sandbox import find_bubblewrap
 from tabom.evaluation.lm_eval import TabomLM, cut
-from tabom.lab.model import BASE_PATH
 from tabom.lab.tasks import make_task
+from tabom.models.loading import SHIPPED_PATH
 
 BUNDLED = Path(lm_eval.__file__).parent / "tasks"
 OVERRIDE = """
@@ -86,7 +86,7 @@ def harness(folder, tmp_path, monkeypatch):
 
 def evaluated(prompts, output):
     """What `tabom evaluate` makes of the same prompts: its results, and the responses by prompt."""
-    command = ["evaluate", "--prompts", str(prompts), "--model", str(BASE_PATH), "--max_new_tokens", "4"]
+    command = ["evaluate", "--prompts", str(prompts), "--model", str(SHIPPED_PATH), "--max_new_tokens", "4"]
     assert main([*command, "--output_dir", str(output)]) == 0
     [result] = json.loads((output / "results.json").read_text())
     [answers] = output.glob("*/*/*/answers-0.jsonl")
@@ -95,7 +95,7 @@ def evaluated(prompts, output):
 
 def test_gsm8k_as_it_is_bundled(folder, harness, tmp_path):
     """Few-shot prompts, `until` strings and filters are the task's; the responses those of `tabom evaluate`."""
-    _, samples = harness("real", TabomLM(load(BASE_PATH), max_new_tokens=4), num_fewshot=1)
+    _, samples = harness("real", TabomLM(load(SHIPPED_PATH), max_new_tokens=4), num_fewshot=1)
     assert {sample["filter"] for sample in samples} == {"strict-match", "flexible-extract"}
     responses = {sample["arguments"][0][0]: sample["resps"][0][0] for sample in samples}
     assert len(responses) == 12 and all(prompt.count("Question:") == 2 for prompt in responses)
@@ -108,7 +108,7 @@ def test_gsm8k_as_it_is_bundled(folder, harness, tmp_path):
 
 def test_gsm8k_s_filters_find_the_accuracy_of_tabom_evaluate(folder, harness, tmp_path):
     pytest.importorskip("math_verify")
-    results, _ = harness("plain", TabomLM(load(BASE_PATH), max_new_tokens=4))
+    results, _ = harness("plain", TabomLM(load(SHIPPED_PATH), max_new_tokens=4))
     ours, _ = evaluated(folder / "gsm8k.jsonl", tmp_path / "ours")
     assert 0.2 < ours["accuracy"]["mean"] < 1 and ours["settings"]["verifier"] == "math"
     assert results["exact_match,flexible-extract"] == pytest.approx(ours["accuracy"]["mean"])
@@ -116,7 +116,7 @@ def test_gsm8k_s_filters_find_the_accuracy_of_tabom_evaluate(folder, harness, tm
 
 
 def test_gsm8k_as_a_conversation_of_several_turns(harness):
-    model = load(BASE_PATH)
+    model = load(SHIPPED_PATH)
     model.tokenizer.chat_template = (
         "{% for m in messages %}<eos>{{ m['role'][0] }}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<eos>a{% endif %}"
@@ -133,7 +133,7 @@ def test_humaneval_as_it_is_bundled(harness, monkeypatch):
     if find_bubblewrap() is None:
         pytest.skip("no working bubblewrap on this machine")
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    results, samples = harness("program", TabomLM(load(BASE_PATH), max_new_tokens=1))
+    results, samples = harness("program", TabomLM(load(SHIPPED_PATH), max_new_tokens=1))
     assert samples[0]["arguments"][0][0] == HUMANEVAL["prompt"] and samples[0]["arguments"][0][1]["until"][1] == "\ndef"
     [[response]] = samples[0]["resps"]
     assert samples[0]["filtered_resps"] == [[HUMANEVAL["prompt"] + response]]

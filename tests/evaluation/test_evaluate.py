@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -12,17 +13,20 @@ import torch
 from torch.distributed import HashStore
 
 from tabom import PromptSet, SamplerConfig, read_trajectories, sample
+from tabom.cli.main import main
 from tabom.data.encoding import encode_prompt
+from tabom.data.store import ResponseFolder
 from tabom.data.verifiers import Verdict
 from tabom.evaluation.compare import compare, comparison_table, results_table
-from tabom.evaluation.evaluate import Cell, EvaluateConfig, by_problem, evaluate, read_answers, summarise
+from tabom.evaluation.evaluate import Cell, EvaluateConfig, by_problem, evaluate, summarise
 from tabom.evaluation.measured import decode_measured, measure
 from tabom.evaluation.metrics import estimate, estimate_ratio
 from tabom.evaluation.replay import order_accuracy, replayed_tds
 from tabom.models.diffusion_model import logits_at
 from tabom.sampling.collect import to_trajectory
+from tabom.sampling.completions import Completion
 from tabom.sampling.engine import EngineConfig, Request
-from tabom.sampling.sampler import Completion
+from tabom.sampling.ranks import Ranks
 from tests.conftest import random_model
 
 PROMPTS = [f"{i}+12=" for i in range(10)]
@@ -42,7 +46,7 @@ def config(folder, **changes):
 
 def test_every_figure_against_its_definition(tmp_path, model):
     result = evaluate(model, prompt_set(), SAMPLER, config(tmp_path), CELL)
-    answers = {record["id"]: record for record in read_answers(CELL.folder(tmp_path))}
+    answers = {record["id"]: record for record in ResponseFolder(CELL.folder(tmp_path)).records()}
     assert len(answers) == 30 and (result["problems"], result["answers"], result["unverified"]) == (10, 30, 0)
     for repeat in range(3):
         encoded = [encode_prompt(model.tokenizer, prompt) for prompt in PROMPTS]
@@ -129,26 +133,125 @@ def test_a_restart_after_any_torn_write_gives_the_same_result(tmp_path, cut):
     os.truncate(path, max(path.stat().st_size - cut, 0))
     again = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "torn"), CELL, EngineConfig(40))
     for result in (whole, again):
-        for name in ("seconds", "positions"):  # the padding depends on the batch
+        for name in ("seconds", "positions", "reused"):  # the padding depends on the batch
             del result[name]
     assert again.pop("tds") == pytest.approx(whole.pop("tds"), rel=1e-3)
     assert again == whole
 
 
-def test_what_another_rank_has_taken_is_not_answered_again_and_the_first_has_the_result(tmp_path, monkeypatch):
+def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypatch):
+    """Three processes, here threads, go on with what one has begun."""
     model = random_model(0)
     alone = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "alone"), CELL)
-    store = HashStore()
+    evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared", samples_per_prompt=1), CELL)
+    meeting, of_thread, results = HashStore(), threading.local(), {}
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(store, None, None)]))
+    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(meeting, None, None)]))
     monkeypatch.setattr("tabom.sampling.ranks._jobs", itertools.repeat(0))
-    results = []
-    for rank in (2, 1, 0):
+    monkeypatch.setattr("tabom.evaluation.evaluate.Ranks", lambda: of_thread.ranks)
+
+    def run(ranks, own_model):
+        of_thread.ranks = ranks
+        results[ranks.rank] = evaluate(own_model, prompt_set(), SAMPLER, config(tmp_path / "shared"), CELL)
+
+    threads = []
+    for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        results.append(evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared"), CELL))
-    assert results[:2] == [None, None] and results[2]["accuracy"] == alone["accuracy"]
+        threads.append(threading.Thread(target=run, args=(Ranks(), random_model(0))))  # as processes have their own
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert (results[1], results[2]) == (None, None) and results[0]["accuracy"] == alone["accuracy"]
+    assert (results[0]["reused"], results[0]["answers"]) == (10, 30)
     files = sorted(CELL.folder(tmp_path / "shared").glob("answers-*.jsonl"))
-    assert [len(path.read_text().splitlines()) for path in files] == [0, 0, 30]
+    assert len(files) == 3 and sum(path.read_bytes().count(b"\n") for path in files) == 30, "none is made twice"
+
+
+def test_text_that_ends_lines_elsewhere_finishes_and_resumes(tmp_path, monkeypatch):
+    """Prompts, responses and reasons with the characters at which `splitlines` and text mode end a line."""
+    separators = "\u2028 \u2029 \x85 \r \x0b \x0c \x1c \x1d \x1e"
+    monkeypatch.setattr("tabom.sampling.collect.decode_response", lambda model, tokens: f"{len(tokens)}{separators}")
+    prompts = PromptSet(
+        "s", [prompt + separators for prompt in PROMPTS], [separators] * 10, lambda *_: Verdict(True, separators)
+    )
+    first, again = (evaluate(random_model(0), prompts, SAMPLER, config(tmp_path), CELL) for _ in range(2))
+    assert (first.pop("reused"), again.pop("reused")) == (0, 30) and first == again
+    [record, *_] = ResponseFolder(CELL.folder(tmp_path)).records()
+    assert record["response"].endswith(separators) and record["why"] == separators
+
+
+def test_other_weights_under_the_same_path_are_refused(tmp_path):
+    answers = CELL.folder(tmp_path) / "answers-0.jsonl"
+    assert evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)["reused"] == 0
+    before = answers.read_bytes()
+    other, half = random_model(0), random_model(0)
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    half.model.bfloat16()
+    for model, now in ((other, "float32"), (half, "bfloat16")):
+        said = f"was begun with weights='float32, sha256 .*now weights='{now}, sha256 .*; .* choose another output_dir"
+        with pytest.raises(ValueError, match=said):
+            evaluate(model, prompt_set(), SAMPLER, config(tmp_path), CELL)
+    assert answers.read_bytes() == before
+    assert evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)["reused"] == 30
+
+
+def test_a_folder_that_does_not_note_the_weights_is_refused_until_the_user_adds_them(tmp_path):
+    """An earlier version did not note them."""
+    evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)
+    path = CELL.folder(tmp_path) / "settings.json"
+    noted = json.loads(path.read_bytes())
+    weights = noted.pop("weights")
+    path.write_text(json.dumps(noted))
+    said = f'was begun without a note of its weights, .* add "weights": "{weights}" to the settings in .*settings.json'
+    with pytest.raises(ValueError, match=said):
+        evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)
+    path.write_text(json.dumps({**noted, "weights": weights}))
+    assert evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)["reused"] == 30
+
+
+def test_the_command_with_replaced_weights_and_with_torn_files(tmp_path, capsys):
+    """Evaluate a folder, replace its weights, evaluate again; then tear each JSON file, for evaluate and for report."""
+    for seed, name in enumerate(("one", "two")):
+        diffusion_model = random_model(seed)
+        diffusion_model.model.save_pretrained(tmp_path / name)
+        diffusion_model.tokenizer.save_pretrained(tmp_path / name)
+    output, model = tmp_path / "e", str(tmp_path / "one")
+    settings = ["--tasks", "addition", "--num_prompts", "4", "--max_new_tokens", "2", "--compare", model, model]
+    evaluating = ["evaluate", *settings, "--output_dir", str(output)]
+    reporting = ["report", str(output), "-o", str(tmp_path / "r.html"), "--model", model]
+
+    def said(command, status):
+        assert main(command) == status
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out if status == 0 else captured.err.rstrip("\n").rpartition("\n")[2]
+
+    assert "earlier run" not in said(evaluating, 0)
+    assert "4 of 4 responses were made by an earlier run" in said(evaluating, 0)
+    weights = (tmp_path / "one" / "model.safetensors").read_bytes()
+    (tmp_path / "one" / "model.safetensors").write_bytes((tmp_path / "two" / "model.safetensors").read_bytes())
+    assert "was begun with weights=" in said(evaluating, 2)
+    (tmp_path / "one" / "model.safetensors").write_bytes(weights)
+    said(evaluating, 0)
+    [noted] = output.rglob("settings.json")
+    for path, commands, remedy in (
+        (noted, (evaluating, reporting), "restore the file, or choose another output_dir"),
+        (output / "results.json", (reporting,), "run the `tabom evaluate` command again"),
+        (output / "comparison.json", (reporting,), "run the `tabom evaluate` command again"),
+    ):
+        whole = path.read_bytes()
+        for torn in (whole[:-3], b"", b"3"):
+            path.write_bytes(torn)
+            for command in commands:
+                error = said(command, 2)
+                assert error.startswith("tabom ") and str(path) in error and remedy in error
+        path.write_bytes(whole)
+    said(reporting, 0)
+    (output / "results.json").write_bytes(b"{")
+    assert "4 of 4 responses" in said(evaluating, 0)
+    said(reporting, 0)
 
 
 def test_other_settings_are_refused_and_more_samples_are_not(tmp_path, model):

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from tabom import SamplerConfig, load
 from tabom.cli.main import main
 from tabom.evaluation.lm_eval import TabomLM, cut
-from tabom.lab.model import BASE_PATH
+from tabom.models.loading import SHIPPED_PATH
 from tabom.sampling.engine import Engine
 from tests.conftest import random_model
 
@@ -65,7 +65,7 @@ def run_harness(tasks, output, *names, launcher=(), arguments="policy=entropy"):
     """The results of the real command."""
     command = [*launcher] if launcher else [sys.executable]
     command += ["-m", "tabom.evaluation.lm_eval", "--model", "tabom", "--batch_size", "7"]
-    command += ["--model_args", f"pretrained={BASE_PATH},{arguments}", "--tasks", ",".join(names)]
+    command += ["--model_args", f"pretrained={SHIPPED_PATH},{arguments}", "--tasks", ",".join(names)]
     command += ["--include_path", str(tasks), "--output_path", str(output), "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -76,7 +76,7 @@ def run_harness(tasks, output, *names, launcher=(), arguments="policy=entropy"):
 
 def test_the_same_numbers_as_tabom_evaluate(tasks, tmp_path):
     results, output = run_harness(tasks, tmp_path / "harness", "local_sums")
-    ours = ["--prompts", str(tasks / "sums.jsonl"), "--model", str(BASE_PATH), "--max_new_tokens", "4"]
+    ours = ["--prompts", str(tasks / "sums.jsonl"), "--model", str(SHIPPED_PATH), "--max_new_tokens", "4"]
     assert main(["evaluate", *ours, "--output_dir", str(tmp_path / "ours")]) == 0
     [expected] = json.loads((tmp_path / "ours" / "results.json").read_text())
     assert 0.2 < expected["accuracy"]["mean"] < 0.9, "a task that the model half knows"
@@ -103,7 +103,7 @@ def requests(kind, *arguments):
 
 def test_every_request_has_its_length_its_ends_and_its_place(monkeypatch):
     """Requests of several lengths come back in order, decoded with those of their own length, in one engine."""
-    lm = TabomLM(load(BASE_PATH), batch_size=2)
+    lm = TabomLM(load(SHIPPED_PATH), batch_size=2)
     seen = []
 
     class Watched(Engine):
@@ -121,6 +121,51 @@ def test_every_request_has_its_length_its_ends_and_its_place(monkeypatch):
     settings = {"max_gen_toks": 4, "until": ["7"], "do_sample": True, "temperature": 0.1}
     [answer] = lm.generate_until(requests("generate_until", ("123+456=", settings)), True)
     assert answer == "05" and seen == [(4, 0.1, [8], 2 * 12)]
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ({}, {}),
+        ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": "7"}, {"max_new_tokens": 7}),
+        ({"max_completion_tokens": 8}, {"max_new_tokens": 8}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "do_sample": False, "top_p": 0.9}, {}),
+        ({"temperature": 0.0}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        (
+            {"do_sample": True, "temperature": "0.5", "top_p": 0.9, "top_k": 20},
+            {"temperature": 0.5, "top_p": 0.9, "top_k": 20},
+        ),
+        ({"temperature": 0.5, "top_k": -1, "num_beams": 1, "until": "x"}, {"temperature": 0.5}),
+    ],
+)
+def test_what_a_request_asks_for_is_done(seed, asked, expected):
+    settings = TabomLM(random_model(seed)).settings_for(asked)
+    assert settings == SamplerConfig(**{"max_new_tokens": 6, **expected})
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 4}, {"min_p": 0.1}, {"max_length": 100}, {"repetition_penalty": 1.2}])
+def test_what_the_sampler_does_not_do_is_refused_by_name(seed, asked):
+    [(name, value)] = asked.items()
+    with pytest.raises(ValueError, match=f"^generation_kwargs {name}={value}: not done by tabom's sampler"):
+        TabomLM(random_model(seed)).generate_until(requests("generate_until", ("1+2=", asked)), True)
+
+
+def test_requests_of_different_settings_are_decoded_apart(monkeypatch, seed):
+    lm, seen = TabomLM(random_model(seed)), []
+
+    class Watched(Engine):
+        def run(self, requests):
+            seen.append((self.config.top_p, self.config.top_k))
+            return super().run(requests)
+
+    monkeypatch.setattr("tabom.evaluation.lm_eval.Engine", Watched)
+    sample = {"max_gen_toks": 2, "temperature": 1.0}
+    asked = [sample, sample | {"top_p": 0.5}, sample | {"top_k": 3}, sample | {"top_p": 0.5}]
+    lm.generate_until(requests("generate_until", *(("1+2=", each) for each in asked)), True)
+    assert sorted(seen, key=str) == sorted([(None, None), (0.5, None), (None, 3)], key=str)
 
 
 def test_text_is_cut_at_the_first_end():

@@ -1,8 +1,11 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 
 from tabom.evaluation.metrics import count_pairs_in_order, entropy_by_step, pass_at_k
+from tests.largest_memory import LargestMemory
 
 
 def test_pass_at_k_against_the_definition(seed):
@@ -20,6 +23,23 @@ def test_pairs_in_order_by_hand():
     steps = torch.tensor([0, 1, 1, 3, -1])
     counts = count_pairs_in_order(entropy, steps, torch.tensor([0, 3, 5], dtype=torch.int32))
     assert (counts.in_order.item(), counts.pairs.item()) == (1, 2)
+
+
+def test_pairs_are_counted_in_the_memory_of_the_longest_sequence(rng):
+    """All rows paired with each other would be 1.3 million elements here, and beyond 2^31 in a batch of 46341 rows."""
+    lengths = torch.tensor([0, 5, 300, 1, *[41] * 20])
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    rows = int(cu_seqlens[-1])
+    entropy, steps = torch.rand(rows).round(decimals=2), torch.randint(-1, 9, (rows,))
+    with LargestMemory() as largest:
+        counts = count_pairs_in_order(entropy, steps, cu_seqlens)
+    assert largest.bytes <= max(8 * rows, 300**2)
+    in_order = pairs = 0
+    for e, s in zip(entropy.split(lengths.tolist()), steps.split(lengths.tolist()), strict=True):
+        for (a, i), (b, j) in product(zip(e.tolist(), s.tolist(), strict=True), repeat=2):
+            if 0 <= i < j:
+                pairs, in_order = pairs + 1, in_order + (a < b)
+    assert (counts.in_order.item(), counts.pairs.item()) == (in_order, pairs)
 
 
 def test_entropy_by_step():

@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_the_original(seed, rng, fused_trainer, 
     torch.testing.assert_close(fused_grads, grads)
     if norm != "sequence":
         torch.testing.assert_close(fused_logged, logged)
-    assert getattr(type(model), "plain_class", None) is LlamaForCausalLM, "it was fused"
+    assert getattr(type(model), "own_class", None) is LlamaForCausalLM, "it was fused"
 
 
 def test_another_norm_is_refused(rng, fused_trainer):

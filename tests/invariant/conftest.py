@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import random_model
+from tests.models.block_causal import make_checkpoint
 from tests.training.test_trainer import make_trajectories
 
 
@@ -37,12 +38,16 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Two models, `tied` and `untied`, and `t.jsonl` with 22 trajectories: batches of 12 come out uneven."""
+    """Three models, and `t.jsonl` with 22 trajectories: batches of 12 come out uneven.
+
+    `tied` and `untied` have full attention, `blocks` is a block-causal mixture of experts.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("tied", "untied"):
-        family = random_model(3, tie_word_embeddings=name == "tied")
-        family.model.save_pretrained(folder / name)
-        family.tokenizer.save_pretrained(folder / name)
+        diffusion_model = random_model(3, tie_word_embeddings=name == "tied")
+        diffusion_model.model.save_pretrained(folder / name)
+        diffusion_model.tokenizer.save_pretrained(folder / name)
+    make_checkpoint(folder / "blocks", "sdar_moe")
     records = (t.to_record() for t in make_trajectories(random.Random(7), count=22))
     (folder / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder

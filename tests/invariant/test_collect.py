@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tabom.cli.main import main
-from tabom.evaluation.evaluate import read_answers
+from tabom.data.store import ResponseFolder, TrajectoryFile
 from tests.invariant.conftest import launch
 
 PROMPTS = 120
@@ -35,15 +35,11 @@ def collecting(asked, output):
 
 def records(output):
     """What is kept and what is rejected, by name; nothing is left of shards."""
-    found = [json.loads(line) for path in (output, rejected_of(output)) for line in path.read_text().splitlines()]
-    by_name = {record["id"]: record for record in found if "id" in record}
-    assert len(found) - 1 == len(by_name) == 2 * PROMPTS, "each once, and the settings"
+    found = list(TrajectoryFile(output).records())
+    by_name = {record["id"]: record for record in found}
+    assert len(found) == len(by_name) == 2 * PROMPTS, "each once"
     assert not list(output.parent.glob(f"{output.name}.rank*"))
     return by_name
-
-
-def rejected_of(output):
-    return output.with_name(output.name + ".rejected")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +63,8 @@ def test_two_processes_collect_and_evaluate_as_one(asked, alone, tmp_path):
         del result["seconds"]
     assert one == two
     [cell] = {path.parent for path in (tmp_path / "two").rglob("answers-*.jsonl")}
-    shares = [len(path.read_text().splitlines()) for path in sorted(cell.glob("answers-*.jsonl"))]
-    assert sum(shares) == len(list(read_answers(cell))) == 240 and min(shares) > 0
+    shares = [path.read_bytes().count(b"\n") for path in sorted(cell.glob("answers-*.jsonl"))]
+    assert sum(shares) == len(list(ResponseFolder(cell).records())) == 240 and min(shares) > 0
 
 
 def test_killed_on_two_processes_it_goes_on_with_one_or_three(asked, alone, tmp_path, rng):

@@ -7,6 +7,8 @@ import torch
 
 from tests.invariant.conftest import launch, logs, weights
 
+pytestmark = pytest.mark.xdist_group("parallel")  # one process makes what all tests here read
+
 STEPS = 5
 FULL = json.dumps({"state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"})
 SHARDED = FULL.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -49,16 +51,20 @@ MODELS = {  # what one process trains as well
     "lora": {"use_peft": True, "lora_r": 4},
     "lora-bf16": {"use_peft": True, "lora_r": 4, "bf16": True},
     "nelbo-bf16": {"objective": "nelbo", "bf16": True},
+    "blocks": {"model": "blocks"},
 }
 ALONE = {  # on one process: the model, and how it is run in another way
     "accumulated": ("fp32", {"batch_size": 4, "gradient_accumulation_steps": 3}),
     "reference": ("fp32", {"fused_linear": False, "loss_backend": "reference"}),
 }
 FSDP = {"fsdp": None, "fsdp_config": FULL}
-RUNS = {  # on two processes: the model, how it is run there, and after which step it is interrupted
+# On two processes: the model, how it is run there, and after which step it is interrupted. FSDP leaves settings in the
+# environment of a process, so the runs without it come first.
+RUNS = {
     "ddp": ("fp32", {}, 0),
     "ddp-accumulated": ("fp32", {"batch_size": 2, "gradient_accumulation_steps": 3}, 0),
     "ddp-lora-bf16": ("lora-bf16", {}, 3),
+    "ddp-blocks": ("blocks", {"batch_size": 2, "gradient_accumulation_steps": 3}, 0),
     "fsdp2-full-state": ("fp32", FSDP, 3),
     "fsdp2-checkpointing": ("bf16", FSDP | {"gradient_checkpointing": True}, 0),
     "fsdp2-sharded-state": ("bf16", FSDP | {"fsdp_config": SHARDED}, 3),
@@ -66,6 +72,7 @@ RUNS = {  # on two processes: the model, how it is run there, and after which st
     "fsdp2-lora": ("lora", FSDP, 3),
     "fsdp2-lora-bf16": ("lora-bf16", FSDP | {"fsdp_config": SHARDED}, 3),
     "fsdp2-nelbo": ("nelbo-bf16", FSDP, 0),
+    "fsdp2-blocks": ("blocks", FSDP | {"fsdp_config": FULL.replace("LlamaDecoderLayer", "Qwen3MoeDecoderLayer")}, 3),
     "fsdp2-not-fused": ("bf16", FSDP | {"fused_linear": False}, 0),
 }
 

@@ -1,6 +1,6 @@
-"""Runs every op on tensors that lie against a page that may not be touched: one element too far ends the process.
+"""Runs every op in PyTorch on tensors against a page that may not be touched: one element too far ends the process.
 
-    python -m tests.kernels.guard_pages triton|torch|overrun
+    python -m tests.kernels.guard_pages torch|overrun
 
 A child process of `test_guard_pages.py`; `overrun` touches such a page on purpose.
 """
@@ -40,7 +40,7 @@ def guarded(values: torch.Tensor, at_end: bool) -> torch.Tensor:
     return copy.copy_(values)
 
 
-def run_every_op(backend: str, dtype: torch.dtype, rows: int, columns: int, at_end: bool) -> None:
+def run_every_op(dtype: torch.dtype, rows: int, columns: int, at_end: bool) -> None:
     """Each on guarded tensors and on their copies, with the same results."""
     logits = (3 * torch.randn(rows, columns)).to(dtype)
     labels = torch.randint(columns, (rows,))
@@ -61,19 +61,19 @@ def run_every_op(backend: str, dtype: torch.dtype, rows: int, columns: int, at_e
         weight: torch.Tensor,
     ) -> list[torch.Tensor]:
         batch = (labels, steps, cu_seqlens)
-        found = [*unmask_statistics(logits, backend=backend)]
+        found = [*unmask_statistics(logits, backend="torch")]
         for filters in ({}, {"top_k": 3}, {"top_p": 0.8}):
-            found += unmask_statistics(logits, temperature=0.8, generator=keys, backend=backend, **filters)
+            found += unmask_statistics(logits, temperature=0.8, generator=keys, backend="torch", **filters)
         for form in ("logistic", "hinge", "plackett_luce"):
-            found.append(trajectory_rank_loss(energy, steps, cu_seqlens, form=form, backend=backend))
-        found.append(count_ordered_pairs(steps, cu_seqlens, backend=backend))
+            found.append(trajectory_rank_loss(energy, steps, cu_seqlens, form=form, backend="torch"))
+        found.append(count_ordered_pairs(steps, cu_seqlens, backend="torch"))
         leaves = [x.requires_grad_() for x in (hidden, weight)]
-        fused = fused_linear_tabom_loss(*leaves, *batch, max_chunk_rows=2, backend=backend).loss
+        fused = fused_linear_tabom_loss(*leaves, *batch, max_chunk_rows=2, backend="torch").loss
         found += [fused, *torch.autograd.grad(fused, leaves)]
         leaf = logits.requires_grad_()
-        loss = tabom_loss(leaf, *batch, backend=backend).loss
+        loss = tabom_loss(leaf, *batch, backend="torch").loss
         found += [loss, *torch.autograd.grad(loss, leaf)]
-        both = cross_entropy_with_entropy(leaf, labels, inplace_backward=True, backend=backend)
+        both = cross_entropy_with_entropy(leaf, labels, inplace_backward=True, backend="torch")
         torch.autograd.grad(sum(x.sum() for x in both), leaf)  # written over the logits
         return [x.detach() for x in (*found, *both, leaf)]
 
@@ -89,5 +89,5 @@ if __name__ == "__main__":
         ctypes.string_at(tensor.data_ptr() + tensor.nbytes, 1)
     shapes = itertools.product((torch.float32, torch.bfloat16), (3,), (1, 31, 257, 8195), (True, False))
     for case in shapes:
-        run_every_op(sys.argv[1], *case)
+        run_every_op(*case)
     print("nothing beyond the ends was touched")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tabom_kernels import backend_for, check
-from tabom_kernels.backends import closed_forms
+from tabom_kernels.backends.selection import load
 
 
 @pytest.fixture
@@ -19,13 +19,13 @@ def test_this_machine_passes(small, capsys):
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_gradient_fails(small, monkeypatch, capsys, factor):
-    forms = closed_forms(backend_for(torch.empty(0)))
-    right = forms.vocabulary_gradient
+    backend = load(backend_for(torch.empty(0)))
+    right = backend.vocabulary_gradient
 
     def wrong(*args):
         right(*args)[3] *= factor  # one row
 
-    monkeypatch.setattr(forms, "vocabulary_gradient", wrong)
+    monkeypatch.setattr(backend, "vocabulary_gradient", wrong)
     assert check.main() == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WRONG")]
     assert {line.split()[0] for line in lines} == {

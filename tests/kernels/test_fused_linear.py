@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import peak_memory_of
+from benchmarks.tools.measure import peak_memory_of
 from tabom_kernels import (
     count_ordered_pairs,
-    fused_linear,
     fused_linear_cross_entropy,
     fused_linear_tabom_loss,
     reference,
     tabom_loss,
 )
-from tabom_kernels.backends import closed_forms
-from tabom_kernels.torch_backend import LogitTransform
+from tabom_kernels.backends.results import LogitTransform
+from tabom_kernels.backends.selection import load
+from tabom_kernels.ops import chunks, fused_linear
+from tabom_kernels.ops import head as head_module
 from tests.kernels.inputs import VALUES, draw_labels, draw_sequences
 from tests.kernels.tolerance import fp32_rounding
 
@@ -54,6 +55,7 @@ def draw_problem(lengths, dtype=torch.float64):
         "steps": steps,
         "cu_seqlens": cu_seqlens,
         "token_weights": torch.rand(rows),
+        "sequence_weights": 2 * torch.rand(len(lengths)),
     }
     return head, batch
 
@@ -87,42 +89,9 @@ def test_loss_and_gradients_in_fp64(rng, form, lengths, max_chunk_rows):
     assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.fixture
-def in_slabs(monkeypatch):
-    """Every trained head is walked over the vocabulary, as those in half precision are."""
-    monkeypatch.setattr(fused_linear, "is_by_columns", lambda hidden, most, wanted: wanted[1] and len(hidden) > most)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("frozen", [(), ("hidden",), ("bias",)])
-@pytest.mark.parametrize("options", [{}, TRANSFORMS["both"]], ids=["plain", "transformed"])
-@pytest.mark.parametrize("max_chunk_rows", [9, 1])
-def test_slabs_of_the_vocabulary_in_fp64(rng, in_slabs, form, frozen, options, max_chunk_rows):
-    """Two or three slabs, the first one without a finite logit, rows without a label, sequences of all lengths."""
-    head, batch = draw_problem([5, 0, 1, 9, 2])
-    head["bias"][: 16 if max_chunk_rows == 9 else 8] = -torch.inf
-    batch["labels"] = batch["labels"].where(batch["labels"] == -100, torch.randint(16, COLUMNS, batch["labels"].shape))
-    if "softcap" in options:
-        head["bias"].nan_to_num_(neginf=-9.0)
-    options = {"form": form, "frozen": frozen, **options}
-    ours = run(head, batch, 3.0, max_chunk_rows=max_chunk_rows, backend="torch", **options)
-    assert_close(ours, run(head, batch, 3.0, backend="reference", **options), rtol=1e-9, atol=1e-11)
-
-
-def test_gradcheck_of_slabs(rng, in_slabs):
-    head, batch = draw_problem([4, 3])
-    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-
-    def loss(hidden, weight, bias, temperature):
-        leaves = {"hidden": hidden, "weight": weight, "bias": bias, "temperature": temperature}
-        return fused_linear_tabom_loss(**leaves, **batch, max_chunk_rows=3).loss
-
-    assert torch.autograd.gradcheck(loss, (*(x.requires_grad_() for x in head.values()), tau))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_slabs_round_no_more_than_one_chunk_does(rng, dtype):
-    """Where all rows of a head have much in common, as those of trained ones do, the slabs' parts of dhidden cancel."""
+def test_chunks_round_no_more_than_one_chunk_does(rng, dtype):
+    """All rows of a head have much in common, as those of trained heads do."""
     rows, columns, width = 64, 4096, 64
     hidden, weight = torch.randn(rows, width), torch.randn(columns, width) + 10 * torch.randn(width)
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight / width**0.5)]
@@ -131,11 +100,11 @@ def test_slabs_round_no_more_than_one_chunk_does(rng, dtype):
     exact = torch.autograd.grad(F.cross_entropy(F.linear(*exact_leaves), labels), exact_leaves)
     losses = [fused_linear_cross_entropy(*leaves, labels, max_chunk_rows=most) for most in (None, 4)]
     losses.append(F.cross_entropy(F.linear(*leaves), labels))
-    one_chunk, slabs, naive = (
+    one_chunk, chunks, naive = (
         torch.stack([(a - b).norm() for a, b in zip(torch.autograd.grad(loss, leaves), exact, strict=True)])
         for loss in losses
     )
-    assert (slabs <= 1.5 * one_chunk).all() and (slabs <= 2 * naive).all(), (slabs, one_chunk, naive)
+    assert (chunks <= 1.5 * one_chunk).all() and (chunks <= 2 * naive).all(), (chunks, one_chunk, naive)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -180,7 +149,7 @@ def test_the_error_with_scaled_and_soft_capped_logits(rng, backend, dtype, optio
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transformed_closed_forms_on_values_that_break_losses(rng, backend, values, options):
+def test_transformed_statistics_on_values_that_break_losses(rng, backend, values, options):
     """Saturated logits tie; a logit of -inf becomes -softcap, as it does in the models."""
     logits, transform = values(7, 1000).float(), LogitTransform(options.get("logit_scale", 1.0), options.get("softcap"))
     labels = draw_labels(logits)
@@ -190,14 +159,14 @@ def test_transformed_closed_forms_on_values_that_break_losses(rng, backend, valu
         reference.transformed(exact, *transform), labels, ignore_index=-100
     )
     (ce * a + entropy * g).sum().backward()
-    forms = closed_forms(backend)
-    statistics = forms.vocabulary_statistics(logits, labels, -100, transform)
+    module = load(backend)
+    statistics = module.vocabulary_statistics(logits, labels, -100, transform)
     # A logit of 1e4 that is scaled is rounded, by as much as neighbouring numbers there are apart.
     rounding = 2 * torch.finfo(torch.float32).eps * reference.transformed(logits.nan_to_num(neginf=0), *transform)
     close = {"rtol": 1e-4 + rounding.abs().max().item(), "atol": 1e-5 + rounding.abs().max().item()}
     torch.testing.assert_close(statistics.cross_entropy.double(), ce.detach(), **close)
     torch.testing.assert_close(statistics.entropy.double(), entropy.detach(), **close)
-    out = forms.vocabulary_gradient(logits, labels, -100, statistics, a, g, torch.empty_like(logits), None, transform)
+    out = module.vocabulary_gradient(logits, labels, -100, statistics, a, g, torch.empty_like(logits), None, transform)
     torch.testing.assert_close(out.double(), exact.grad, rtol=close["rtol"], atol=close["atol"] / 5)
 
 
@@ -206,7 +175,7 @@ def test_no_column_beyond_the_last_outdoes_logits_that_are_low_before_they_are_s
     logits, transform = torch.full((2, 9), lowest), LogitTransform(1e-3, softcap)
     logits[1, 3:] += 100.0
     exact = reference.transformed(logits.double(), *transform)
-    statistics = closed_forms("triton").vocabulary_statistics(logits, None, -100, transform)
+    statistics = load("triton").vocabulary_statistics(logits, None, -100, transform)
     torch.testing.assert_close(statistics.entropy.double(), reference.softmax_entropy(exact), rtol=1e-5, atol=0)
 
 
@@ -217,7 +186,7 @@ def test_soft_capped_chunks_of_minus_infinity(rng, backend):
     logits[0] = -torch.inf
     logits[1, 4000:] = -torch.inf
     transform = LogitTransform(1.0, 3.0)
-    statistics = closed_forms(backend).vocabulary_statistics(logits, None, -100, transform)
+    statistics = load(backend).vocabulary_statistics(logits, None, -100, transform)
     exact = reference.softmax_entropy(reference.transformed(logits.double(), *transform))
     torch.testing.assert_close(statistics.entropy.double(), exact, rtol=1e-5, atol=1e-6)
 
@@ -237,7 +206,7 @@ def test_fp32_logits_are_not_rounded(rng):
 def test_what_is_frozen_gets_no_gradient_and_costs_no_buffer(rng, monkeypatch, frozen, max_chunk_rows, dtype):
     head, batch = draw_problem([5, 3], dtype)
     saved = []
-    monkeypatch.setattr(fused_linear.HeadGradients, "__del__", lambda self: saved.append(vars(self)), raising=False)
+    monkeypatch.setattr(head_module.HeadGradients, "__del__", lambda self: saved.append(vars(self)), raising=False)
     ours = run(head, batch, frozen=frozen, max_chunk_rows=max_chunk_rows)
     close = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     assert_close(ours, run(head, batch, frozen=frozen, backend="reference"), **close)
@@ -256,11 +225,12 @@ def test_the_sum_over_micro_batches_is_the_whole(seed, cut, form):
         "num_sequences": (count_ordered_pairs(batch["steps"], batch["cu_seqlens"]) > 0).sum(),
     }
     parts = []
-    for rows, offsets in (
-        (slice(0, row), batch["cu_seqlens"][: cut + 1]),
-        (slice(row, None), batch["cu_seqlens"][cut:] - row),
+    for rows, sequences, offsets in (
+        (slice(0, row), slice(0, cut), batch["cu_seqlens"][: cut + 1]),
+        (slice(row, None), slice(cut, None), batch["cu_seqlens"][cut:] - row),
     ):
-        part = {name: x[rows] for name, x in batch.items() if name != "cu_seqlens"} | {"cu_seqlens": offsets}
+        part = {name: batch[name][rows] for name in ("labels", "steps", "token_weights")}
+        part |= {"cu_seqlens": offsets, "sequence_weights": batch["sequence_weights"][sequences]}
         parts.append(run(head | {"hidden": head["hidden"][rows]}, part, form=form, **denominators))
     for name in whole:
         joined = torch.cat if name in ("hidden", "entropy") else sum
@@ -325,15 +295,21 @@ def test_a_cross_entropy_without_labels_is_zero_with_a_gradient_of_zero(rows):
 def test_a_trained_head_costs_its_gradient_and_a_chunk(rng, monkeypatch, dtype, upstream, max_chunk_rows, keep):
     """Twice, as gradient accumulation does: the second gradient is added to the first one in place.
 
-    A graph that is kept keeps its gradient.
+    A graph that is kept keeps its gradient. Sums over chunks are in fp32 beside the gradient, and so is all in fp16, as
+    is the gradient of its logits.
     """
     rows, columns, width = 64, 4096, 256
-    monkeypatch.setattr(fused_linear, "VOCABULARY_SLICE", 64)
-    monkeypatch.setattr(fused_linear, "PRODUCT_TILE", 64)
-    monkeypatch.setattr("tabom_kernels.torch_backend.CHUNK_ELEMENTS", columns)
+    monkeypatch.setattr(head_module, "SCALED_ROWS", 64)
+    monkeypatch.setattr(head_module, "PRODUCT_TILE", 64)
+    monkeypatch.setattr("tabom_kernels.backends.torch.chunks.CHUNK_ELEMENTS", columns)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
     weight = torch.randn(columns, width).to(dtype).requires_grad_()
     labels, chunk_bytes = torch.randint(columns, (rows,)), (max_chunk_rows or rows) * columns * dtype.itemsize
+    gradient_bytes = (1 + keep) * weight.nbytes
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and max_chunk_rows):
+        gradient_bytes = weight.nbytes + weight.numel() * 4
+    if dtype == torch.float16:
+        chunk_bytes *= 3
 
     def step():
         loss = fused_linear_cross_entropy(hidden, weight, labels, max_chunk_rows=max_chunk_rows) * upstream
@@ -341,7 +317,7 @@ def test_a_trained_head_costs_its_gradient_and_a_chunk(rng, monkeypatch, dtype, 
 
     for _ in range(2):
         peak = peak_memory_of(step, torch.device("cpu"))
-        assert weight.nbytes <= peak < 1.25 * ((1 + keep) * weight.nbytes + chunk_bytes)
+        assert weight.nbytes <= peak < 1.25 * (gradient_bytes + chunk_bytes)
 
 
 def test_it_is_tabom_loss_of_the_logits(rng):
@@ -384,23 +360,6 @@ def test_no_tensor_of_rows_times_vocabulary_is_ever_made(rng, max_chunk_rows, ro
             num_sequences=4.0,
         ).loss.backward()
     assert largest.elements == rows_at_once * columns
-
-
-def test_slabs_have_as_many_logits_as_chunks_of_rows(rng):
-    rows, columns, width = 64, 512, 8
-    hidden, weight = (torch.randn(n, width).bfloat16().requires_grad_() for n in (rows, columns))
-    with LargestTensor(weight) as largest:
-        fused_linear_cross_entropy(hidden, weight, torch.randint(columns, (rows,)), max_chunk_rows=16).backward()
-    assert largest.elements == 16 * columns == rows * 128
-
-
-@pytest.mark.parametrize(
-    "columns, count, expected", [(152064, 5, [30416] * 4 + [30400]), (23, 2, [16, 7]), (23, 17, [8, 8, 7]), (5, 3, [5])]
-)
-def test_slabs_are_about_equal_and_aligned(columns, count, expected):
-    slabs = fused_linear.plan_slabs(columns, count)
-    assert [s.stop - s.start for s in slabs] == expected
-    assert slabs[0].start == 0 and all(a.stop == b.start for a, b in pairwise(slabs))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -481,8 +440,8 @@ def test_under_autocast_it_is_a_linear_layer(rng, dtype):
 )
 def test_chunks_are_about_equal(lengths, limit, expected):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    chunks = list(fused_linear.plan_chunks(offsets, sum(lengths), limit))
-    assert [c.rows.stop - c.rows.start for c in chunks] == expected
+    planned = list(chunks.plan_chunks(offsets, sum(lengths), limit))
+    assert [c.rows.stop - c.rows.start for c in planned] == expected
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -490,29 +449,19 @@ def test_chunks_are_about_equal(lengths, limit, expected):
 def test_lengths_on_the_host_change_nothing_and_save_the_wait(rng, monkeypatch, backend, lengths):
     head, batch = draw_problem(lengths, torch.float32)
     expected = run(head, batch, max_chunk_rows=4, backend=backend)
-    plan_chunks = fused_linear.plan_chunks
+    plan_chunks = chunks.plan_chunks
 
     def unreadable(cu_seqlens, *arguments):
         return plan_chunks(cu_seqlens.to("meta"), *arguments)
 
-    monkeypatch.setattr(fused_linear, "plan_chunks", unreadable)
+    monkeypatch.setattr(head_module, "plan_chunks", unreadable)
     ours = run(head, batch, max_chunk_rows=4, backend=backend, lengths=lengths)
     assert_close(ours, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_slabs_do_not_ask_for_lengths(rng, monkeypatch, backend, dtype):
-    head, batch = draw_problem([5, 0, 1, 9, 2], dtype)
-    expected = run(head, batch, max_chunk_rows=4, backend=backend)
-    plan_chunks = fused_linear.plan_chunks
-    monkeypatch.setattr(fused_linear, "plan_chunks", lambda offsets, *rest: plan_chunks(offsets.to("meta"), *rest))
-    assert_close(run(head, batch, max_chunk_rows=4, backend=backend), expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("rows, size, expected", [(0, 5, [0]), (5, 5, [5]), (6, 5, [3, 3]), (1024, 861, [512, 512])])
 def test_pieces_are_about_equal(rows, size, expected):
-    pieces = fused_linear.even_slices(slice(10, 10 + rows), size)
+    pieces = chunks.even_slices(slice(10, 10 + rows), size)
     assert [p.stop - p.start for p in pieces] == expected
     assert pieces[0].start == 10 and all(a.stop == b.start for a, b in pairwise(pieces))
 
@@ -520,11 +469,11 @@ def test_pieces_are_about_equal(rows, size, expected):
 @pytest.mark.parametrize("rows, limit, expected", [(17, 17, [17]), (17, 9, [6, 9, 2]), (17, 5, [5, 1, 9, 2])])
 def test_chunks_are_whole_sequences(rows, limit, expected):
     offsets = torch.tensor([0, 5, 5, 6, 15, 17])
-    chunks = list(fused_linear.plan_chunks(offsets, rows, limit))
-    assert [c.rows.stop - c.rows.start for c in chunks] == expected
-    assert [c.sequences.start for c in chunks] == [0, *(c.sequences.stop for c in chunks[:-1])]
-    assert chunks[-1].sequences.stop == 5
-    for chunk in chunks:
+    planned = list(chunks.plan_chunks(offsets, rows, limit))
+    assert [c.rows.stop - c.rows.start for c in planned] == expected
+    assert [c.sequences.start for c in planned] == [0, *(c.sequences.stop for c in planned[:-1])]
+    assert planned[-1].sequences.stop == 5
+    for chunk in planned:
         assert offsets[chunk.sequences.start] == chunk.rows.start and offsets[chunk.sequences.stop] == chunk.rows.stop
 
 
@@ -661,6 +610,17 @@ def test_a_light_token_of_fp16_keeps_its_small_probabilities(rng, max_chunk_rows
     torch.testing.assert_close(ours[2:].double(), exact.expand(4094, 16), rtol=2**-8, atol=0)
 
 
+def test_a_frozen_fp16_head_keeps_small_probabilities_in_a_mean_over_many_tokens(rng):
+    """p is 1/5000 and the mean is over 1e6 tokens; only the rows of the head with these probabilities are not 0."""
+    weight = torch.randn(5000, 16).half()
+    weight[0] = 0
+    hidden, labels = torch.zeros(8, 16).half().requires_grad_(), torch.zeros(8, dtype=torch.int64)
+    loss = fused_linear_cross_entropy(hidden, weight, labels, num_tokens=1e6)
+    [ours] = torch.autograd.grad(loss * 2.0**16, hidden)
+    exact = weight.double().sum(0) / 5000 * 2.0**16 / 1e6
+    torch.testing.assert_close(ours.double(), exact.expand(8, 16), rtol=2**-9, atol=1e-6)
+
+
 @pytest.mark.parametrize("max_chunk_rows", [None, 4])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_gradient_scaler_sees_what_is_not_finite_and_nothing_else(rng, value, max_chunk_rows):
@@ -717,9 +677,9 @@ def test_the_upstream_gradient_is_not_rounded_to_half_precision(rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_last_slice_of_the_vocabulary_may_be_partial(rng, monkeypatch, dtype, fp32_logits):
     """Where half precision is multiplied in fp32, and gradients scaled; the label and the best token are in it."""
-    monkeypatch.setattr(fused_linear, "VOCABULARY_SLICE", 512)
-    monkeypatch.setattr(fused_linear, "PRODUCT_TILE", 256)
-    columns = 2 * fused_linear.VOCABULARY_SLICE + 5
+    monkeypatch.setattr(head_module, "SCALED_ROWS", 512)
+    monkeypatch.setattr(head_module, "PRODUCT_TILE", 256)
+    columns = 2 * head_module.SCALED_ROWS + 5
     weight, hidden = 0.1 * torch.randn(columns, WIDTH), torch.randn(9, WIDTH)
     weight[-2] = 4 * hidden[0]
     head = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "bias": torch.randn(columns).to(dtype)}
@@ -788,8 +748,8 @@ def test_by_default_logits_take_the_budget_and_no_more(rng, monkeypatch, fp32_lo
     hidden, weight = torch.randn(128, 4).bfloat16().requires_grad_(), torch.randn(columns, 4).bfloat16()
     steps, cu_seqlens = draw_sequences([32] * 4)
     planned = []
-    plan = fused_linear.plan_chunks
-    monkeypatch.setattr(fused_linear, "plan_chunks", lambda *a: planned.extend(plan(*a)) or planned)
+    plan = chunks.plan_chunks
+    monkeypatch.setattr(head_module, "plan_chunks", lambda *a: planned.extend(plan(*a)) or planned)
     labels = torch.randint(columns, (128,))
     fused_linear_tabom_loss(hidden, weight, labels, steps, cu_seqlens, fp32_logits=fp32_logits, backend="torch")
     assert {chunk.rows.stop - chunk.rows.start for chunk in planned} == {rows_at_once}

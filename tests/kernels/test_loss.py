@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measure import peak_memory_of
+from benchmarks.tools.measure import peak_memory_of
 from tabom_kernels import (
     backend_for,
     count_ordered_pairs,
@@ -15,9 +15,9 @@ from tabom_kernels import (
     fused_linear_tabom_loss,
     softmax_entropy,
     tabom_loss,
-    torch_backend,
     trajectory_rank_loss,
 )
+from tabom_kernels.backends.torch import chunks
 from tests.kernels.inputs import cases, draw_labels, draw_sequences, gaussian, split_rows
 from tests.kernels.tolerance import fp32_rounding
 
@@ -59,6 +59,30 @@ def test_the_loss_is_made_of_its_parts(rng):
     torch.testing.assert_close(result.cross_entropy, (weights * ce).sum() / (labels >= 0).sum())
     torch.testing.assert_close(result.rank, ranks.sum() / (count_ordered_pairs(steps, cu_seqlens) > 0).sum())
     torch.testing.assert_close(result.loss, result.cross_entropy + 3 * result.rank)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])
+def test_sequence_weights_scale_the_rank_loss_of_each_sequence(rng, backend, form):
+    """Against the same sequences one by one, whose losses are scaled here; one has no rows and one no pair."""
+    lengths = [5, 1, 0, 8]
+    logits, labels, steps, cu_seqlens = draw_batch(lengths)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    logits, weights = logits.to(dtype), torch.tensor([0.5, 2.0, 7.0, 0.0]) + torch.rand(4)
+    options = {"form": form, "margin": 0.1, "rank_weight": 0.3, "backend": backend}
+    *scalars, grad = run(logits, labels, steps, cu_seqlens, **options, num_sequences=3, sequence_weights=weights)
+    rank, grads = 0.0, []
+    for row, length, weight in zip(cu_seqlens[:-1].tolist(), lengths, weights.tolist(), strict=True):
+        rows, offsets = slice(row, row + length), torch.tensor([0, length], dtype=torch.int32)
+        denominators = {"num_tokens": (labels != -100).sum(), "num_sequences": 1}
+        shares = {**options, **denominators, "rank_weight": 0.3 * weight / 3, "backend": "reference"}
+        _, _, of_sequence, by_logits = run(logits.double()[rows], labels[rows], steps[rows], offsets, **shares)
+        rank += of_sequence * weight / 3
+        grads.append(by_logits)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "triton" else {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(scalars[2].double(), rank, **tolerance)
+    torch.testing.assert_close(scalars[0], scalars[1] + 0.3 * scalars[2])
+    torch.testing.assert_close(grad.double(), torch.cat(grads), **tolerance)
 
 
 @given(st.integers(0, 2**31), st.integers(0, 4), st.sampled_from(["logistic", "hinge", "plackett_luce"]))
@@ -147,8 +171,8 @@ def test_terms_for_logs_are_detached_and_inplace_gives_the_same_gradient(rng):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_in_place_nothing_of_the_size_of_the_logits_is_allocated(rng, monkeypatch, backend):
-    on_a_cpu = torch_backend.chunk_elements(torch.device("cpu"), 1)  # on a GPU it would hold all of these logits
-    monkeypatch.setattr(torch_backend, "chunk_elements", lambda *_: on_a_cpu)
+    on_a_cpu = chunks.chunk_elements(torch.device("cpu"), 1)  # on a GPU it would hold all of these logits
+    monkeypatch.setattr(chunks, "chunk_elements", lambda *_: on_a_cpu)
     logits, *batch = draw_batch([40, 24] if backend == "torch" else [7, 5], columns=40_000)
     logits = logits.float().requires_grad_() * 1
 
@@ -221,6 +245,14 @@ CU = torch.tensor([0, 3], dtype=torch.int32)
         ({"token_weights": torch.ones(3, requires_grad=True)}, ValueError, "token_weights: .* use .detach()"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature: .*0-dim tensor, got shape \(2,\)"),
         ({"token_weights": torch.ones(2)}, ValueError, r"token_weights: expected shape \(3,\)"),
+        ({"sequence_weights": torch.ones(3)}, ValueError, r"sequence_weights: expected shape \(1,\)"),
+        ({"sequence_weights": torch.ones(1, dtype=torch.long)}, TypeError, "sequence_weights: expected a tensor of"),
+        ({"sequence_weights": torch.ones(1, requires_grad=True)}, ValueError, "sequence_weights: .* use .detach()"),
+        (
+            {"sequence_weights": torch.ones(1), "rank_weight": 0.0, "steps": None, "cu_seqlens": None},
+            ValueError,
+            "sequence_weights: expected None, as cu_seqlens is None",
+        ),
         ({"backend": "cuda"}, ValueError, "backend='cuda': expected triton, torch or reference"),
         ({"backend": "triton", "logits": LOGITS.double()}, TypeError, "backend='triton': .* got float64"),
     ],

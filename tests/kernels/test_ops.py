@@ -28,10 +28,18 @@ def test_every_op_passes_opcheck(rng, backend):
     _, entropy, maximum, log_sum = OPS.vocabulary_statistics(logits, labels, -100, False, backend)
     saved = (entropy, maximum, log_sum, torch.rand(9), torch.rand(9), torch.tensor(2.0), backend)
     keys = torch.arange(9)
-    one = torch.ones(())
-    batch = (one, one, one, labels, steps, cu_seqlens, torch.rand(9), one, one)
-    cross_entropy = (labels, None, None, None, one, one, None, "hinge", -100, 1.0, 3.0, None, 0)
+    one, weights = torch.ones(()), torch.rand(9) / 9
+    ranked = [weights, torch.rand(2), steps, cu_seqlens, one]
     energy, temperature = torch.rand(9, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+
+    def of_logits(row_loss, tensors):
+        leaf = logits.detach().clone().requires_grad_()
+        return OPS.loss_of_logits, (leaf, temperature, labels, row_loss, tensors, False, backend)
+
+    def of_head(head, row_loss, tensors, lengths, transform, max_chunk_rows):
+        options = (lengths, transform, max_chunk_rows, False, [True] * 3, backend)
+        return OPS.fused_linear_loss, (*head, temperature, labels, row_loss, tensors, *options)
+
     calls = [
         (OPS.vocabulary_statistics, (logits.requires_grad_(), labels, -100, False, backend)),
         (OPS.vocabulary_statistics, (logits, None, 0, False, backend)),
@@ -41,44 +49,25 @@ def test_every_op_passes_opcheck(rng, backend):
         (OPS.unmask_statistics, (logits.detach(), 0.8, 3, 0.9, keys, backend)),
         (OPS.unmask_statistics, (logits.detach(), 0.0, None, None, None, backend)),
         *(
-            (
-                OPS.trajectory_rank_loss,
-                (energy, temperature, one, steps, cu_seqlens, form, backend),
-            )
+            (OPS.trajectory_rank_loss, (energy, temperature, one, steps, cu_seqlens, form, backend))
             for form in ("logistic", "hinge", "plackett_luce")
         ),
-        *(
-            (OPS.tabom_loss, (logits.detach().clone().requires_grad_(), temperature, *batch, -100, False, backend))
-            for batch in (
-                (labels, steps, cu_seqlens, one, "logistic", one, torch.rand(9), None, one),
-                (labels, steps, cu_seqlens, None, "hinge", one, None, one, None),
-            )
-        ),
-        *(
-            (
-                OPS.fused_linear_tabom_loss,
-                (*head, *batch, lengths, "hinge", -100, *rest[:2], None, 0, rest[2], False, [True] * 3, backend),
-            )
-            for head, lengths, rest in (
-                (draw_head(bias=True), None, (1.0, None, 5)),
-                (draw_head(bias=False), [5, 4], (0.5, 3.0, 9)),
-                (draw_head(bias=True, dtype=torch.bfloat16), None, (1.0, None, 9)),
-                (draw_head(bias=True, dtype=torch.bfloat16), None, (1.0, None, 4)),
-            )
-        ),
-        (
-            OPS.fused_linear_tabom_loss,
-            (*draw_head(bias=True), one, one, None, *cross_entropy, 4, False, [True] * 3, backend),
-        ),
+        *(of_logits(f"tabom_{form}", ranked) for form in ("logistic", "plackett_luce")),
+        of_logits("tabom_hinge", [weights]),
+        of_head(draw_head(bias=True), "tabom_hinge", ranked, None, [], 5),
+        of_head(draw_head(bias=False), "tabom_logistic", ranked, [5, 4], [0.5, 3.0], 9),
+        of_head(draw_head(bias=True), "tabom_hinge", [weights], None, [2.0], 4),
+        of_head(draw_head(bias=True, dtype=torch.bfloat16), "tabom_hinge", ranked, None, [], 9),
+        of_head(draw_head(bias=True, dtype=torch.bfloat16), "tabom_hinge", ranked, None, [], 5),
     ]
     assert {op._qualified_op_name.split("::")[1] for op, _ in calls} == {
         name for name in dir(OPS) if not name.startswith("_") and name != "name"
     }
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)
-    # In fp16 backward scales what the other checks then compare.
-    half = (*draw_head(bias=True, dtype=torch.float16), *calls[-2][1][3:])
-    torch.library.opcheck(OPS.fused_linear_tabom_loss, half, test_utils=("test_schema", "test_faketensor"))
+    # In fp16 the sums are in fp32, which the other checks would compare with a gradient in fp16.
+    half = (*draw_head(bias=True, dtype=torch.float16), *calls[-1][1][3:])
+    torch.library.opcheck(OPS.fused_linear_loss, half, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

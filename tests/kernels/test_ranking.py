@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tabom_kernels import count_ordered_pairs, torch_backend, trajectory_rank_loss
-from tabom_kernels.triton_backend import launch, ranking
+from tabom_kernels import count_ordered_pairs, trajectory_rank_loss
+from tabom_kernels.backends.selection import load
+from tabom_kernels.backends.torch import chunks as torch_chunks
+from tabom_kernels.backends.torch import ranking as torch_ranking
+from tabom_kernels.backends.triton import launch, ranking
 from tests.kernels.inputs import draw_sequences
 from tests.kernels.tolerance import fp32_rounding
 
@@ -78,7 +81,7 @@ def test_losses_worked_out_by_hand(backend, entropy, steps, form, expected):
 @pytest.mark.parametrize("last_step", [0, 1, 5, 10**6])
 @pytest.mark.parametrize("steps_dtype", [torch.int32, torch.int64])
 def test_values_and_gradients_in_fp64(rng, monkeypatch, form, lengths, last_step, steps_dtype):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 40)  # many chunks, the last one partial
+    monkeypatch.setattr(torch_chunks, "CHUNK_ELEMENTS", 40)  # many chunks, the last one partial
     steps, cu_seqlens = draw_sequences(lengths, last_step)
     entropy = torch.rand(len(steps), dtype=torch.float64) * 12
     upstream = torch.randn(len(lengths), dtype=torch.float64)
@@ -141,6 +144,24 @@ def test_unranked_rows_never_matter(rng, form, backend, value):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_no_pair_do_not_matter_even_if_their_difference_overflows(backend):
+    """The rows are a pair in one order only, in which (E_i - E_j) / tau is -inf in fp32; in the other it is inf."""
+    entropy = torch.tensor([0.0, 12.0], requires_grad=True)
+    steps, cu_seqlens = torch.tensor([0, 1]), torch.tensor([0, 2])
+    loss = trajectory_rank_loss(entropy, steps, cu_seqlens, temperature=2e-38, backend=backend)
+    loss.sum().backward()
+    assert loss.tolist() == [0] and entropy.grad.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("difference", [10.5, 20.5, 30.5, 40.5])
+def test_the_logistic_loss_of_a_large_difference_keeps_the_digits_of_fp64(difference):
+    """PyTorch's softplus is x from 20 on, where log(1 + exp(-x)) is still 2e-9."""
+    entropy = torch.tensor([difference, 0.0], dtype=torch.float64)
+    [loss] = trajectory_rank_loss(entropy, torch.tensor([0, 1]), torch.tensor([0, 2]), backend="torch").tolist()
+    assert loss == pytest.approx(difference + math.log1p(math.exp(-difference)), rel=5e-16, abs=0)
+
+
 @pytest.mark.parametrize("form", ["logistic", "hinge"])
 def test_far_apart_entropies_keep_their_relative_accuracy(form):
     """softplus(-20) is 2e-9, which log(1 + exp(-20)) in fp32 rounds to 0."""
@@ -188,7 +209,7 @@ def test_at_equality_the_hinge_has_no_slope(backend):
     entropy, steps = torch.tensor([1.0, 1.5, 1.0, 1.25]), torch.tensor([0, 1, 0, 1])
     options = {"form": "hinge", "margin": 0.5, "backend": backend}
     losses, by_entropy, _ = run(entropy, steps, torch.tensor([0, 2, 4]), torch.ones(2), **options)
-    assert losses.tolist() == [0, 0.25] and by_entropy.tolist() == [0, 0, 1, -1]
+    assert losses.tolist() == pytest.approx([0, 0.25]) and by_entropy.tolist() == pytest.approx([0, 0, 1, -1])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -197,7 +218,7 @@ def test_more_sequences_and_partners_than_a_block(rng, monkeypatch, form, length
     """The search for a row's sequence takes several blocks, or the sum over its partners several of several tiles."""
     monkeypatch.setattr(ranking, "PAIR_BLOCK", 8)
     if len(lengths) == 2:
-        monkeypatch.setattr(launch, "LONG", 1)
+        monkeypatch.setattr(launch, "LONG_BATCH", 1)
     steps, cu_seqlens = draw_sequences(lengths)
     entropy, upstream = torch.rand(len(steps)) * 3, torch.rand(len(lengths))
     ours, exact = (
@@ -216,12 +237,30 @@ def test_one_long_sequence_among_short_ones_makes_no_padding(rng, monkeypatch, f
     lengths = [300] + [7] * 200
     steps, cu_seqlens = draw_sequences(lengths, last_step=10**6, unranked=0)
     seen = []
-    chunks = torch_backend.pair_chunks
-    monkeypatch.setattr(torch_backend, "pair_chunks", lambda e: seen.append(e.numel() * e.shape[1]) or chunks(e))
+    chunks = torch_ranking.pair_chunks
+    monkeypatch.setattr(torch_ranking, "pair_chunks", lambda e: seen.append(e.numel() * e.shape[1]) or chunks(e))
     count_ordered_pairs(steps, cu_seqlens, backend="torch")
     assert not seen
     trajectory_rank_loss(torch.rand(len(steps)), steps, cu_seqlens, form=form, backend="torch")
     assert sum(seen) <= 4 * sum(n * n for n in lengths)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("margin, temperature", [(-0.3, 0.5), (0.0, 1.0), (0.3, 2.0)])
+def test_numbers_and_tensors_are_the_same_settings(rng, backend, form, margin, temperature):
+    """The gradient by the temperature included, which is computed of a number as well."""
+    steps, cu_seqlens = draw_sequences([6, 5, 1])
+    entropy, function = torch.rand(12), load(backend).trajectory_rank_loss
+    by_number = function(entropy, steps, cu_seqlens, form, margin, temperature)
+    by_tensor = function(entropy, steps, cu_seqlens, form, torch.tensor(margin), torch.tensor(temperature))
+    for a, b in zip(by_number, by_tensor, strict=True):
+        torch.testing.assert_close(a, b)
+    assert by_number.grad_temperature.any() == (form != "hinge")
+    exact = trajectory_rank_loss(
+        entropy, steps, cu_seqlens, form=form, margin=margin, temperature=temperature, backend="reference"
+    )
+    torch.testing.assert_close(by_number.loss, exact)
 
 
 @given(st.sampled_from(FORMS), st.integers(0, 2**31), st.permutations(range(8)))

@@ -4,9 +4,10 @@ import mpmath
 import pytest
 import torch
 
-from tabom_kernels import mix_keys, torch_backend, unmask_statistics
+from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels.backends.torch import sampling as torch_sampling
 from tabom_kernels.noise import GOLDEN_GAMMA, MIX_1, MIX_2, SEGMENT, exponential_noise, split_mix
-from tabom_kernels.sampling import filter_logits
+from tabom_kernels.ops.sampling import filter_logits
 from tests.kernels.inputs import VALUES, cases, gaussian
 from tests.kernels.tolerance import fp32_rounding
 
@@ -226,7 +227,7 @@ def test_uniform_rows_have_no_ties_and_no_favourites(rng):
 @pytest.mark.parametrize("nucleus", [2, 50, 10**6])
 @pytest.mark.parametrize("top_k, top_p", [(3, None), (None, 0.9), (40, 0.8), (1, 0.1), (7, 0.999), (None, None)])
 def test_filters_that_sort_only_what_they_must_keep_the_same_set(rng, monkeypatch, nucleus, top_k, top_p):
-    monkeypatch.setattr(torch_backend, "NUCLEUS", nucleus)
+    monkeypatch.setattr(torch_sampling, "NUCLEUS", nucleus)
     for scale in (0.1, 3.0, 30.0):
         logits = scale * torch.randn(5, 300, dtype=torch.float64)
         logits[:, ::7] = -torch.inf

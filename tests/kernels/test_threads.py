@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 
-from tabom_kernels import cross_entropy_with_entropy, fused_linear_tabom_loss, threads, torch_backend, unmask_statistics
+from tabom_kernels import cross_entropy_with_entropy, fused_linear_tabom_loss, unmask_statistics
+from tabom_kernels.backends import torch as torch_backend
+from tabom_kernels.backends.torch import chunks, threads
 from tests.kernels.inputs import draw_labels, draw_sequences, gaussian, with_minus_infinity
 
 ROWS, COLUMNS = 29, 50
@@ -15,7 +17,7 @@ ROWS, COLUMNS = 29, 50
 @pytest.fixture(autouse=True)
 def on_a_cpu_in_small_chunks(monkeypatch):
     torch.set_default_device("cpu")
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 2 * COLUMNS)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 2 * COLUMNS)
     yield
     torch.set_num_threads(1)
 
@@ -39,13 +41,13 @@ def test_rows_do_not_depend_on_the_number_of_threads(rng, monkeypatch, count, va
     logits = values(ROWS, COLUMNS).bfloat16()
     labels = draw_labels(logits)
     seen = set()
-    chunks = torch_backend.row_chunks
+    in_threads = chunks.in_threads
 
-    def note(shares):
+    def note(work, shares):
         seen.add(len(shares))
-        return shares
+        return in_threads(work, shares)
 
-    monkeypatch.setattr(torch_backend, "row_chunks", lambda *a, **k: note(chunks(*a, **k)))
+    monkeypatch.setattr(chunks, "in_threads", note)
     for call in (
         lambda: losses_and_gradient(logits, labels, inplace_backward=False),
         lambda: losses_and_gradient(logits.float(), labels, inplace_backward=True),
@@ -54,7 +56,7 @@ def test_rows_do_not_depend_on_the_number_of_threads(rng, monkeypatch, count, va
         alone, together = with_threads(1, call), with_threads(count, call)
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b)
-    assert seen == {1, min(count, threads.MOST)}
+    assert seen == {1, min(count, threads.MAX_THREADS)}
 
 
 @pytest.mark.parametrize("form", ["logistic", "hinge", "plackett_luce"])

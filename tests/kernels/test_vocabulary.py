@@ -345,8 +345,13 @@ def test_no_grad_saves_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset, padding", [(0, 0), (1, 0), (0, 1), (3, 5), (8, 8), (4, 12)])
-def test_the_alignment_of_rows_changes_nothing(rng, dtype, offset, padding):
-    """128-bit loads where every row starts at a multiple of 16 bytes, and only there."""
+def test_the_alignment_of_rows_changes_no_more_than_rounding(rng, dtype, offset, padding):
+    """The kernels use 128-bit loads where every row starts at a multiple of 16 bytes, and only there.
+
+    The results are not bitwise equal on compiled code. In fp32, the entropy of an unaligned row was 1e-6 away from that
+    of the same row aligned, while the cross-entropies were equal: `sums_by_lane` rounds the products p * t of unaligned
+    logits, and the compiler fuses those of aligned logits with their sum.
+    """
     rows, columns = 3, 8216
     contiguous = gaussian(rows, columns).to(dtype)
     storage = torch.zeros(offset + rows * (columns + padding), dtype=dtype)
@@ -360,7 +365,9 @@ def test_the_alignment_of_rows_changes_nothing(rng, dtype, offset, padding):
         outputs = cross_entropy_with_entropy(logits.requires_grad_(), labels, inplace_backward=True, backend="triton")
         [grad] = torch.autograd.grad(outputs, logits, list(upstream))
         results.append([x.detach() for x in (*sampled, *greedy, *outputs, grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for aligned, moved in zip(*results, strict=True):
+        rounding = 2**-7 if aligned.dtype == torch.bfloat16 else 2**-20
+        torch.testing.assert_close(moved, aligned, rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
-from tabom_kernels import fused_linear_tabom_loss, torch_backend
-from tabom_kernels.vocabulary_parallel import VocabularySlice, merge_slices
+from tabom_kernels import fused_linear_tabom_loss
+from tabom_kernels.backends import torch as torch_backend
+from tabom_kernels.ops.vocabulary_parallel import ShardedVocabulary, merge_slices
+from tests.gpu_emulator.driver import install
 from tests.kernels.inputs import VALUES, draw_labels, draw_sequences
 
 COLUMNS, WIDTH, LENGTHS = 31, 8, [5, 0, 9, 2]
@@ -19,7 +21,7 @@ def merged(logits, labels, slices):
     """The statistics of rows from those of slices of their columns."""
     parts, first = [], 0
     for z in logits.tensor_split(slices, 1):
-        parts.append(VocabularySlice(torch_backend, first).vocabulary_statistics(z, labels, -100))
+        parts.append(ShardedVocabulary(torch_backend, first, None).vocabulary_statistics(z, labels, -100))
         first += z.shape[1]
     return merge_slices(parts, labels, -100)
 
@@ -75,7 +77,8 @@ def loss_and_gradients(leaves, batch, **options):
 
 def check_case(group, dtype, backend, is_frozen, as_dtensor, options):
     tensors, batch, token_weights = draw_problem(dtype)
-    options = {"token_weights": token_weights, "backend": backend, **options}
+    weights = {"token_weights": token_weights, "sequence_weights": 2 * torch.rand(len(LENGTHS))}
+    options = {**weights, "backend": backend, **options}
     frozen = (False, is_frozen, is_frozen)
 
     def leaves_of(hidden, weight, bias):
@@ -113,6 +116,7 @@ def check_case(group, dtype, backend, is_frozen, as_dtensor, options):
 
 def on_each_rank(rank, ranks, store, seed):
     torch.set_default_device("cpu")
+    install()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -126,7 +130,7 @@ def on_each_rank(rank, ranks, store, seed):
     )
     settings = ({}, {"max_chunk_rows": 4, "fp32_logits": True}, {"rank_weight": 0.0, "form": "plackett_luce"})
     for (dtype, backend), is_frozen, options in itertools.product(dtypes, (False, True), settings):
-        if backend == "torch" or options == {}:  # the interpreter is slow
+        if backend == "torch" or options == {}:  # to emulate the kernels takes longest here
             check_case(group, dtype, backend, is_frozen, False, options)
     for is_frozen in (False, True):
         check_case(group, torch.float64, "torch", is_frozen, True, {})

@@ -5,26 +5,27 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+from tabom.data.json_files import finished_lines
 from tabom.lab.quickstart import QuickstartConfig, inputs
 from tabom.lab.report import markdown_table
 from tabom.lab.study_report import tables
-from tabom.sampling.collect import read_lines
 
 ROOT = Path(__file__).parents[2]
+STUDY = list(finished_lines(ROOT / "docs" / "study_results.jsonl"))
 
 
 def test_the_table_of_the_demo_is_what_its_json_says():
     measures = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())["measures"]
-    assert markdown_table(measures) in (ROOT / "README.md").read_text()
+    assert markdown_table(measures) in (ROOT / "docs" / "demo.md").read_text()
 
 
 def test_what_the_prose_says_of_the_whole_path_is_what_was_measured():
     measures = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())["measures"]
     here = measures["TABOM, whole path"]["1 a step"][0] - measures["NELBO"]["1 a step"][0]
-    with_8_attempts = tables(read_lines(ROOT / "docs" / "study_results.jsonl")).split("8 attempts a prompt\n")[1]
+    with_8_attempts = tables(STUDY).split("8 attempts a prompt\n")[1]
     [study] = re.findall(r"TABOM, whole path, less NELBO \| 2 \| (\S+ \S+),", with_8_attempts)
-    prose = " ".join((ROOT / "README.md").read_text().split())
-    assert f"[the study](docs/study.md) finds the whole path {study} ahead and not {here:+.1f}." in prose
+    prose = " ".join((ROOT / "docs" / "demo.md").read_text().split())
+    assert f"[the study](study.md) finds the whole path {study} ahead and not {here:+.1f}." in prose
 
 
 def test_what_the_demo_depends_on_is_what_its_json_was_made_from():
@@ -35,7 +36,7 @@ def test_what_the_demo_depends_on_is_what_its_json_was_made_from():
 
 
 def test_the_tables_of_the_study_are_what_its_json_lines_say():
-    assert tables(read_lines(ROOT / "docs" / "study_results.jsonl")).strip() in (ROOT / "docs" / "study.md").read_text()
+    assert tables(STUDY).strip() in (ROOT / "docs" / "study.md").read_text()
 
 
 def test_the_prose_of_the_study_quotes_its_tables():

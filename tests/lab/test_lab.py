@@ -2,18 +2,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tabom import SamplerConfig, load
-from tabom.evaluation.answers import accuracy
+from tabom.evaluation.responses import accuracy
 from tabom.lab.experiment import STRONG_TASKS, WEAK_TASKS
-from tabom.lab.model import BASE_PATH
 from tabom.lab.pretrain import MIXTURE, PretrainConfig, pretrain
+from tabom.models.loading import SHIPPED_PATH
 
 
 def test_the_shipped_model_is_what_it_is_said_to_be():
     """About 1M parameters in bf16 under 4 MB; strong on the other tasks, weak but not hopeless on subtraction."""
-    base = load(BASE_PATH)
+    base = load(SHIPPED_PATH)
     assert 0.9e6 < base.model.num_parameters() < 1.2e6
-    assert (BASE_PATH / "model.safetensors").stat().st_size < 4e6
-    assert AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="auto").dtype == torch.bfloat16
+    assert (SHIPPED_PATH / "model.safetensors").stat().st_size < 4e6
+    assert AutoModelForCausalLM.from_pretrained(SHIPPED_PATH, dtype="auto").dtype == torch.bfloat16
     assert base.model.config.model_type == "llama" and base.model.config.is_causal is False
     for task in STRONG_TASKS:
         prompts = task.prompt_set(60, "test", 9)
@@ -25,7 +25,7 @@ def test_the_shipped_model_is_what_it_is_said_to_be():
 
 
 def test_attention_is_bidirectional():
-    base = load(BASE_PATH)
+    base = load(SHIPPED_PATH)
     ids = torch.tensor([base.tokenizer("sort 12345678=").input_ids])
     changed = ids.clone()
     changed[0, -2] += 1

@@ -5,12 +5,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import tiny_dream
+from benchmarks.tools.models import tiny_dream
 from tabom.cli.main import main
 from tabom.lab.dry_run import DREAM_7B, TINY
 from tabom.lab.plan import PlanConfig, architecture, decode, plan, train
+from tabom.sampling.completions import cost_of
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import SamplerConfig, cost_of
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from tabom import load
+from tabom.data.json_files import finished_lines
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
-from tabom.lab.model import BASE_PATH
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
 from tabom.lab.study import BASE, StudyConfig, study
 from tabom.lab.study_report import attempts_table, cell, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
-from tabom.sampling.collect import read_lines
-from tabom.training.collator import TrajectoryDataset
+from tabom.models.loading import SHIPPED_PATH
+from tabom.training.examples import TrajectoryDataset
 from tabom.training.objectives import ObjectiveSettings
+
+pytestmark = pytest.mark.xdist_group("study")  # one process makes what all tests here read
 
 TINY = {
     "methods": ["NELBO", "TABOM, whole path", "whole path, pairs shuffled"],
@@ -42,11 +44,11 @@ def finished(tmp_path_factory):
 
 
 def by_run(path):
-    return {json.dumps(record["run"]): record for record in read_lines(path)}
+    return {json.dumps(record["run"]): record for record in finished_lines(path)}
 
 
 def test_a_study_makes_every_run_of_its_grid_once(finished):
-    results = read_lines(finished)
+    results = list(finished_lines(finished))
     assert [(r["run"]["method"], r["run"]["seed"]) for r in results] == [
         (BASE, 0),
         ("NELBO", 0),
@@ -87,7 +89,7 @@ def test_a_killed_study_goes_on_to_the_same_results(finished, tmp_path, pytestco
     path.write_text(done[: done.rindex("\n") + 1] + '{"run": {"base": "ship')
     study(StudyConfig(output_dir=str(tmp_path), processes=2, **TINY))
     assert path.read_text().startswith(done[: done.rindex("\n") + 1])
-    assert by_run(path) == by_run(finished) and len(read_lines(path)) == 7
+    assert by_run(path) == by_run(finished) and len(list(finished_lines(path))) == 7
 
 
 def test_unknown_names_are_refused():
@@ -99,7 +101,7 @@ def test_the_report_of_a_study(finished, tmp_path):
     report(finished)
     for name in ("tables.md", "paths.png", "passes.png"):
         assert (finished.parent / name).stat().st_size > 0
-    text = tables(read_lines(finished))
+    text = tables(list(finished_lines(finished)))
     assert "| TABOM, whole path | 2 |" in text and "| TABOM, whole path, less NELBO | 2 |" in text
 
 
@@ -145,7 +147,7 @@ def test_more_attempts_are_compared_with_one_at_the_same_seed():
 
 
 def test_shuffled_pairs_keep_all_but_the_order(seed):
-    base = load(BASE_PATH)
+    base = load(SHIPPED_PATH)
     truth = ground_truth(base, Subtraction().prompt_set(40, "train", 0))
     dataset = TrajectoryDataset(truth, base.tokenizer, ObjectiveSettings("tabom", "all", "all"), seed)
     shuffled = ShuffledPairs(dataset)
@@ -159,7 +161,7 @@ def test_shuffled_pairs_keep_all_but_the_order(seed):
 
 
 def test_more_attempts_keep_more_and_one_answer_a_prompt():
-    base = load(BASE_PATH)
+    base = load(SHIPPED_PATH)
     prompts = Subtraction().prompt_set(60, "train", 1)
     once, eight = (right_answers(base, prompts, 4, attempts) for attempts in (1, 8))
     assert len(once) < len(eight)

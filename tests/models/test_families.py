@@ -32,8 +32,9 @@ from tabom.lab.dry_run import DREAM_7B, LLADA_8B
 from tabom.lab.model import character_tokenizer
 from tabom.models.families import native_config
 from tabom.models.loading import load_tokenizer
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import SamplerConfig, denoise
+from tabom.sampling.sampler import denoise
 from tabom_kernels import softmax_entropy
 
 SIZES = {
@@ -166,24 +167,24 @@ def write_llada(folder, **changes):
 )
 def test_a_family_loads_as_a_model_of_transformers_and_saves_as_one(tmp_path, rng, write, architecture, shift):
     original = write(tmp_path)
-    family = load(tmp_path)
-    assert type(family.model) is architecture and family.logits_shift == shift
-    assert family.model.config.rope_parameters["rope_theta"] == {1: 1e6, 0: 5e5}[shift]
+    diffusion_model = load(tmp_path)
+    assert type(diffusion_model.model) is architecture and diffusion_model.logits_shift == shift
+    assert diffusion_model.model.config.rope_parameters["rope_theta"] == {1: 1e6, 0: 5e5}[shift]
     input_ids = torch.randint(4, 50, (2, 9))
-    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
-    assert family.tokenizer.mask_token_id == family.mask_token_id
-    family.model.save_pretrained(tmp_path / "again")
-    family.tokenizer.save_pretrained(tmp_path / "again")
+    assert torch.equal(diffusion_model.model(input_ids).logits, original(input_ids).logits)
+    assert diffusion_model.tokenizer.mask_token_id == diffusion_model.mask_token_id
+    diffusion_model.model.save_pretrained(tmp_path / "again")
+    diffusion_model.tokenizer.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert torch.equal(again.model(input_ids).logits, original(input_ids).logits)
     assert (again.logits_shift, again.mask_token_id, again.pad_token_id, again.eos_token_id) == (
-        family.logits_shift,
-        family.mask_token_id,
-        family.pad_token_id,
-        family.eos_token_id,
+        diffusion_model.logits_shift,
+        diffusion_model.mask_token_id,
+        diffusion_model.pad_token_id,
+        diffusion_model.eos_token_id,
     )
-    prompt = family.tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False)
-    assert again.tokenizer(prompt).input_ids == family.tokenizer(prompt).input_ids
+    prompt = diffusion_model.tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False)
+    assert again.tokenizer(prompt).input_ids == diffusion_model.tokenizer(prompt).input_ids
     assert again.tokenizer.chat_template == TEMPLATE
 
 
@@ -207,20 +208,22 @@ def test_what_was_made_of_an_autoregressive_model_loads_unshifted(tmp_path, rng,
         "architectures": ["A2DLMHeadModel"],
     }
     (tmp_path / "config.json").write_text(json.dumps(settings | own))
-    family = load(tmp_path)
+    diffusion_model = load(tmp_path)
     input_ids = torch.randint(4, 50, (2, 9))
-    assert type(family.model) is type(original) and family.logits_shift == 0
-    assert family.mask_token_id == family.tokenizer.mask_token_id == character_tokenizer().mask_token_id
-    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
+    assert type(diffusion_model.model) is type(original) and diffusion_model.logits_shift == 0
+    assert (
+        diffusion_model.mask_token_id == diffusion_model.tokenizer.mask_token_id == character_tokenizer().mask_token_id
+    )
+    assert torch.equal(diffusion_model.model(input_ids).logits, original(input_ids).logits)
 
 
 def test_llada_with_tied_embeddings_and_its_own_mask_token(tmp_path, rng):
     original = write_llada(tmp_path, weight_tying=True, mask_token_id=7)
-    family = load(tmp_path)
-    assert family.mask_token_id == 7 and family.model.config.num_key_value_heads == 1
+    diffusion_model = load(tmp_path)
+    assert diffusion_model.mask_token_id == 7 and diffusion_model.model.config.num_key_value_heads == 1
     input_ids = torch.randint(4, 50, (2, 9))
-    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
-    assert family.model.lm_head.weight is family.model.model.embed_tokens.weight
+    assert torch.equal(diffusion_model.model(input_ids).logits, original(input_ids).logits)
+    assert diffusion_model.model.lm_head.weight is diffusion_model.model.model.embed_tokens.weight
 
 
 def test_a_mask_token_is_never_guessed_for_another_vocabulary(tmp_path, rng):
@@ -252,12 +255,14 @@ def test_attention_is_bidirectional(tmp_path, rng):
 def test_dream_reads_its_tokens_one_to_the_left(tmp_path, rng):
     """The first token that greedy decoding unmasks is the argmax of the logits one position before it."""
     write_dream(tmp_path)
-    family = load(tmp_path)
+    diffusion_model = load(tmp_path)
     prompt = torch.randint(4, 50, (5,)).tolist()
-    [completion] = sample(family, [prompt], SamplerConfig(max_new_tokens=4))
+    [completion] = sample(diffusion_model, [prompt], SamplerConfig(max_new_tokens=4))
     place = completion.decoding_order.index(0)
-    logits = family.model(torch.tensor([[*prompt, *[family.mask_token_id] * 4]])).logits[0, len(prompt) + place - 1]
-    logits[family.mask_token_id] = -torch.inf
+    logits = diffusion_model.model(torch.tensor([[*prompt, *[diffusion_model.mask_token_id] * 4]])).logits[
+        0, len(prompt) + place - 1
+    ]
+    logits[diffusion_model.mask_token_id] = -torch.inf
     assert completion.token_ids[place] == logits.argmax()
 
 
@@ -287,25 +292,25 @@ def test_positions_begin_where_the_model_has_its_first(tmp_path, rng, architectu
     }
     tokenizer = character_tokenizer()
     config = architecture.config_class(**sizes, pad_token_id=tokenizer.pad_token_id, is_causal=False)
-    family = describe(architecture(config).eval(), tokenizer)
+    diffusion_model = describe(architecture(config).eval(), tokenizer)
     prompts = [torch.randint(4, 50, (length,)).tolist() for length in (3, 9, 5)]
 
     def entropy(prompt):
-        logits = family.model(torch.tensor([[*prompt, family.mask_token_id]])).logits[0, -1]
-        logits[family.mask_token_id] = -torch.inf
+        logits = diffusion_model.model(torch.tensor([[*prompt, diffusion_model.mask_token_id]])).logits[0, -1]
+        logits[diffusion_model.mask_token_id] = -torch.inf
         return softmax_entropy(logits[None]).item()
 
     expected = pytest.approx([entropy(prompt) for prompt in prompts], abs=1e-4)
     settings = SamplerConfig(max_new_tokens=1)
-    assert [completion.entropy[0] for completion in sample(family, prompts, settings)] == expected
-    alone = [list(denoise(family, [prompt], 1, settings))[-1].entropy.item() for prompt in prompts]
+    assert [completion.entropy[0] for completion in sample(diffusion_model, prompts, settings)] == expected
+    alone = [list(denoise(diffusion_model, [prompt], 1, settings))[-1].entropy.item() for prompt in prompts]
     assert alone == expected
     if architecture is not NystromformerForMaskedLM:  # which takes no padding on the left
-        assert list(denoise(family, prompts, 1, settings))[-1].entropy[:, 0].tolist() == expected
+        assert list(denoise(diffusion_model, prompts, 1, settings))[-1].entropy[:, 0].tolist() == expected
     longest = 31 if architecture is RobertaForMaskedLM else 32
-    list(denoise(family, [[5] * (longest - 1)], 1, settings))
+    list(denoise(diffusion_model, [[5] * (longest - 1)], 1, settings))
     with pytest.raises(ValueError, match=f"more than the {longest} positions"):
-        next(denoise(family, [[5] * longest], 1, settings))
+        next(denoise(diffusion_model, [[5] * longest], 1, settings))
 
 
 def test_the_attention_implementation_is_chosen_and_changes_nothing(tmp_path, rng):
@@ -343,12 +348,12 @@ def test_a_masked_language_model_loads_as_it_is_and_answers(tmp_path, rng, archi
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
     original = architecture(config(vocab_size=60, pad_token_id=0, **tokens, **sizes)).eval()
     save_with_characters(original, tmp_path)
-    family = load(tmp_path)
+    diffusion_model = load(tmp_path)
     input_ids = torch.randint(4, 50, (2, 9))
-    assert type(family.model) is architecture and family.logits_shift == 0
-    assert torch.equal(family.model(input_ids).logits, original(input_ids).logits)
+    assert type(diffusion_model.model) is architecture and diffusion_model.logits_shift == 0
+    assert torch.equal(diffusion_model.model(input_ids).logits, original(input_ids).logits)
     prompts = [[5, 6, 7], [8, 9]]
-    together = sample(family, prompts, SamplerConfig(max_new_tokens=4))
+    together = sample(diffusion_model, prompts, SamplerConfig(max_new_tokens=4))
     assert [sorted(completion.decoding_order) for completion in together] == [[0, 1, 2, 3]] * 2
 
 
@@ -362,14 +367,20 @@ def test_an_autoregressive_model_is_adapted_when_asked(tmp_path, rng, build):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="0", eos_token="0").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"attends causally.*adapt=True \(--adapt\)"):
         load(tmp_path)
-    family = load(tmp_path, adapt=True)
-    assert (family.logits_shift, family.mask_token_id, family.tokenizer.mask_token) == (1, 12, "<|mask|>")
+    diffusion_model = load(tmp_path, adapt=True)
+    assert (diffusion_model.logits_shift, diffusion_model.mask_token_id, diffusion_model.tokenizer.mask_token) == (
+        1,
+        12,
+        "<|mask|>",
+    )
     first, second = torch.tensor([[1, 2, 3, 12]]), torch.tensor([[1, 2, 3, 4]])
-    assert not torch.allclose(family.model(first).logits[0, 0], family.model(second).logits[0, 0])
-    family.model.save_pretrained(tmp_path / "again")
-    family.tokenizer.save_pretrained(tmp_path / "again")
+    assert not torch.allclose(diffusion_model.model(first).logits[0, 0], diffusion_model.model(second).logits[0, 0])
+    for layer in (diffusion_model.model.model.embed_tokens, diffusion_model.model.lm_head):
+        torch.testing.assert_close(layer.weight[12], layer.weight[:12].mean(dim=0), msg="the row of the new mask token")
+    diffusion_model.model.save_pretrained(tmp_path / "again")
+    diffusion_model.tokenizer.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
-    assert torch.equal(again.model(first).logits, family.model(first).logits) and again.logits_shift == 1
+    assert torch.equal(again.model(first).logits, diffusion_model.model(first).logits) and again.logits_shift == 1
 
 
 @pytest.mark.parametrize("settings", [{"model_type": "sedd"}, {"vocab_size": 9}])
@@ -413,12 +424,14 @@ def test_an_adapter_in_the_names_of_the_authors_loads_into_its_base(tmp_path, rn
     }
     settings |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM", "inference_mode": True}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    family = load(adapter)
+    diffusion_model = load(adapter)
     with torch.no_grad():
         original.model.layers[1].self_attn.q_proj.weight += b @ a
     input_ids = torch.randint(4, 50, (2, 9))
-    torch.testing.assert_close(family.model(input_ids).logits, original(input_ids).logits, rtol=1e-4, atol=1e-4)
-    trained = [name for name, p in family.model.named_parameters() if p.requires_grad]
+    torch.testing.assert_close(
+        diffusion_model.model(input_ids).logits, original(input_ids).logits, rtol=1e-4, atol=1e-4
+    )
+    trained = [name for name, p in diffusion_model.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
 
 

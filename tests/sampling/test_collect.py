@@ -1,22 +1,24 @@
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from tabom.data.prompts import PromptSet, read_prompts
+from tabom.data.store import TrajectoryFile
 from tabom.data.trajectories import read_trajectories
 from tabom.data.verifiers import Verdict
 from tabom.lab.model import character_tokenizer
 from tabom.lab.tasks import Addition
-from tabom.sampling.collect import CollectConfig, collect, hit_rate, rejected_of
+from tabom.sampling.collect import collect, hit_rate
+from tabom.sampling.config import CollectConfig, SamplerConfig
 from tabom.sampling.engine import EngineConfig
-from tabom.sampling.sampler import SamplerConfig
 from tests.conftest import random_model
 
 SAMPLER = SamplerConfig(max_new_tokens=3, temperature=2.0)
@@ -33,7 +35,14 @@ def keep_some(prompts=PROMPTS):
 
 
 def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+@contextmanager
+def lock_of_another_job(output):
+    with TrajectoryFile(output).lock.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 def test_right_answers_are_kept_and_load_as_trajectories(tmp_path):
@@ -61,23 +70,21 @@ def test_a_restart_after_any_torn_write_gives_the_same_file(tmp_path, cut_right,
     assert by_id[0] == by_id[1]
 
 
-def test_what_a_killed_job_left_in_shards_is_taken_over_once(tmp_path, rng):
-    """Killed while the first process moved shards into the output: some records are in both, and lines are torn."""
-    model, whole, output = random_model(0), tmp_path / "whole.jsonl", tmp_path / "t.jsonl"
-    collect(model, keep_some(), SAMPLER, CollectConfig(str(whole)))
-    for name in ("t.jsonl", "t.jsonl.rank0", "t.jsonl.rank11"):
-        for end in ("", ".rejected"):
-            content = (tmp_path / f"whole.jsonl{end}").read_bytes()
-            (tmp_path / (name + end)).write_bytes(content[: rng.randrange(len(content) // 2, len(content))])
-    (tmp_path / "t.jsonl.rank11").unlink()  # killed while it was deleted
-    collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
-    by_id = [sorted(records(path), key=lambda r: r["id"]) for path in (whole, output)]
-    assert by_id[0] == by_id[1]
-    assert not list(tmp_path.glob("t.jsonl.rank*"))
-    (tmp_path / "t.jsonl.rank0.rejected").write_text('{"model": "another"}\n')
-    with pytest.raises(ValueError, match=r"t\.jsonl\.rank0 was begun with"):
-        collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
-    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True)).new_attempts == 20
+def test_text_that_ends_lines_elsewhere_finishes_and_resumes(tmp_path, monkeypatch):
+    """Prompts, responses and reasons with the characters at which `splitlines` and text mode end a line."""
+    separators = "\u2028 \u2029 \x85 \r \x0b \x0c \x1c \x1d \x1e"
+    monkeypatch.setattr("tabom.sampling.collect.decode_response", lambda model, tokens: f"{len(tokens)}{separators}")
+    prompts = PromptSet(
+        "s", [prompt + separators for prompt in PROMPTS], [separators] * 20, lambda *_: Verdict(None, separators)
+    )
+    model, output = random_model(0), tmp_path / "t.jsonl"
+    collect(model, prompts.first(20), SAMPLER, CollectConfig(str(output)))
+    whole = output.read_bytes()
+    os.truncate(output, len(whole) // 2)
+    report = collect(model, prompts, SAMPLER, CollectConfig(str(output)))
+    assert 0 < report.new_attempts < 20 and report.attempts == 20
+    assert sorted(output.read_bytes().split(b"\n")) == sorted(whole.split(b"\n"))
+    assert read_trajectories(output, model.tokenizer, None)[0][0].response.endswith(separators)
 
 
 def test_every_record_says_its_verdict_and_the_unverified_are_counted_apart(tmp_path):
@@ -124,11 +131,10 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="was begun with prompts="):
         collect(model, keep_some(PROMPTS[:-1]), SAMPLER, config)
     assert output.read_bytes() == before
-    foreign = tmp_path / "foreign.jsonl"
-    foreign.write_text("precious\n")
-    with pytest.raises(ValueError, match="not from `tabom collect`"):
-        collect(model, keep_some(), SAMPLER, CollectConfig(str(foreign)))
-    assert foreign.read_text() == "precious\n"
+    with lock_of_another_job(output), pytest.raises(ValueError, match=r"t\.jsonl: another job is writing to it"):
+        collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True))
+    assert output.read_bytes() == before
+    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True)).new_attempts == 20
 
 
 def test_other_weights_under_the_same_path_are_refused(tmp_path):
@@ -145,36 +151,6 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path):
         collect(half, keep_some(), SAMPLER, CollectConfig(str(output)))
     assert output.read_bytes() == before
     assert collect(random_model(0), keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 0
-
-
-def test_one_process_at_a_time_writes_to_an_output(tmp_path):
-    model, output = random_model(0), tmp_path / "t.jsonl"
-    hold = f"""from tabom.sampling.collect import *\nwith locked(Path({str(output)!r}), Ranks()):
-        print(1, flush=True); input()"""
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"1\n"
-    with pytest.raises(ValueError, match=r"t\.jsonl: another process is collecting into it"):
-        collect(model, keep_some(), SAMPLER, CollectConfig(str(output), overwrite=True))
-    assert not output.exists()
-    holder.kill()
-    holder.wait()
-    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 20
-
-
-def test_a_run_killed_before_its_first_line_starts_anew(tmp_path, monkeypatch):
-    """Killed while the two files were being made: whichever exists, the next run goes on."""
-    model, output = random_model(0), tmp_path / "t.jsonl"
-    touch = Path.touch
-
-    def touch_and_die(path):
-        touch(path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "touch", touch_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        collect(model, keep_some(), SAMPLER, CollectConfig(str(output)))
-    monkeypatch.undo()
-    assert collect(model, keep_some(), SAMPLER, CollectConfig(str(output))).new_attempts == 20
 
 
 def test_killed_and_restarted(tmp_path):
@@ -237,9 +213,9 @@ def test_giving_up_leaves_the_right_answers_as_they_are(tmp_path):
         report = collect(model, prompts, sampler, CollectConfig(str(tmp_path / name), give_up=give_up))
         assert report.correct == 10
         costs.append(
-            sum(len([s for s in r["decoding_order"] if s >= 0]) for r in records(rejected_of(tmp_path / name))[1:])
+            sum(len([s for s in r["decoding_order"] if s >= 0]) for r in records(tmp_path / f"{name}.rejected")[1:])
         )
-    by_id = [sorted((tmp_path / name).read_bytes().splitlines()) for name in ("whole", "short")]
+    by_id = [sorted((tmp_path / name).read_bytes().split(b"\n")) for name in ("whole", "short")]
     assert by_id[0] == by_id[1]
     assert costs[1] < costs[0]
 

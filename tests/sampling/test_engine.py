@@ -1,10 +1,12 @@
 """The engine against `denoise`, each prompt alone, in fp64, where no near tie turns with the shape of a batch."""
 
 import copy
+import os
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,14 +16,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, modeling_flash_attention_utils
 
-from benchmarks.measure import peak_memory_of
+from benchmarks.tools.measure import peak_memory_of
 from tabom.lab.dry_run import DREAM_7B
 from tabom.models.compiled import padded_rows
 from tabom.models.diffusion_model import describe
 from tabom.models.packed import Span, packed_logits, takes_packed_rows
-from tabom.sampling.engine import Engine, EngineConfig, Request, bytes_per_position, default_budget, sample
+from tabom.sampling.budget import bytes_per_position, default_budget
+from tabom.sampling.completions import Completion, cost_of
+from tabom.sampling.config import FINDS_ITS_PACE, SamplerConfig
+from tabom.sampling.engine import Engine, EngineConfig, Request, sample
 from tabom.sampling.policies import POLICIES
-from tabom.sampling.sampler import Completion, SamplerConfig, cost_of, denoise
+from tabom.sampling.sampler import denoise
 from tests.conftest import random_model
 
 
@@ -83,9 +88,9 @@ def configs(draw):
     }
     if policy.startswith("dream_"):
         options["steps"] = draw(st.sampled_from([12, 24])) if options["block_length"] else draw(st.integers(1, 9))
-    elif POLICIES[policy].paced:
+    elif policy not in FINDS_ITS_PACE:
         options["tokens_per_step"] = draw(st.integers(1, 3))
-    if POLICIES[policy].paced and "random" not in policy and policy != "dream_origin":
+    if policy not in FINDS_ITS_PACE and "random" not in policy and policy != "dream_origin":
         options["alg_temp"] = draw(st.sampled_from([0.0, 0.5]))
     return SamplerConfig(**options)
 
@@ -216,7 +221,7 @@ def test_packed_logits_are_those_of_every_sequence_alone(rng):
     ids, positions = torch.cat(sequences), torch.cat([torch.arange(len(s)) for s in sequences])
     rows = torch.randperm(len(ids))[:10]
     with torch.inference_mode():
-        packed = packed_logits(model, ids, positions, [Span(len(s), len(s)) for s in sequences], rows)
+        packed = packed_logits(model, ids, positions, [Span(len(s), len(s), len(s)) for s in sequences], rows)
         expected = torch.cat([model(input_ids=s[None]).logits[0] for s in sequences])[rows]
         torch.testing.assert_close(packed, expected, rtol=1e-12, atol=1e-12)
         assert model.config._attn_implementation == "sdpa", "the model is left as it was"
@@ -322,9 +327,10 @@ def decode_with_dynamic_cache(model, request, config):
     """One prompt with transformers' own cache: keys and values outside the block, those of the last refresh."""
     tokens = torch.tensor([*request.prompt, *[model.mask_token_id] * request.length])
     order, step, shift, positions = torch.full((request.length,), -1), 0, model.logits_shift, 0
-    for block, plan in enumerate(config.plan(request.length)):
-        start = len(request.prompt) + block * plan.tokens
-        end = len(tokens) if config.cache == "prefix" else start + plan.tokens
+    plan = config.plan(request.length)
+    for block in range(plan.count):
+        start = len(request.prompt) + block * plan.size
+        end = len(tokens) if config.cache == "prefix" else start + plan.size
         active = torch.arange(start - shift, end)
         kept = torch.tensor([i for i in range(len(tokens)) if i not in active.tolist()], dtype=torch.int64)
         outside = DynamicCache()
@@ -341,14 +347,14 @@ def decode_with_dynamic_cache(model, request, config):
                 outside = cache
                 for layer in outside.layers:
                     layer.keys, layer.values = layer.keys[:, :, kept].detach(), layer.values[:, :, kept].detach()
-            p = logits[start - shift : start - shift + plan.tokens]
+            p = logits[start - shift : start - shift + plan.size]
             p[:, model.mask_token_id] = -torch.inf
             p = p.softmax(-1)
             certainty = -torch.special.entr(p).sum(-1)
-            certainty[order[block * plan.tokens :][: plan.tokens] >= 0] = -torch.inf
+            certainty[order[block * plan.size :][: plan.size] >= 0] = -torch.inf
             best = certainty.argmax()
             tokens[start + best] = p[best].argmax()
-            order[block * plan.tokens + best] = step
+            order[block * plan.size + best] = step
             step += 1
     return tokens[len(request.prompt) :].tolist(), order.tolist(), positions
 
@@ -387,7 +393,7 @@ def test_a_cache_saves_positions_and_is_refused_where_it_cannot_be(rng):
     assert per_token == {"none": 36, "prefix": (2 * 36 + 7 * 16 + 7 * 8) / 16, "block": (2 * 36 + 14 * 8) / 16}
     with pytest.raises(ValueError, match="look_every=2 with cache='block'"):
         Engine(MODELS[0], SamplerConfig(cache="block"), EngineConfig(look_every=2))
-    with pytest.raises(ValueError, match="cache='block': step by step"):
+    with pytest.raises(ValueError, match="cache='block': denoise does not use a cache"):
         next(denoise(MODELS[0], [[5]], 4, SamplerConfig(cache="block")))
     with pytest.raises(ValueError, match="cache_refresh=2 with cache='none'"):
         SamplerConfig(cache_refresh=2)
@@ -570,3 +576,15 @@ def test_a_model_in_an_adapter_decodes_as_it_does_without(cache):
     config = SamplerConfig(block_length=4, cache=cache)
     requests = [Request([5, 6, 7][: 1 + i], 8, i) for i in range(3)]
     assert_same(run(replace(adapted, model=wrapped), requests, config), run(plain, requests, config))
+
+
+def test_the_default_budget_does_not_ask_linux_alone_for_the_free_memory(model, monkeypatch):
+    """macOS has no SC_AVPHYS_PAGES, and os.sysconf raises a ValueError there."""
+
+    def sysconf(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 10**6))
+    per_position = bytes_per_position(model.model.config, 4, keeps=False)
+    assert default_budget(model) == 10**6 // per_position < 2**12

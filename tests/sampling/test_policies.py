@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from tabom.sampling.completions import is_decided
+from tabom.sampling.config import FINDS_ITS_PACE, POLICY_NAMES, RANDOM_ORDER, SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.policies import POLICIES, Candidates, Step, choose
-from tabom.sampling.sampler import SamplerConfig, denoise, is_decided
+from tabom.sampling.policies import (
+    POLICIES,
+    Candidates,
+    Step,
+    above_threshold,
+    by_chance,
+    choose,
+    strictly_above_threshold,
+    within_entropy_bound,
+)
+from tabom.sampling.sampler import denoise
 from tabom_kernels import mix_keys, reference
 from tabom_kernels.noise import uniform_noise
 from tests.conftest import random_model
@@ -281,3 +292,10 @@ def test_what_rounds_to_a_probability_of_one_is_told_apart(policy):
     candidates = Candidates(masked, one_but, one_but, entropy, torch.rand(1, 4))
     order = POLICIES[policy].certainty(candidates).argsort(dim=1, descending=True)
     assert order.tolist() == [[3, 1, 0, 2]]
+
+
+def test_the_settings_know_every_policy_without_importing_it():
+    assert tuple(POLICIES) == POLICY_NAMES
+    assert {name for name, policy in POLICIES.items() if policy.certainty is by_chance} == set(RANDOM_ORDER)
+    own_pace = (above_threshold, strictly_above_threshold, within_entropy_bound)
+    assert {name for name, policy in POLICIES.items() if policy.count in own_pace} == set(FINDS_ITS_PACE)

@@ -10,8 +10,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from tabom.models.diffusion_model import logits_at
+from tabom.sampling.completions import decode_response, guaranteed_text
+from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import sample
-from tabom.sampling.sampler import SamplerConfig, certain_text, decode_response, denoise
+from tabom.sampling.sampler import denoise
 from tests.conftest import random_model
 
 PROMPTS = ["1+2=", "sort 9876543=", "abc"]
@@ -180,18 +182,18 @@ def test_a_response_ends_at_its_first_end_token(model):
     assert decode_response(model, ids) == "ab"
 
 
-def test_the_certain_text_of_a_beginning_begins_the_whole_text():
+def test_the_guaranteed_text_of_a_beginning_begins_the_whole_text():
     """Byte by byte, where a character may end in the middle of a beginning; a tokenizer that tidies is not trusted."""
     backend = Tokenizer(BPE({character: i for i, character in enumerate(ByteLevel.alphabet())}, []))
     backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
     text = " naïve 数 🙂 do n't ."
     ids = model.tokenizer(text).input_ids
-    certain = [certain_text(model, ids[:count]) for count in range(len(ids) + 1)]
+    certain = [guaranteed_text(model, ids[:count]) for count in range(len(ids) + 1)]
     assert len(ids) > len(text) and certain[-1] == text and all(text.startswith(each) for each in certain)
     backend.decoder = WordPiece()
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert certain_text(model, ids) == ""
+    assert guaranteed_text(model, ids) == ""
 
 
 def test_positions_count_from_the_first_real_token(model):

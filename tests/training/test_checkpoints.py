@@ -100,7 +100,7 @@ def test_auto_begins_where_there_is_nothing_and_true_refuses(tmp_path, trajector
     [
         ({"seed": 43}, "seed=42, now seed=43"),
         ({"objective": "nelbo"}, "objective='tabom', now objective='nelbo'"),
-        ({"margin": 0.2}, "margin=0.1, now margin=0.2"),
+        ({"rank_margin": 0.2}, "rank_margin=0.1, now rank_margin=0.2"),
         ({"learning_rate": 2e-2}, "learning_rate=0.01, now learning_rate=0.02"),
         ({"gradient_accumulation_steps": 2}, "records_a_step=8, now records_a_step=16"),
     ],
@@ -172,7 +172,7 @@ def test_old_checkpoints_go_and_the_best_one_stays(tmp_path, trajectories):
 
 
 @pytest.mark.parametrize(
-    "name", ["margin", "rank_weight", "temperature", "learning_rate", "weight_decay", "mask_ratio"]
+    "name", ["rank_margin", "rank_weight", "rank_temperature", "learning_rate", "weight_decay", "mask_ratio"]
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_settings_that_are_not_finite_are_refused(tmp_path, name, value):
@@ -203,9 +203,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, trajectories):
 def test_a_loss_that_is_not_finite_names_the_records_of_its_batch(tmp_path, trajectories, accumulation):
     """One record alone has the letter that the model has no finite embedding of."""
     trajectories[17] = Trajectory("+", "", [5, 6], [0, 1])
-    family = random_model(3)
+    diffusion_model = random_model(3)
     with torch.no_grad():
-        family.model.model.embed_tokens.weight[family.tokenizer("+").input_ids] = float("nan")
+        diffusion_model.model.model.embed_tokens.weight[diffusion_model.tokenizer("+").input_ids] = float("nan")
     args = config(
         tmp_path,
         max_steps=20,
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_names_the_records_of_its_batch(tmp_path, traj
     )
     step, records = (5, [16, 17, 18, 19]) if accumulation == 1 else (3, [16, 17, 18, 19, 20, 21, 22, 23])
     with pytest.raises(FloatingPointError) as error:
-        train(family, trajectories, args)
+        train(diffusion_model, trajectories, args)
     assert f"step {step}: the loss is not finite (rank 0, records {records};" in str(error.value)
 
 

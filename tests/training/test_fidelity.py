@@ -30,7 +30,7 @@ def make_trajectories(rng):
     return trajectories
 
 
-def loss_of_micro_batch(family, indexed_trajectories):
+def loss_of_micro_batch(diffusion_model, indexed_trajectories):
     """Sequence by sequence, all logits, no library code but the draw of the cut."""
     token_losses, rank_losses = [], []
     for index, trajectory in indexed_trajectories:
@@ -39,13 +39,13 @@ def loss_of_micro_batch(family, indexed_trajectories):
             continue
         cut = draw_cut(steps.numpy(), int(steps.max()) - M, example_rng(SEED, 0, index))
         prompt, response = (
-            encode_prompt(family.tokenizer, trajectory.prompt),
+            encode_prompt(diffusion_model.tokenizer, trajectory.prompt),
             torch.tensor(trajectory.response_token_ids),
         )
         visible = (steps >= 0) & (steps < cut)
-        shown = torch.where(visible, response, family.mask_token_id)
-        logits = family.model(input_ids=torch.cat([torch.tensor(prompt), shown])[None]).logits[0]
-        logits = logits[torch.arange(len(prompt), len(prompt) + len(response)) - family.logits_shift]
+        shown = torch.where(visible, response, diffusion_model.mask_token_id)
+        logits = diffusion_model.model(input_ids=torch.cat([torch.tensor(prompt), shown])[None]).logits[0]
+        logits = logits[torch.arange(len(prompt), len(prompt) + len(response)) - diffusion_model.logits_shift]
         window = ((steps >= cut) & (steps < cut + M)).nonzero()[:, 0]
         token_losses.append(torch.nn.functional.cross_entropy(logits[window], response[window], reduction="none"))
         p = logits.softmax(-1)
@@ -76,12 +76,12 @@ def test_the_released_loss_that_is_timed_is_the_hinge_loss(rng):
 @pytest.mark.parametrize("write", [write_dream, write_llada])
 def test_one_step_with_the_authors_settings_has_the_gradient_of_their_formulas(tmp_path, rng, write):
     write(tmp_path)
-    family, expected = load(tmp_path), load(tmp_path)
+    diffusion_model, expected = load(tmp_path), load(tmp_path)
     trajectories = make_trajectories(rng)
     args = TabomConfig(
         output_dir=str(tmp_path / "run"),
-        form="hinge",
-        margin=MARGIN,
+        rank_loss="hinge",
+        rank_margin=MARGIN,
         rank_weight=RANK_WEIGHT,
         supervised_window=M,
         rank_window=M,
@@ -104,8 +104,10 @@ def test_one_step_with_the_authors_settings_has_the_gradient_of_their_formulas(t
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = TabomTrainer(family.model, args, train_dataset=trajectories, processing_class=family.tokenizer)
-    before = {name: p.detach().clone() for name, p in family.model.named_parameters()}
+    trainer = TabomTrainer(
+        diffusion_model.model, args, train_dataset=trajectories, processing_class=diffusion_model.tokenizer
+    )
+    before = {name: p.detach().clone() for name, p in diffusion_model.model.named_parameters()}
     trainer.train()
 
     indexed = list(enumerate(trajectories))
@@ -113,5 +115,5 @@ def test_one_step_with_the_authors_settings_has_the_gradient_of_their_formulas(t
     loss.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, p in expected.model.named_parameters():
-        taken = before[name] - family.model.get_parameter(name)
+        taken = before[name] - diffusion_model.model.get_parameter(name)
         torch.testing.assert_close(taken, p.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

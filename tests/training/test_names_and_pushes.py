@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
 from tabom import TabomConfig, TabomTrainer, Trajectory, load
 from tabom.cli.main import main, no_connection
-from tabom.lab.model import BASE_PATH
+from tabom.models.loading import SHIPPED_PATH
 from tests.conftest import random_model
 
 DATA = [Trajectory("1+1=", "2345", [6, 7, 8, 9], [0, 2, 1, 3])] * 4
@@ -21,9 +21,9 @@ DATA = [Trajectory("1+1=", "2345", [6, 7, 8, 9], [0, 2, 1, 3])] * 4
 @pytest.fixture
 def folder(tmp_path, monkeypatch, seed):
     """A model in `tmp_path`, which is the working directory."""
-    family = random_model(seed)
-    family.model.save_pretrained(tmp_path / "base")
-    family.tokenizer.save_pretrained(tmp_path / "base")
+    diffusion_model = random_model(seed)
+    diffusion_model.model.save_pretrained(tmp_path / "base")
+    diffusion_model.tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "base"
 
@@ -45,8 +45,8 @@ def without_its_tokenizer(folder):
 
 
 def in_parts(folder):
-    family = load(folder)
-    return {"model": family.model, "processing_class": family.tokenizer}
+    diffusion_model = load(folder)
+    return {"model": diffusion_model.model, "processing_class": diffusion_model.tokenizer}
 
 
 @pytest.mark.parametrize("how", [by_name, by_path_from_here, loaded, without_its_tokenizer, in_parts])
@@ -111,7 +111,7 @@ def test_the_command_line_pushes_weights_tokenizer_and_card(tmp_path, capsys, up
     arguments = ["--data", str(data), "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--save_steps", "1"]
     pushing = ["--push_to_hub", "--hub_model_id", "tuned", "--hub_strategy", "every_save"]
     peft = ["--use_peft", "true"] if use_peft else []
-    assert main(["train", "--model", str(BASE_PATH), *arguments, *pushing, *peft, "--report_to", "none"]) == 0
+    assert main(["train", "--model", str(SHIPPED_PATH), *arguments, *pushing, *peft, "--report_to", "none"]) == 0
     assert "pushed to somebody/tuned" in capsys.readouterr().out
     assert [message for message, *_ in uploads] == [f"Training in progress, step {n}" for n in (1, 2)] + ["Model save"]
     weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
@@ -120,7 +120,7 @@ def test_the_command_line_pushes_weights_tokenizer_and_card(tmp_path, capsys, up
         unwanted = {name for name in files if re.search(r"optimizer|saving|checkpoint", name)}
         assert not unwanted, f"{message}: {unwanted}"
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert "# tuned" in card.text and str(BASE_PATH) in card.text
+    assert "# tuned" in card.text and str(SHIPPED_PATH) in card.text
 
 
 def test_without_a_network_a_push_ends_in_one_line_and_the_model_stays(tmp_path, capsys, monkeypatch, uploads):

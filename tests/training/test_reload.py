@@ -47,7 +47,7 @@ def write_base(folder, name):
 @pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}], ids=["full", "lora", "dora"])
 def test_every_folder_of_a_run_loads_again(tmp_path, rng, name, adapter):
     architecture, layer = write_base(tmp_path / "base", name)
-    family = load(tmp_path / "base")
+    diffusion_model = load(tmp_path / "base")
     peft_config = None
     if adapter is not None:
         from peft import LoraConfig
@@ -65,7 +65,9 @@ def test_every_folder_of_a_run_loads_again(tmp_path, rng, name, adapter):
         disable_tqdm=True,
     )
     data = [Trajectory("1+1=", "2345", [6, 7, 8, 9], [0, 2, 1, 3])] * 4
-    trainer = TabomTrainer(family.model, args, data, processing_class=family.tokenizer, peft_config=peft_config)
+    trainer = TabomTrainer(
+        diffusion_model.model, args, data, processing_class=diffusion_model.tokenizer, peft_config=peft_config
+    )
     trainer.train()
     trainer.save_model()
     input_ids = torch.randint(4, 50, (2, 9))

@@ -50,7 +50,10 @@ def on_each_rank(rank, folder, port, seed):
         gathered = []
         sharded.lm_head.register_forward_hook(lambda _, __, out, seen=gathered: seen.append(out.numel() > 51))
         expected, got = train(one, batch), train(sharded, batch)
-        assert gathered == [not is_fused] * STEPS + [True], "logits are gathered only without the loss"
+        check = [True] * is_fused
+        assert gathered == [*check, *[not is_fused] * STEPS, True], (
+            "logits are gathered for the check and without a loss"
+        )
         torch.testing.assert_close(got[0], expected[0])
         torch.testing.assert_close(got[2], expected[2], rtol=1e-6, atol=1e-8)
         assert got[1].keys() == expected[1].keys()

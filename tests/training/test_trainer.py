@@ -16,9 +16,10 @@ from tabom.data.trajectories import Trajectory
 from tabom.evaluation.metrics import count_pairs_in_order
 from tabom.models.diffusion_model import describe
 from tabom.models.loading import load
-from tabom.training import collator
-from tabom.training.collator import FILLER, EpochSampler, TrajectoryCollator, TrajectoryDataset
+from tabom.training import examples
+from tabom.training.collator import TrajectoryCollator
 from tabom.training.config import TabomConfig
+from tabom.training.examples import FILLER, EpochSampler, TrajectoryDataset
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.objectives import ObjectiveSettings, make_target
 from tabom.training.trainer import TabomTrainer
@@ -46,7 +47,7 @@ def config(tmp_path, **changes):
         "output_dir": str(tmp_path),
         "supervised_window": 3,
         "rank_window": 4,
-        "margin": 0.1,
+        "rank_margin": 0.1,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -60,9 +61,13 @@ def config(tmp_path, **changes):
     return TabomConfig(**settings)
 
 
-def train(family, trajectories, args, resume=None, **kwargs):
+def train(diffusion_model, trajectories, args, resume=None, **kwargs):
     trainer = TabomTrainer(
-        model=family.model, args=args, train_dataset=trajectories, processing_class=family.tokenizer, **kwargs
+        model=diffusion_model.model,
+        args=args,
+        train_dataset=trajectories,
+        processing_class=diffusion_model.tokenizer,
+        **kwargs,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -78,10 +83,12 @@ def assert_same(a, b, **tolerance):
         torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
-def collate(family, trajectories, **settings):
-    dataset = TrajectoryDataset(trajectories, family.tokenizer, ObjectiveSettings(**settings), seed=5)
+def collate(diffusion_model, trajectories, **settings):
+    dataset = TrajectoryDataset(trajectories, diffusion_model.tokenizer, ObjectiveSettings(**settings), seed=5)
     examples = [dataset[0, i] for i in range(len(dataset))]
-    return TrajectoryCollator(family.mask_token_id, family.pad_token_id)(examples), examples
+    return TrajectoryCollator(diffusion_model.mask_token_id, diffusion_model.pad_token_id, diffusion_model.logit_rows)(
+        examples
+    ), examples
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -228,7 +235,7 @@ def test_an_epoch_is_filled_up_with_what_asks_nothing(model, rng, length, multip
     assert sorted(index for _, index in keys[:length]) == list(range(length))
     assert keys[length:] == [(0, FILLER)] * fillers
     dataset = TrajectoryDataset(make_trajectories(rng, length), model.tokenizer, ObjectiveSettings(), seed=1)
-    collator = TrajectoryCollator(model.mask_token_id, model.pad_token_id)
+    collator = TrajectoryCollator(model.mask_token_id, model.pad_token_id, model.logit_rows)
     filled, plain = (collator([dataset[key] for key in each]) for each in (keys, keys[:length]))
     for name in ("rows", "labels", "steps", "token_weights", "num_tokens", "num_sequences"):
         assert torch.equal(filled[name], plain[name]), name
@@ -281,11 +288,13 @@ def test_window_is_tabom_without_its_ranking(tmp_path, rng):
 @pytest.mark.parametrize("objective", ["nelbo", "nelbo_exact"])
 def test_nelbo_with_ranking_is_its_cross_entropy_and_the_hinge_over_all_masked_pairs(tmp_path, rng, objective):
     """The first step's loss by the formula, in loops over the examples that the dataset draws."""
-    family, trajectories = random_model(3), make_trajectories(rng, 8)
-    args = config(tmp_path, objective=objective, rank_weight=0.7, form="hinge", max_steps=1, seed=5)
-    batch, examples = collate(family, trajectories, objective=objective)
+    diffusion_model, trajectories = random_model(3), make_trajectories(rng, 8)
+    args = config(tmp_path, objective=objective, rank_weight=0.7, rank_loss="hinge", max_steps=1, seed=5)
+    batch, examples = collate(diffusion_model, trajectories, objective=objective)
     with torch.no_grad():
-        logits = family.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        logits = diffusion_model.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.double()
     total, tokens, ranks = 0.0, 0, []
     for (prompt, response, target), trajectory, rows in zip(examples, trajectories, logits, strict=True):
         log_p = rows[len(prompt) : len(prompt) + len(response)].log_softmax(-1)
@@ -297,7 +306,7 @@ def test_nelbo_with_ranking_is_its_cross_entropy_and_the_hinge_over_all_masked_p
         pairs = [(i, j) for i in masked for j in masked if 0 <= order[i] < order[j]]
         if pairs:
             ranks.append(sum(max(entropy[i] - entropy[j] + 0.1, 0) for i, j in pairs) / len(pairs))
-    trainer = train(family, trajectories, args)
+    trainer = train(diffusion_model, trajectories, args)
     expected = total / tokens + 0.7 * float(sum(ranks)) / len(ranks)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -319,13 +328,13 @@ def test_reference_and_torch_backends_train_to_the_same_weights(tmp_path, rng):
 
 def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
     peft = pytest.importorskip("peft")
-    family, trajectories = random_model(3), make_trajectories(rng)
-    family.model.save_pretrained(tmp_path / "base")
-    family.tokenizer.save_pretrained(tmp_path / "base")
-    family = load(tmp_path / "base")
-    before = copy.deepcopy(family.model.state_dict())
+    diffusion_model, trajectories = random_model(3), make_trajectories(rng)
+    diffusion_model.model.save_pretrained(tmp_path / "base")
+    diffusion_model.tokenizer.save_pretrained(tmp_path / "base")
+    diffusion_model = load(tmp_path / "base")
+    before = copy.deepcopy(diffusion_model.model.state_dict())
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    trainer = train(family, trajectories, config(tmp_path / "run", max_steps=5), peft_config=lora)
+    trainer = train(diffusion_model, trajectories, config(tmp_path / "run", max_steps=5), peft_config=lora)
     changed = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert changed and all("lora_" in name for name in changed)
     trained_base = {
@@ -354,9 +363,9 @@ def test_lora_trains_the_adapter_alone_and_loads_back(tmp_path, rng):
 @pytest.mark.parametrize("fused_linear", [False, True])
 def test_batches_in_which_every_trajectory_is_too_short_change_nothing(tmp_path, rng, average, fused_linear):
     """A long one stands at the end, where two steps do not come."""
-    family = random_model(3)
+    diffusion_model = random_model(3)
     trajectories = [*make_trajectories(rng), Trajectory("1", "", [5] * 110, list(range(110)))]
-    before = {name: p.detach().clone() for name, p in family.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in diffusion_model.model.named_parameters()}
     args = config(
         tmp_path,
         max_steps=2,
@@ -366,7 +375,7 @@ def test_batches_in_which_every_trajectory_is_too_short_change_nothing(tmp_path,
         fused_linear=fused_linear,
         train_sampling_strategy="sequential",
     )
-    trainer = train(family, trajectories, args)
+    trainer = train(diffusion_model, trajectories, args)
     assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0.0, 0.0]
     assert_same(weights(trainer), before, rtol=0, atol=0)
 
@@ -377,15 +386,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, rng, with_l
     trajectories = make_trajectories(rng)
     runs, recomputed = [], []
     for checkpointing in (False, True):
-        family = random_model(3)
+        diffusion_model = random_model(3)
         torch.manual_seed(0)
         lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian") if with_lora else None
         calls = []
-        family.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        diffusion_model.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         args = config(tmp_path, max_steps=3, gradient_checkpointing=checkpointing, optim="sgd")
-        runs.append(weights(train(family, trajectories, args, peft_config=lora)))
+        runs.append(weights(train(diffusion_model, trajectories, args, peft_config=lora)))
         recomputed.append(len(calls))
-    assert recomputed == [3, 6]
+    assert recomputed == [4, 7]  # the head is checked once, in a forward of its own
     assert_same(*runs, rtol=1e-5, atol=1e-6)
 
 
@@ -399,7 +408,7 @@ def test_compiled_training_gives_the_same_weights_with_one_break_in_the_first_st
     assert_same(weights(eager), weights(compiled), rtol=1e-5, atol=1e-6)
     assert counters["frames"]["ok"] > 0, "something was compiled"
     [broken_by] = counters["graph_break"]
-    assert "fits_the_loss" in broken_by
+    assert "set_status" in broken_by
     compiled.save_model()
     assert_same(weights(eager), dict(load(tmp_path).model.named_parameters()), rtol=1e-5, atol=1e-6)
 
@@ -414,29 +423,34 @@ def test_a_trained_model_loads_back(tmp_path, rng):
 
 
 def test_evaluation(tmp_path, rng):
-    family, trajectories = random_model(3), make_trajectories(rng, 8)
+    diffusion_model, trajectories = random_model(3), make_trajectories(rng, 8)
     trainer = TabomTrainer(
-        model=family.model, args=config(tmp_path), eval_dataset=trajectories, processing_class=family.tokenizer
+        model=diffusion_model.model,
+        args=config(tmp_path),
+        eval_dataset=trajectories,
+        processing_class=diffusion_model.tokenizer,
     )
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"] > 0
-    dataset = TrajectoryDataset(trajectories, family.tokenizer, config(tmp_path).objective_settings, seed=42)
-    batch = TrajectoryCollator(family.mask_token_id, family.pad_token_id)([dataset[0, i] for i in range(8)])
-    assert first["eval_loss"] == pytest.approx(family.model(**batch).loss.item(), rel=1e-5)
+    dataset = TrajectoryDataset(trajectories, diffusion_model.tokenizer, config(tmp_path).objective_settings, seed=42)
+    batch = TrajectoryCollator(diffusion_model.mask_token_id, diffusion_model.pad_token_id, diffusion_model.logit_rows)(
+        [dataset[0, i] for i in range(8)]
+    )
+    assert first["eval_loss"] == pytest.approx(diffusion_model.model(**batch).loss.item(), rel=1e-5)
 
 
 def test_data_sets_and_records_train_as_their_trajectories_do(tmp_path, rng):
     trajectories = make_trajectories(rng)
     records = [trajectory.to_record() for trajectory in trajectories]
-    family = random_model(3)
-    tokenized, _ = tokenize(records, family.tokenizer)
+    diffusion_model = random_model(3)
+    tokenized, _ = tokenize(records, diffusion_model.tokenizer)
     runs = []
     for data in (trajectories, records, datasets.Dataset.from_list(records), tokenized):
         trainer = train(random_model(3), data, config(tmp_path, max_steps=3), eval_dataset=data)
         runs.append({**weights(trainer), "eval": torch.tensor(trainer.evaluate()["eval_loss"])})
     for run in runs[1:]:
         assert_same(runs[0], run, rtol=0, atol=0)
-    records[1]["response_token_ids"][0] = family.model.config.vocab_size
+    records[1]["response_token_ids"][0] = diffusion_model.model.config.vocab_size
     with pytest.raises(
         ValueError, match=r"^record 2: field 'response_token_ids': \d+ at position 0; expected at least 0"
     ):
@@ -457,7 +471,7 @@ def test_the_main_process_tokenizes_first(tmp_path, rng, monkeypatch):
         return tokenize(*args, **options)
 
     monkeypatch.setattr(TabomConfig, "main_process_first", main_process_first)
-    monkeypatch.setattr(collator, "tokenize", tokenize_inside)
+    monkeypatch.setattr(examples, "tokenize", tokenize_inside)
     train(random_model(3), make_trajectories(rng), config(tmp_path, max_steps=1))
     assert not inside
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tabom.data.trajectories import Trajectory
 from tabom.training.objectives import ObjectiveSettings, make_target
-from tabom.training.windows import draw_cut, example_rng, last_cut, one_by_one, window_at
+from tabom.training.windows import break_ties, draw_cut, example_rng, last_cut, window_at
 
 # Worked out by hand. Position:   0  1  2  3  4  5   (4 is never unmasked, 0 and 3 share a step)
 STEPS = np.array([1, 0, 3, 1, -1, 2])
@@ -142,8 +142,8 @@ def test_with_one_token_a_step_tokens_and_steps_are_the_same(order, m, w, seed):
 
 
 def test_ties_are_broken_by_entropy_else_from_left_to_right():
-    assert one_by_one(PARALLEL, PARALLEL_ENTROPY).tolist() == [4, 0, 3, 1, 2]
-    assert one_by_one(PARALLEL).tolist() == [4, 0, 2, 1, 3]
+    assert break_ties(PARALLEL, PARALLEL_ENTROPY).tolist() == [4, 0, 3, 1, 2]
+    assert break_ties(PARALLEL).tolist() == [4, 0, 2, 1, 3]
     trajectory = Trajectory("p", "abcde", [1] * 5, PARALLEL.tolist(), entropy=PARALLEL_ENTROPY)
     settings = ObjectiveSettings("tabom", 5, 5, rank_ties=True)
     assert make_target(trajectory, settings, example_rng(0, 0, 0)).steps.tolist() == [4, 0, 3, 1, 2]

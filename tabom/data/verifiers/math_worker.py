@@ -12,120 +12,48 @@ import resource
 import signal
 import sys
 
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from tabom.data.verifiers.final_answer import DENIAL, Reading, final_answer
+from tabom.data.verifiers.named_answers import (
+    has_words,
+    is_date,
+    is_text,
+    is_time,
+    letter_of,
+    same_date,
+    same_letter,
+    same_literally,
+    same_time,
+    same_words,
+    words,
+)
+from tabom.data.verifiers.numerals import NUMERAL, in_digits
+from tabom.data.verifiers.spelling import respell
+from tabom.data.verifiers.values import is_readable, same_value_of
 
 MEMORY = 4 * 2**30
-EXTRACTION = [
-    LatexExtractionConfig(
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="last", equations=False
-        ),
-    ),
-    ExprExtractionConfig(),
-]
-ASCII = {0xFEE0 + code: code for code in range(0x21, 0x7F)}  # full-width digits, letters and signs
-RESPELT = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\\$|[`≈]|(?<!\S)~", " "),
-        (r"~", r"\\ "),
-        (r"°", r"^\\circ"),
-        (r"(?<!\d)[\u2212\u2013](?=[\d.\\])", "-"),  # minus and dash
-        (r"(?<=\d)[.,](?=\s*\})", ""),
-        (r"²", "^2"),
-        (r"³", "^3"),
-        (r"½", " 1/2"),
-        (r"¼", " 1/4"),
-        (r"¾", " 3/4"),
-        (r"(?<![\d./])(\d+) +(\d+)/(\d+)(?![\d./]*\d)", r"\1\\frac{\2}{\3}"),
-        (r"(?:√|(?<![\\a-zA-Z])sqrt)\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"√(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"(?<![\\a-zA-Z])(sin|cos|tan|log|ln|exp)(?=\()", r"\\\1"),
-        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi"),
-        (r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r" \\times 10^{\1}"),
-        (r"(?<=\d) ?[x\u00d7] ?10\^\{?(-?\d+)\}?", r" \\times 10^{\1}"),
-        (r"(?<=[a-z)])\*\*(?=\d)", "^"),
-        (r"\\(?:textbf|textit|bold)(?![a-z])", r"\\text"),
-    )
-]
-"""What people write without LaTeX, and how math-verify reads it."""
-
-ANSWER_PHRASE = re.compile(r"\banswer\b(?:\s+is|\s*[:=])?[\s:*]*([^\n]+)", re.IGNORECASE)
-WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
-SEVERAL = re.compile(r",(?!\d{3})|\b(?:and|or)\b")
-NUMBER_WITH_UNIT = re.compile(r"\\boxed\{\s*\\?\$?(-?[\d.,/]+)\s+([a-zA-Z]{2}[a-zA-Z /]*)\}")
-MEMBER = re.compile(r"^\w+ (?:in|\\in) ")
-TEXT = re.compile(r"\\text\{([^{}]*)\}|\\boxed\{([^{}]*)\}")
-
-
-def candidates(text: str) -> list[str]:
-    """What of a response or of a full solution may be its final answer, the most explicit form first, for math-verify.
-
-    An explicit form hides the others: `\\boxed{}`, then what follows the last `####`, then `<answer>` tags. Else
-    what follows the last "answer is", or the last line, as LaTeX without delimiters if no words are in it; or
-    whatever math-verify finds in the whole text. What was thought before `</think>` does not count.
-    """
-    text = mark_unit(text.rpartition("</think>")[2].replace("\\fbox", "\\boxed").strip())
-    if "\\boxed" in text:
-        return [text[text.rindex("\\boxed") :], text]
-    if "####" in text:
-        return bare(text.rsplit("####", 1)[1].strip().partition("\n")[0])
-    if "<answer>" in text:
-        return bare(text.rsplit("<answer>", 1)[1].partition("</answer>")[0])
-    line = closing_line(text)
-    if WORD.search(line) or "$" in line:
-        return [text]
-    return bare(line)[:1] if SEVERAL.search(line) else [bare(line)[0], text]
-
-
-def respell(text: str) -> str:
-    """Signs and spellings as math-verify reads them."""
-    text = text.translate(ASCII)
-    for pattern, replacement in RESPELT:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def closing_line(text: str) -> str:
-    """What follows the last "answer is", else the last line."""
-    phrases = ANSWER_PHRASE.findall(text)
-    return phrases[-1] if phrases else text.strip().rpartition("\n")[2]
-
-
-def bare(expression: str) -> list[str]:
-    """An expression without delimiters, and the same in a box, which is tried first."""
-    expression = MEMBER.sub("", expression.strip(" *").rstrip(" .,*"))
-    return [mark_unit(f"\\boxed{{{expression}}}"), expression]
-
-
-def mark_unit(text: str) -> str:
-    """Words after a number in a box are a unit, not a product of variables."""
-    return NUMBER_WITH_UNIT.sub(r"\\boxed{\1\\text{ \2}}", text)
-
-
-def words(text: str) -> str:
-    """A text answer without LaTeX's markup, brackets, stops and capitals."""
-    return TEXT.sub(lambda match: match[1] or match[2], text).strip(" *()$").rstrip(" .*()$").casefold()
 
 
 def compare(answer: str, response: str) -> tuple[bool | None, str]:
-    """Whether some reading of the response equals the answer, and what was read."""
-    answer, response = respell(answer), respell(response)
-    if words(answer) and words(answer) == words(closing_line(response)):
-        return True, f"{answer!r:.80} is the answer as it is written"
-    golds = candidates(answer) if is_solution(answer) else bare(answer)
-    golds = [parsed for parsed in map(read, golds) if parsed][:1]
-    if not golds:
-        return None, f"the answer {answer!r:.80} is no expression that math-verify reads"
-    readings = [parsed for parsed in map(read, candidates(response)) if parsed]
-    if not readings:
-        return False, "no expression found in the response"
-    for reading in readings:
-        if verify(golds[0], reading, allow_set_relation_comp=True, timeout_seconds=None):
-            return True, f"{reading[-1]!s:.80} equals {golds[0][-1]!s:.80}"
-    return False, f"expected {golds[0][-1]!s:.80}, found {readings[0][-1]!s:.80}"
+    """Whether the final answer of the response equals the answer, and what was read; None where nobody can tell."""
+    solution = final_answer(answer) if is_solution(answer) else Reading(answer, "the answer")
+    gold = respell(solution.text).strip() if solution else ""
+    gold = in_digits(gold) if NUMERAL.fullmatch(gold) else gold
+    if not words(gold):
+        return None, f"the answer {answer!r:.80} is empty"
+    reading = final_answer(response)
+    if reading is None:
+        return False, "no final answer found in the response"
+    found = Reading(respell(reading.text).strip(), reading.mark)
+    compared = f"compared {found.text!r:.80} ({found.mark})"
+    is_right = is_answer(gold, found)
+    if is_right and found.mark == "denied" and not is_negation(gold):
+        is_right = False
+    if is_right is None:
+        return None, f"the answer {answer!r:.80} is no expression that math-verify reads; {compared}"
+    return (
+        is_right,
+        f"{found.text!r:.80} ({found.mark}) equals {gold!r:.80}" if is_right else f"expected {gold!r:.80}, {compared}",
+    )
 
 
 def is_solution(answer: str) -> bool:
@@ -133,9 +61,37 @@ def is_solution(answer: str) -> bool:
     return "\\boxed" in answer or "####" in answer or "\n" in answer.strip() or "<answer>" in answer
 
 
-def read(text: str) -> list:
-    """What math-verify reads: an expression and its text, or nothing."""
-    return parse(text, EXTRACTION, parsing_timeout=None)
+def is_negation(gold: str) -> bool:
+    """Whether an answer is itself a denial, such as `no` or `not prime`."""
+    return words(gold) == "no" or DENIAL.search(gold) is not None
+
+
+def is_answer(gold: str, reading: Reading) -> bool | None:
+    """Whether a reading is this answer, by the comparison for its kind; None where the answer is of no kind."""
+    gold = re.sub(r"^\$(?=.*[^\d.,])(.*)\$$", r"\1", gold).strip()
+    if is_time(gold):
+        return same_time(gold, reading) or same_value_of(gold, reading)
+    if is_date(gold):
+        return same_date(gold, reading)
+    if letter_of(gold):
+        return same_letter(letter_of(gold), reading)
+    if is_text(gold):
+        return same_words(gold, reading) or (len(words(gold)) < 5 and same_value_of(gold, reading))
+    if same_literally(gold, reading):
+        return True
+    if not is_readable(gold):
+        return None
+    reading = with_ratios(gold, reading)
+    return same_value_of(gold, reading) or (has_words(gold) and same_words(gold, reading))
+
+
+def with_ratios(gold: str, reading: Reading) -> Reading:
+    """A reading with `3 to 1` as a ratio if the answer is one, and `5 out of 9` as a fraction if the answer is one."""
+    if re.fullmatch(r"\d+ ?: ?\d+", gold):
+        return reading._replace(text=re.sub(r"(?<=\d) to (?=\d)", ":", reading.text))
+    if re.fullmatch(r"\d+/\d+|\\[dt]?frac\{\d+\}\{\d+\}", gold):
+        return reading._replace(text=re.sub(r"(?<=\d) (?:out of|in) (?=\d)", "/", reading.text))
+    return reading
 
 
 def serve() -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 from tabom.data.encoding import Prompt
 from tabom.data.verifiers.verdict import Answer, Verdict, Verifier
@@ -22,12 +21,14 @@ PATIENCE = 20
 class Math(Verifier):
     """The response's final answer equals the answer as mathematics: `1/2`, `0.5`, `\\frac{1}{2}` are the same.
 
-    Both may be a bare expression or a full solution with `\\boxed{}` or `#### 42` at its end; math-verify reads
-    numbers, fractions, percentages, units, intervals, sets, matrices, equations and text in LaTeX or plain.
+    Both may be a bare expression or a full solution with `\\boxed{}` or `#### 42` at its end (see final_answer.py).
+    math-verify reads numbers, fractions, percentages, intervals, sets, matrices and equations in LaTeX or plain;
+    units, times of day, dates, choices and words are compared beside it (see math_worker.py).
 
     Args:
         timeout: seconds of computing that one comparison may take. One that takes longer, or brings its process down,
-            is wrong; the others are judged all the same.
+            is wrong; the others are judged all the same. An answer that no response can be compared with in this
+            time leaves its responses unverified.
         workers: processes that compare at the same time.
 
     Raises:
@@ -67,11 +68,22 @@ class Worker:
             return Verdict(*json.loads(line))
         status = self.stop()
         ran_out = line is None or status == -signal.SIGPROF
-        return Verdict(False, f"the comparison took over {timeout:g} s" if ran_out else "the comparison crashed")
+        problem = f"took over {timeout:g} s" if ran_out else "crashed"
+        if not self.reads(answer, timeout):
+            return Verdict(None, f"the answer {answer!r:.80} cannot be compared with anything: it {problem}")
+        return Verdict(False, f"the comparison {problem}")
+
+    def reads(self, answer: str, timeout: float) -> bool:
+        """Whether an answer that brought a comparison down can be read and compared with a number at all."""
+        self.start()
+        if self.ask(answer, "0", timeout):
+            return True
+        self.stop()
+        return False
 
     def start(self) -> None:
         """Starts the process and waits until it has answered once."""
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+        command = [sys.executable, "-P", "-m", "tabom.data.verifiers.math_worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, **pipes)
         if not self.ask("1", "1", START_LIMIT):

@@ -1,17 +1,20 @@
 """Programs, run against the tests of their record in a sandbox."""
 
 import json
+import math
 import os
-import re
-import secrets
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from tabom.data.encoding import Prompt
+from tabom.data.verifiers.code_blocks import complete, find_program
+from tabom.data.verifiers.record_tests import Tests, read_tests
 from tabom.data.verifiers.sandbox import Limits, find_bubblewrap, run_python
 from tabom.data.verifiers.verdict import Answer, Verdict, Verifier
 
-FENCE = re.compile(r"^[ \t]*(?:```|~~~)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)|\Z)", re.DOTALL | re.MULTILINE)
+TOLERANCE = 1e-6
+"""Difference of two decimal fractions, relative or absolute, that is taken for rounding."""
+
+MOST_SAID = 240
+"""Characters of what a program raised."""
 
 NEITHER_SANDBOX_NOR_CONSENT = (
     "the code verifier runs programs that a model wrote, and found no working bubblewrap: install it "
@@ -19,38 +22,16 @@ NEITHER_SANDBOX_NOR_CONSENT = (
     "limits alone, as a user of this machine with its files and network"
 )
 
-CALLS = """
-call = getattr(Solution(), {function!r}) if "Solution" in globals() else {function}
-for arguments, expected in {pairs!r}:
-    returned = call(*arguments)
-    returned = list(returned) if isinstance(returned, tuple) else returned
-    assert returned == expected or [returned] == expected
-"""
-"""A function or a method is called, and what it returns is compared as APPS does: through JSON, maybe in a list."""
-
-
-class Tests(NamedTuple):
-    """A record's tests in one shape.
-
-    `source` is run after the program, in the same module, and raises where it is wrong; `pairs` are what the program
-    reads and what it must print. `header` is code that the program continues or needs, `entry_point` the function that
-    it must define.
-    """
-
-    source: str | None = None
-    pairs: Sequence[tuple[str, str]] = ()
-    header: str = ""
-    entry_point: str | None = None
-
 
 class Code(Verifier):
-    """The response's last fenced block, or all of it, passes the record's tests, each run in a process of its own.
+    """The response's program (see code_blocks.py) passes the record's tests.
 
-    The tests are asserts (text, or a list as MBPP's `test_list`), HumanEval's `test` with its `entry_point`, or pairs
-    of standard input and output, as `{"input": ..., "output": ...}` or as `{"inputs": [...], "outputs": [...]}`.
+    The tests are asserts (text, or a list as MBPP's `test_list`), HumanEval's `test` with its `entry_point`, functions
+    and classes for pytest or unittest, arguments and results (APPS' `fn_name`), or pairs of standard input and output,
+    as `{"input": ..., "output": ...}` or as `{"inputs": [...], "outputs": [...]}`.
 
-    The sandbox keeps the machine from the program. It does not keep the tests from it: they run in one interpreter, and
-    a program that looks for them there can cheat; ending early, also by `os._exit(0)`, does not pass.
+    The sandbox keeps the machine from the program, and the tests too: they run in another process, which calls the
+    program's functions and receives copies of what these return (see remote.py).
 
     Args:
         timeout: seconds that one run may take.
@@ -77,110 +58,93 @@ class Code(Verifier):
             raise ValueError(NEITHER_SANDBOX_NOR_CONSENT)
         self.limits = Limits(seconds=timeout, memory_mb=memory_mb, processes=processes)
         self.workers = workers or os.cpu_count() or 1
-        status, _, errors = run_python(json.dumps({"program": "import typing"}), self.limits, self.isolated)
+        status, _, errors = run_python(
+            "program", json.dumps({"program": ["import typing"], "stdin": ""}), self.limits, self.isolated
+        )
         if status != 0:
             raise ValueError(f"the code verifier cannot run Python under its limits: {last_line(errors)}")
 
     def judge(self, prompt: Prompt, answer: Answer, response: str) -> Verdict:
         """Runs the tests one after the other until one fails."""
-        tests = read_tests(answer)
-        if tests is None:
-            return Verdict(None, f"no tests are known in {answer!r:.80}")
-        program = complete(last_block(response), tests)
-        if tests.source is not None:
-            return self.run_asserts(program, tests.source)
+        try:
+            tests = read_tests(answer)
+        except ValueError as error:
+            return Verdict(None, f"the tests cannot be run: {error}")
+        if tests is None or tests.is_empty:
+            return Verdict(None, f"no tests that can be run are known in {answer!r:.80}")
+        names = [tests.entry_point or ""] if tests.entry_point else tests.names
+        program = complete(find_program(response, names), tests.header, tests.entry_point)
+        if tests.source is not None or tests.function:
+            return self.run_tests(program, tests)
         for number, (given, expected) in enumerate(tests.pairs, start=1):
             verdict = self.run_pair(program, given, expected)
             if not verdict.correct:
                 return verdict._replace(why=f"test {number} of {len(tests.pairs)}: {verdict.why}")
         return Verdict(True, f"passes {len(tests.pairs)} tests")
 
-    def run_asserts(self, program: str, tests: str) -> Verdict:
-        """Right if the nonce comes out at the end."""
-        nonce = secrets.token_hex(16)
-        job = json.dumps({"program": program, "tests": tests, "nonce": nonce})
-        status, output, errors = run_python(job, self.limits, self.isolated)
+    def run_tests(self, program: list[str], tests: Tests) -> Verdict:
+        """Right if the tests, in a process of their own, say so."""
+        job = {
+            "program": program,
+            "tests": tests.source or "",
+            "function": tests.function,
+            "pairs": tests.pairs,
+            "header": tests.own_code,
+            "names": tests.names,
+            "modules": tests.modules,
+            "shadowed": tests.shadowed,
+            "entry_point": tests.entry_point,
+            "calls": tests.calls_check,
+            "pytest": tests.needs_pytest,
+        }
+        status, output, errors = run_python("tests", json.dumps(job), self.limits, self.isolated)
         if status is None:
             return Verdict(False, f"took over {self.limits.seconds:g} s")
-        if status == 0 and output.endswith(nonce):
-            return Verdict(True, "passes its tests")
-        return Verdict(False, last_line(errors) or "ended before its tests did")
+        if not output:
+            return Verdict(False, last_line(errors) or "ended before its tests did")
+        outcome = json.loads(output)
+        if "nothing" in outcome:
+            return Verdict(None, outcome["nothing"])
+        return Verdict(outcome["error"] is None, (outcome["error"] or "passes its tests")[:MOST_SAID])
 
-    def run_pair(self, program: str, given: str, expected: str) -> Verdict:
-        """Right if the output is the expected one, but for spaces at the ends of lines and empty lines at the end."""
+    def run_pair(self, program: list[str], given: str, expected: str) -> Verdict:
+        """Right if the output is the expected one, but for spaces between words, empty lines around, and rounding."""
         job = json.dumps({"program": program, "stdin": given})
-        status, output, errors = run_python(job, self.limits, self.isolated)
+        status, output, errors = run_python("program", job, self.limits, self.isolated)
         if status is None:
             return Verdict(False, f"took over {self.limits.seconds:g} s")
         if status != 0:
             return Verdict(False, last_line(errors) or f"ended with status {status}")
-        if as_lines(output) == as_lines(expected):
+        if same_output(output, expected):
             return Verdict(True, "prints what is expected")
         return Verdict(False, f"expected {expected!r:.80}, printed {output!r:.80}")
 
 
-def read_tests(answer: Answer) -> Tests | None:
-    """The tests of a record in any of the known shapes, None where there are none."""
-    if isinstance(answer, str):
-        return read_tests(json.loads(answer)) if answer.lstrip().startswith(("{", "[")) else Tests(source=answer)
-    if isinstance(answer, list):
-        if all(isinstance(each, str) for each in answer):
-            return Tests(source="\n".join(answer)) if answer else None
-        return Tests(pairs=[(as_text(each["input"]), as_text(each["output"])) for each in answer])
-    if not isinstance(answer, dict):
-        return None
-    header = answer.get("test_setup_code") or "\n".join(answer.get("test_imports") or [])
-    if "test" in answer and "entry_point" in answer:
-        source = f"{answer['test']}\ncheck({answer['entry_point']})\n"
-        return Tests(source=source, header=answer.get("prompt", header), entry_point=answer["entry_point"])
-    if answer.get("public_test_cases"):
-        return read_tests(public_tests(answer["public_test_cases"], answer.get("metadata") or "{}"))
-    if "inputs" in answer and "outputs" in answer:
-        pairs = list(zip(answer["inputs"], answer["outputs"], strict=True))
-        if answer.get("fn_name"):  # APPS: arguments and what the function returns, instead of text in and out
-            return Tests(source=CALLS.format(pairs=pairs, function=answer["fn_name"]), header=header)
-        return Tests(pairs=[(as_text(given), as_text(expected)) for given, expected in pairs])
-    for field in ("tests", "test_list", "test", "input_output"):
-        if answer.get(field):
-            tests = read_tests(answer[field])
-            return tests and tests._replace(header=tests.header or header)
-    return None
-
-
-def public_tests(cases: str, metadata: str) -> list | dict:
-    """LiveCodeBench's tests as pairs, or as a function's arguments (JSON, one a line) and what it returns (JSON)."""
-    cases = json.loads(cases)
-    if cases[0].get("testtype") != "functional":
-        return cases
-    inputs = [[json.loads(argument) for argument in case["input"].splitlines()] for case in cases]
-    outputs = [json.loads(case["output"]) for case in cases]
-    return {"fn_name": json.loads(metadata)["func_name"], "inputs": inputs, "outputs": outputs}
-
-
-def as_text(value: Any) -> str:
-    """What stands on standard input or output; some data sets keep it as a list of lines."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def last_block(response: str) -> str:
-    """The last fenced block, cut off or not, else the whole response."""
-    blocks = FENCE.findall(response)
-    return blocks[-1] if blocks else response
-
-
-def complete(block: str, tests: Tests) -> str:
-    """The program: a block that does not define the entry point continues the header, as HumanEval's completions do."""
-    defines = tests.entry_point is None or re.search(
-        rf"^\s*(async\s+)?def\s+{tests.entry_point}\b", block, re.MULTILINE
+def same_output(output: str, expected: str) -> bool:
+    """Whether two texts have the same words in the same lines; decimal fractions may differ by a millionth."""
+    lines, other = as_lines(output), as_lines(expected)
+    return len(lines) == len(other) and all(
+        len(line) == len(words) and all(map(same_word, line, words)) for line, words in zip(lines, other, strict=True)
     )
-    return f"{tests.header}\n{block}" if defines else tests.header + block
 
 
-def as_lines(text: str) -> list[str]:
-    """Lines without the spaces at their ends and the empty lines at the end."""
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+def as_lines(text: str) -> list[list[str]]:
+    """The words of the lines, without the empty lines before and after them."""
+    return [line.split() for line in text.strip().split("\n")]
+
+
+def same_word(word: str, expected: str) -> bool:
+    """Whether two words are the same, or nearly the same number where a decimal fraction is expected."""
+    if word == expected:
+        return True
+    try:
+        return not expected.lstrip("+-").isdigit() and math.isclose(
+            float(word), float(expected), rel_tol=TOLERANCE, abs_tol=TOLERANCE
+        )
+    except ValueError:
+        return False
 
 
 def last_line(errors: str) -> str:
     """The line of a traceback that says what was wrong."""
-    return errors.strip().rpartition("\n")[2][:200]
+    return errors.strip().rpartition("\n")[2][:MOST_SAID]

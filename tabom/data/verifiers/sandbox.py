@@ -21,11 +21,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-LIMITER = Path(__file__).with_name("limiter.py").read_text()
-"""What runs in the sandbox's Python before the program; see there."""
+SOURCES = {name: Path(__file__).with_name(f"{name}.py").read_text() for name in ("remote", "harness", "limiter")}
+"""What runs in the sandbox's Python, which does not see this package."""
+
+BOOTSTRAP = f"""
+import sys, types
+for name, source in {SOURCES!r}.items():
+    package = types.ModuleType("__main__" if name == "limiter" else "tabom.data.verifiers." + name)
+    sys.modules[package.__name__] = package
+    if name != "limiter":
+        parent = sys.modules.setdefault("tabom.data.verifiers", types.ModuleType("tabom.data.verifiers"))
+        parent.__dict__[name] = package
+    exec(compile(source, name + ".py", "exec"), package.__dict__)
+"""
+"""Makes modules of the sources, in order; the last one is the program that is run."""
 
 MARK = "TABOM_PROGRAM"
 """Variable that tells one program's processes from all others."""
+
+USERS = range(61184, 65520)
+"""Users that systemd keeps for services of a moment. Started by root, each program becomes one of them at random: Linux
+counts processes by user on the whole machine, and lets them kill each other, so that programs that run at once must not
+share one."""
 
 OUTPUT_LIMIT = 1 << 20
 """Bytes of a program's output that are read."""
@@ -84,16 +101,14 @@ def bubblewrap(path: str, limits: Limits) -> list[str]:
     return [path, *namespaces, *rights, "--die-with-parent", *scratch, *mounts, *system]
 
 
-def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
+def run_python(kind: str, job: str, limits: Limits, isolated: bool) -> Outcome:
     """Runs what `job` says (see limiter.py) in a Python of its own.
 
     Args:
+        kind: "program" or "tests".
         isolated: in bubblewrap; False: under resource limits alone.
     """
-    command = [sys.executable, "-I", "-c", LIMITER, *map(str, (limits.seconds, limits.memory_mb, limits.file_mb))]
-    command.append(str(limits.processes))
-    if isolated:
-        command = bubblewrap(find_bubblewrap(), limits) + command
+    numbers = (limits.seconds, limits.memory_mb, limits.file_mb, limits.processes, secrets.choice(USERS))
     mark = secrets.token_hex(16)
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", MARK: mark}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
@@ -101,11 +116,16 @@ def run_python(job: str, limits: Limits, isolated: bool) -> Outcome:
         given.write(job.encode())
         given.seek(0)
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            files = (given.fileno(), output.fileno())
+            command = [sys.executable, "-I", "-c", BOOTSTRAP, kind, *map(str, (*files, *numbers))]
+            if isolated:
+                command = bubblewrap(find_bubblewrap(), limits) + command
             process = subprocess.Popen(
                 command,
-                stdin=given,
-                stdout=output,
+                stdin=subprocess.DEVNULL,  # bubblewrap keeps these open, where a program of the same user can open them
+                stdout=subprocess.DEVNULL,
                 stderr=errors,
+                pass_fds=files,
                 cwd=folder,
                 env=environment,
                 start_new_session=True,

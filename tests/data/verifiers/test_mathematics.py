@@ -6,7 +6,7 @@ GSM8K = "In May she sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=7
 
 STYLES = (
     r"""
-@.|The answer is @.|The answer is: @|Answer: @|ANSWER:@|Final Answer: @|Answer = @|= @|n = @.|Total: @|@!|@,|+@|≈@|~@
+@.|The answer is @.|The answer is: @|Answer: @|ANSWER:@|Final Answer: @|Answer = @|= @|n = @.|Total: @|@,|+@|≈@|~@
 **@**|**Answer:** @|**Final Answer:** **@**|*@*|`@`|The answer is `@`.|The answer is "@".|## Answer\n@|```\n@\n```
 $@|\$@.00|The answer is $@.|The answer is $@$.|The answer is \$@.00|She earns \$@ in total.|€@|@.0|The profit is **$@**.
 @ clips|@ clips, because 70 + 2 = @.|The answer is @ (seventy-two).|So 70 + 2 = @ clips are left.|6 x 12 = @ clips
@@ -76,11 +76,6 @@ OTHER = {
     "Evelyn": ["\\boxed{\\text{Briana}}"],
 }
 """An answer, and what is none of it."""
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    return make_verifier("math")
 
 
 @pytest.mark.parametrize(
@@ -153,12 +148,12 @@ def test_an_answer_that_cannot_be_read_leaves_the_response_unverified(verifier):
 
 
 def test_a_hanging_comparison_costs_that_response_its_verdict_and_nothing_else():
-    verifier = make_verifier("math", timeout=5)
+    verifier = make_verifier("math", timeout=1, workers=1)
     tower = r"\boxed{9^{9^{9^{9}}}}"
-    cases = [("q", "5", response) for response in ("5", tower, r"\boxed{5}", tower, "6")]
+    cases = [("q", "5", response) for response in ("5", tower, r"\boxed{5}", "6")]
     verdicts = verifier.verify_all(cases)
-    assert [verdict.correct for verdict in verdicts] == [True, False, True, False, False]
-    assert "took over 5 s" in verdicts[1].why and "expected 5" in verdicts[4].why
+    assert [verdict.correct for verdict in verdicts] == [True, False, True, False]
+    assert "took over 1 s" in verdicts[1].why and "expected '5'" in verdicts[3].why
 
 
 def test_a_worker_that_dies_is_replaced(verifier, monkeypatch):

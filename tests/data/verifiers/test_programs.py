@@ -7,11 +7,12 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from tabom.data.verifiers import make_verifier, sandbox
-from tabom.data.verifiers.programs import Code, last_block
+from tabom.data.verifiers.programs import Code
 
 SQUARE = "def f(x):\n    return x * x\n"
 NAUGHT = "def f(x):\n    return 0\n"
@@ -20,6 +21,10 @@ HUMANEVAL = {
     "prompt": 'from typing import List\n\ndef total(numbers: List[int]) -> int:\n    """The sum."""\n',
     "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
     "entry_point": "total",
+}
+SEPARATED = {  # LiveCodeBench: JSON arguments, one a line; a string may hold what ends lines elsewhere
+    "public_test_cases": json.dumps([{"input": '"a\u2028b\x85"\n2\n', "output": "10", "testtype": "functional"}]),
+    "metadata": '{"func_name": "f"}',
 }
 PAIRS = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
 
@@ -59,6 +64,8 @@ def code(request, monkeypatch):
             "class Solution:\n    def f(self, a, b): return a + b",
         ),
         ({"fn_name": "f", "inputs": [[1, 2]], "outputs": [[2, 1]]}, "def f(a, b): return b, a"),
+        (SEPARATED, "def f(text, times): return len(text * times) + 2"),
+        ([{"input": "", "output": "a\r\nb\n"}], "print('a')\nprint('b')"),
     ],
 )
 def test_right_programs(code, answer, response):
@@ -70,6 +77,7 @@ def test_right_programs(code, answer, response):
     "answer, response, why",
     [
         (TESTS, "def f(x): return x", "AssertionError"),
+        ([{"input": "", "output": "a\nb"}], r"print('a\u2028b')", r"printed 'a\u2028b"),
         (TESTS, "def f(x) return x", "SyntaxError"),
         (TESTS, SQUARE + "import sys; sys.exit(0)", "ended before"),
         (TESTS, SQUARE + "import os; os._exit(0)", "ended before"),
@@ -111,7 +119,7 @@ HOSTILE = {
     "for _ in range(9): threading.Thread(target=time.sleep, args=(1000,)).start()\nraise SystemExit",
     "waits for nobody": "import os; os.mkfifo('p'); open('p')",
     "kills everything": "import os; os.kill(-1, 9); os._exit(0)",
-    "closes its output": "import os; os.close(1)",
+    "closes its connection": "import os; os.closerange(0, 64)",
     "ends at exit": "import atexit, os; atexit.register(os._exit, 0); raise SystemExit",
     "raises its limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "endless recursion": "import sys; sys.setrecursionlimit(10**9)\ndef g(): g()\ng()",
@@ -202,10 +210,15 @@ def test_several_programs_run_at_once():
     assert [verdict.correct for verdict in verdicts] == [False, True] * 4
 
 
-def test_the_last_block_counts_also_when_it_is_cut_off():
-    assert last_block("a\n```python\nx = 1\n```\nb\n~~~\ny = 2\n~~~\n") == "y = 2\n"
-    assert last_block("```\nx = 1\n```\n```python\ny = 2") == "y = 2"
-    assert last_block("x = 1") == "x = 1"
+def test_a_program_that_takes_all_its_processes_leaves_another_one_its_own(code):
+    """Linux counts the processes of a user on the whole machine, in whatever sandbox they are."""
+    greedy = Thread(target=code, args=("prompt", TESTS, SQUARE + HOSTILE["fork bomb"]))
+    code.limits = replace(code.limits, seconds=4)
+    greedy.start()
+    time.sleep(1.5)
+    verdict = code("prompt", TESTS, SQUARE)
+    greedy.join()
+    assert verdict.correct is True, verdict.why
 
 
 def test_the_group_is_killed_with_its_children():

@@ -1,0 +1,56 @@
+"""Numbers that are written in words: `seven`, `twenty-five`, `one hundred and one`, `three quarters`."""
+
+import re
+
+WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBERS = {word: number for number, word in enumerate(WORDS.split())}
+NUMBERS |= {word: 10 * number for number, word in enumerate(TENS.split(), start=2)}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+PARTS = ["half", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+DENOMINATORS = dict(zip(PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10), strict=True)) | {"halve": 2}
+
+ONE_WORD = "|".join([*NUMBERS, *SCALES])
+NUMERAL = re.compile(
+    rf"\b(?:a (?=hundred|thousand|million|billion))?(?P<words>(?:{ONE_WORD})(?:(?:-| and | )(?:{ONE_WORD}))*)"
+    rf"(?:[- ](?P<part>{'|'.join(DENOMINATORS)})s?)?\b|\b(?:a |one[- ])?half\b",
+    re.IGNORECASE,
+)
+
+
+def in_digits(text: str) -> str:
+    """A text with its numerals in digits. `one` is left among words, because it is rather a pronoun there.
+
+    A number that is given twice, as in `eight (8)`, is written once.
+    """
+
+    def digits(match: re.Match) -> str:
+        if match["words"] is None:
+            return "1/2"
+        value = number(re.findall(r"[a-z]+", match["words"].lower()))
+        is_pronoun = value == 1 and not match["part"] and match[0].strip() != text.strip(" .")
+        if value is None or is_pronoun:
+            return match[0]
+        return f"{value}/{DENOMINATORS[match['part'].lower()]}" if match["part"] else str(value)
+
+    text = re.sub(r"(?<![-\w])(?:minus|negative)\s+(?=\d)", "-", NUMERAL.sub(digits, text), flags=re.IGNORECASE)
+    return re.sub(r"\b(\d+) \(\1\)", r"\1", text)
+
+
+def number(words: list[str]) -> int | None:
+    """The number that words say one after the other; None where they are several numbers, as in `five six`."""
+    total = group = 0
+    for word in words:
+        if word == "hundred":
+            group = 100 * max(group, 1)
+        elif word in SCALES:
+            total, group = total + SCALES[word] * max(group, 1), 0
+        elif word in NUMBERS:
+            follows_tens = group % 10 == 0 and group % 100 >= 20 and NUMBERS[word] < 10
+            if group % 100 and not follows_tens:
+                return None
+            group += NUMBERS[word]
+    return total + group

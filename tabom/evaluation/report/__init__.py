@@ -1,6 +1,0 @@
-"""The report: one self-contained HTML file of responses as they were decoded, training curves and evaluations."""
-
-from tabom.evaluation.report.gather import Source, gather
-from tabom.evaluation.report.page import render
-
-__all__ = ["Source", "gather", "render"]

@@ -1,0 +1,135 @@
+"""Settings of the lab's commands. Imports no torch, so that the command line can check them quickly."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SHIPPED = "shipped"
+"""The name of the model that comes with the package."""
+
+PASS_SAMPLES = 16
+"""How many samples of each problem pass@k is estimated from."""
+
+WEAK_TASK_NAMES = ("subtraction", "sudoku")
+"""Tasks on which the base has a low accuracy; `tabom.lab.experiment` defines them."""
+
+
+class Method(NamedTuple):
+    """A training method of the study: settings of the trainer and the kind of data."""
+
+    settings: dict[str, Any]  # fields of `TabomConfig`
+    shuffles_pairs: bool = False
+    on_truth: bool = False  # trains on the right answers to all prompts instead of the base's own responses
+
+
+def both_windows(size: int | str) -> dict[str, Any]:
+    """The settings of supervised and rank window for M = W = `size`."""
+    return {"supervised_window": size, "rank_window": size}
+
+
+METHODS = {
+    "NELBO, truth of all prompts": Method({"objective": "nelbo"}, on_truth=True),
+    "NELBO": Method({"objective": "nelbo"}),
+    "NELBO, exact weights": Method({"objective": "nelbo_exact"}),
+    "NELBO with ranking": Method({"objective": "nelbo", "rank_weight": 1.0}),
+    "window": Method({"objective": "window", **both_windows(2)}),
+    "TABOM as released": Method({"objective": "tabom", "skip_last_step": True, **both_windows(2)}),
+    "TABOM": Method({"objective": "tabom", **both_windows(2)}),
+    "whole path": Method({"objective": "window", **both_windows("all")}),
+    "TABOM, whole path": Method({"objective": "tabom", **both_windows("all")}),
+    "whole path, pairs shuffled": Method({"objective": "tabom", **both_windows("all")}, shuffles_pairs=True),
+}
+
+
+@dataclass
+class QuickstartConfig:
+    """Sizes of the quickstart; the defaults take some five minutes of CPU, on two cores under three."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where everything is written."})
+    model: str = field(default=SHIPPED, metadata={"help": "The base: a folder, or the model of the package."})
+    num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
+    attempts: int = field(default=8, metadata={"help": "Attempts a prompt; the first right one is kept."})
+    num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
+    num_other_problems: int = field(default=60, metadata={"help": "Held-out problems of each other task."})
+    num_pass_problems: int = field(default=80, metadata={"help": "Held-out problems sampled 16 times for pass@k."})
+    max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})
+    batch_size: int = field(default=32, metadata={"help": "Trajectories a training step."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of each method."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Of prompts, cuts and batches."})
+    processes: int = field(default=2, metadata={"help": "Training runs at a time, one thread each."})
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of `tabom lab pretrain`."""
+
+    output_dir: str = "runs/lab-base"
+    max_steps: int = 2000
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    seed: int = 0
+
+
+@dataclass
+class StudyConfig:
+    """The grid, and the sizes of a run."""
+
+    output_dir: str = field(default="runs/study", metadata={"help": "Where results.jsonl grows."})
+    bases: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "Models: shipped, or folders."})
+    tasks: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": "subtraction, sudoku."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": "Objectives; the base is measured in any case."}
+    )
+    learning_rates: list[float] = field(default_factory=lambda: [2e-4, 3e-4], metadata={"help": "Peaks."})
+    attempts: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "Attempts a prompt. 1: greedy; more: samples, the first right one is kept."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of prompts, cuts and batches."})
+    processes: int = field(default=1, metadata={"help": "Runs at a time."})
+    save_models: bool = field(default=False, metadata={"help": "Keep the trained models, under models."})
+    max_steps: int = field(default=300, metadata={"help": "Training steps."})
+    path_steps: list[int] = field(default_factory=lambda: [75, 150], metadata={"help": "Steps also measured on."})
+    batch_size: int = field(default=64, metadata={"help": "Trajectories a training step."})
+    num_prompts: int = field(default=2000, metadata={"help": "Prompts answered to collect trajectories."})
+    num_problems: int = field(default=400, metadata={"help": "Held-out problems of the weak task."})
+    num_path_problems: int = field(default=40, metadata={"help": "Of each other task, at path_steps."})
+    num_other_problems: int = field(default=100, metadata={"help": "Of each other task, at the end."})
+    num_pass_problems: int = field(default=100, metadata={"help": f"Problems sampled {PASS_SAMPLES} times."})
+    num_adaptive_problems: int = field(
+        default=200, metadata={"help": "Problems of the weak task for each adaptive policy; 0: none is tried."}
+    )
+    num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
+
+    def __post_init__(self) -> None:
+        for name, known in (("tasks", WEAK_TASK_NAMES), ("methods", METHODS)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name}={value!r}: expected some of {', '.join(known)}")
+
+
+@dataclass
+class PlanConfig:
+    """The size of a run; lengths are means over prompts, in tokens."""
+
+    prompts: int = field(default=12000, metadata={"help": "Prompts answered once each to collect trajectories."})
+    gpus: int = field(default=8, metadata={"help": "GPUs that share the work."})
+    longest_prompt: int = field(default=256, metadata={"help": "What a fixed batch is padded to."})
+    mean_prompt: int = field(default=120, metadata={"help": "Mean length of a prompt."})
+    response: int = field(default=256, metadata={"help": "Length of a response; one token is decided a step."})
+    mean_answer: int = field(default=150, metadata={"help": "Mean steps until all before the end is decided."})
+    block: int = field(default=32, metadata={"help": "Block length, for the block cache."})
+    right: float = field(default=0.425, metadata={"help": "Share of the answers that verification keeps."})
+    evaluated: int = field(default=2000, metadata={"help": "Answers made for evaluation, base and tuned together."})
+    efficiency: float = field(default=0.4, metadata={"help": "Share of the H100's bf16 rate that is reached; a guess."})
+
+    def __post_init__(self) -> None:
+        for name in ("right", "efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share in (0, 1]")
+        for name in ("prompts", "gpus", "mean_prompt", "response", "block", "evaluated"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not self.block <= self.response or not 1 <= self.mean_answer <= self.response:
+            raise ValueError(
+                f"block={self.block}, mean_answer={self.mean_answer}: expected at most response={self.response}"
+            )

@@ -1,0 +1,124 @@
+"""Gathers the data of a report from trajectory files and from folders of training runs and evaluations."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tabom.data.json_files import read_json
+from tabom.data.sources import read_records
+from tabom.data.store import ResponseFolder, TrajectoryFile
+from tabom.data.trajectories import Trajectory, parse_trajectory
+
+TORN_RESULTS = "run the `tabom evaluate` command again, which reuses all answers and writes the file anew"
+TORN_STATE = "delete the checkpoint that the file belongs to"
+"""Remedies for incomplete files, for error messages."""
+
+
+@dataclass
+class Source:
+    """Trajectories of one file or cell with the records they come from, and the name of the model that made them."""
+
+    name: str
+    model: str | None
+    records: list[dict[str, Any]]
+
+
+@dataclass
+class Gathered:
+    """The data of a report.
+
+    `training` maps a run to the log entries of its trainer; `results` and `comparisons` are `tabom evaluate`'s.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
+
+
+def gather(inputs: Sequence[str], limit: int) -> Gathered:
+    """Reads every input.
+
+    Args:
+        inputs: files of trajectories, and folders that `tabom train` or `tabom evaluate` wrote.
+        limit: the most trajectories of each file or cell.
+
+    Raises:
+        ValueError: a folder of neither kind, or a file or one of its lines that does not parse.
+    """
+    found = Gathered()
+    for name in inputs:
+        path = Path(name)
+        if not path.is_dir():
+            output = path.with_suffix("") if path.suffix == ".rejected" else path
+            model = TrajectoryFile(output).settings().get("model")
+            found.sources.append(Source(str(path), model, list(islice(with_response(path), limit))))
+            continue
+        states = sorted(path.glob("**/trainer_state.json"), key=lambda state: state.stat().st_mtime)
+        if states:
+            found.training[name] = read_json(states[-1], dict, TORN_STATE)["log_history"]
+        if (path / "results.json").exists():
+            found.results += read_json(path / "results.json", list, TORN_RESULTS)
+        if (path / "comparison.json").exists():
+            found.comparisons += read_json(path / "comparison.json", dict, TORN_RESULTS)["comparisons"]
+        cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
+        for cell in cells:
+            responses = ResponseFolder(cell)
+            records = list(islice(responses.records(), limit))
+            found.sources.append(Source(str(cell.relative_to(path)), responses.settings().get("model"), records))
+        if not states and not cells:
+            raise ValueError(f"{name}: a folder without trainer_state.json, results.json or answers")
+    return found
+
+
+def with_response(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file that have a response; collect's line of settings has none.
+
+    Raises:
+        ValueError: a line does not parse.
+    """
+    for place, record in read_records(path, default_split="train"):
+        if isinstance(record, ValueError):
+            raise ValueError(f"{path}, {place}: {record}") from record
+        if "policy" not in record:
+            yield {"correct": None, **record} if "why" in record else record  # judged, but it could not be checked
+
+
+def describe_record(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, replayed: dict[str, list] | None
+) -> dict[str, Any]:
+    """The data of one record on the page; report.js reads it."""
+    trajectory = parse_trajectory(record, tokenizer, len(tokenizer))
+    shown = {
+        "prompt": plain_text(trajectory),
+        "tokens": token_texts(tokenizer, trajectory.response_token_ids),
+        "steps": trajectory.decoding_order,
+        "entropy": record.get("entropy"),
+        "correct": record.get("correct", "unknown"),
+        "why": record.get("why", ""),
+        "id": str(record.get("id", "")),
+        **(replayed or {}),
+    }
+    return {name: value for name, value in shown.items() if value is not None or name == "correct"}
+
+
+def plain_text(trajectory: Trajectory) -> str:
+    """The prompt as text, a conversation turn by turn."""
+    if isinstance(trajectory.prompt, str):
+        return trajectory.prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in trajectory.prompt)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; a token that ends inside a character adds no text."""
+    texts, before = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[:end], skip_special_tokens=False)
+        is_partial = text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids)
+        texts.append("" if is_partial else text[len(before) :])
+        before = before if is_partial else text
+    return texts

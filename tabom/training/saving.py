@@ -1,0 +1,135 @@
+"""A Trainer of transformers whose checkpoints are complete or absent, finite, and continued by the same run only."""
+
+import logging
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from tabom.models.progress import bars_of_long_waits
+from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
+from tabom.training.nan_checks import check_weights
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(Trainer, ABC):
+    """Writes each checkpoint aside and renames it when it is complete; resumes from complete ones of the same run."""
+
+    _saving_in: Path | None = None  # the folder that a checkpoint is being written to
+    _loaded_step: int | None = None  # of the checkpoint whose weights were loaded when training ended
+
+    @abstractmethod
+    def _describe_run(self) -> dict[str, Any]:
+        """All that decides the weights, as JSON values, the same on every rank; a checkpoint is resumed with it."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains from a complete checkpoint of the same run, or from the start.
+
+        Args:
+            resume_from_checkpoint: a folder; True: the newest complete one of `output_dir`; "auto": the same, or a
+                fresh start where there is none.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or belongs to a run that `_describe_run` tells from this one.
+        """
+        self._loaded_step = None
+        return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loaded_step = self.state.best_global_step
+
+    def _find_checkpoint(self, resume: str | bool | None) -> str | None:
+        """The checkpoint to resume, the same on every rank; None: start anew."""
+        if not resume:
+            return None
+        checkpoint = resume
+        if resume is True or resume == "auto":
+            checkpoint, broken = newest_whole(self.args.output_dir)
+            for problem in broken if self.is_world_process_zero() else ():
+                logger.warning("passed over: %s", problem)
+            if checkpoint is None and resume is True:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
+                )
+        checkpoint = broadcast_object_list([checkpoint and str(checkpoint)])[0]
+        if checkpoint is not None:
+            check_same_run(Path(checkpoint), self._describe_run())
+        return checkpoint
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_in or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes the checkpoint to a folder aside and renames it; refuses weights that are not finite."""
+        folder = Path(self._get_output_dir(trial))
+        written, final = (
+            path / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" for path in (folder / SAVING, folder)
+        )
+        check_weights(model, self.accelerator)
+        if self.args.should_save:
+            shutil.rmtree(folder / SAVING, ignore_errors=True)  # left by a killed run
+        self.accelerator.wait_for_everyone()
+        self._saving_in = folder / SAVING
+        super()._save_checkpoint(model, trial)
+        self._saving_in = None
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            publish(written, final, self._describe_run())
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
+        self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes as transformers does, with the model card, but only complete checkpoints."""
+        if self._saving_in is None:
+            self.create_model_card()
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model so that it can be loaded, and pushes it if `push_to_hub` is set.
+
+        A checkpoint of a sharded run, in contrast, may hold shards.
+        """
+        check_weights(self.model, self.accelerator)
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves as transformers does, but in a checkpoint under the names that the weights have in memory.
+
+        transformers renames and splits the weights of some models, such as the experts of a mixture, while it saves and
+        loads them. Its Trainer resumes from a file of weights without that, and would leave such weights as they are.
+        """
+        own_names = own_weight_names(self.accelerator.unwrap_model(self.model)) if self._saving_in else nullcontext()
+        with bars_of_long_waits(), own_names:
+            super()._save(output_dir, state_dict)
+
+
+@contextmanager
+def own_weight_names(model: torch.nn.Module) -> Iterator[None]:
+    """Lets `save_pretrained` write the weights under the names that they have in memory."""
+    conversions = vars(model).get("_weight_conversions")
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
