@@ -76,6 +76,7 @@ def test_the_bars_of_long_waits_appear(monkeypatch, capsys):
 
     from tabom.models import progress
 
+    logging.enable_progress_bar()  # an earlier test may have switched it off
     monkeypatch.setattr(progress, "BAR_DELAY_SECONDS", 0.0)
     with progress.bars_of_long_waits():
         list(logging.tqdm(range(3), desc="Loading weights"))
