@@ -152,6 +152,15 @@ def test_the_counts_of_the_emulator_in_the_notes_are_what_the_json_says():
     assert claim in Path("benchmarks/NOTES.md").read_text()
 
 
+def test_the_pairs_of_a_sequence_are_counted_for_every_architecture(monkeypatch):
+    monkeypatch.setattr(emulated.SETTINGS, "architecture", emulated.SETTINGS.architecture)  # restored afterwards
+    records = emulated.measure_pairs(64)
+    counts = {(record["architecture"], record["form"]): record["instructions"] for record in records}
+    assert {architecture for architecture, _ in counts} == {"sm_80", "sm_90", "sm_100"}
+    for architecture, _ in counts:
+        assert counts[architecture, "logistic"] > counts[architecture, "hinge"] > 1
+
+
 def test_the_time_of_the_host_needs_no_gpu():
     command = [sys.executable, "-m", "benchmarks.host", "--rounds", "2"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tabom_kernels import cross_entropy_with_entropy, trajectory_rank_loss, unmask_statistics
+from tabom_kernels.backends.triton import vocabulary_statistics
 from tests.gpu_emulator.driver import REWRITES
 from tests.gpu_emulator.errors import Defect
 from tests.kernels.inputs import gaussian
@@ -33,8 +34,8 @@ def mutate():
 
 
 def losses(logits, inplace_backward=False):
-    """Both losses of each row and the gradient, as users call them."""
-    labels = torch.arange(len(logits))
+    """Both losses of each row and the gradient, as users call them. The labels are the last columns."""
+    labels = logits.shape[1] - 1 - torch.arange(len(logits))
     outputs = cross_entropy_with_entropy(
         logits.requires_grad_(), labels, inplace_backward=inplace_backward, backend="triton"
     )
@@ -59,6 +60,7 @@ def ranking(logits, form="logistic"):
         ("statistics_kernel", losses),
         ("gradient_kernel", losses_in_place),
         ("unmask_kernel", tokens),
+        ("choose_kernel", tokens),
         ("masses_kernel", tokens),
         ("narrow_kernel", tokens),
     ],
@@ -70,7 +72,7 @@ def test_without_its_barriers_a_kernel_races(rng, mutate, kernel, call):
         call(gaussian(2, 1000).float())
 
 
-EACH_READER_OF_LOGITS = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "kernel, call",
     [
         ("statistics_kernel", losses),
@@ -79,9 +81,6 @@ EACH_READER_OF_LOGITS = pytest.mark.parametrize(
         ("masses_kernel", tokens),
     ],
 )
-
-
-@EACH_READER_OF_LOGITS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_mask_that_is_a_column_too_wide_leaves_the_tensor(rng, mutate, kernel, call, dtype):
     """Or by the eight columns that a thread loads at once: their mask compares its index with 125."""
@@ -92,7 +91,25 @@ def test_a_mask_that_is_a_column_too_wide_leaves_the_tensor(rng, mutate, kernel,
         call(gaussian(2, 1000).to(dtype))
 
 
-@EACH_READER_OF_LOGITS
+def test_a_label_that_is_no_column_reads_nothing(rng, mutate):
+    logits, labels = gaussian(2, 1000).float(), torch.tensor([0, 1000])
+    assert vocabulary_statistics(logits, labels, -100).cross_entropy.isnan().tolist() == [False, True]
+    mutate("merge_kernel", r"(setp\.lt\.u64\s.*?, )1000;", r"\g<1>1001;")
+    with pytest.raises(Defect, match="access out of bounds"):
+        vocabulary_statistics(logits, labels, -100)
+
+
+@pytest.mark.parametrize(
+    "kernel, call",
+    [
+        ("statistics_kernel", losses),
+        ("merge_kernel", losses),
+        ("gradient_kernel", losses_in_place),
+        ("unmask_kernel", tokens),
+        ("choose_kernel", tokens),
+        ("masses_kernel", tokens),
+    ],
+)
 def test_a_row_offset_of_32_bits_leaves_the_rows(rng, mutate, kernel, call):
     """Rows 2^30 elements apart: the third is 2^31 elements away, and 2^31 + 2^4 has another sign in 32 bits."""
     stride = 2**30 + 8
@@ -107,8 +124,10 @@ def test_a_row_offset_of_32_bits_leaves_the_rows(rng, mutate, kernel, call):
     "kernel, call, row_stride",
     [
         ("statistics_kernel", losses, 2),
+        ("merge_kernel", losses, 7),
         ("gradient_kernel", losses, 8),
         ("unmask_kernel", tokens, 7),
+        ("choose_kernel", tokens, 12),
         ("masses_kernel", tokens, 5),
     ],
 )
