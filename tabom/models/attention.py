@@ -5,6 +5,10 @@ The block of a position is position // block_size, counted from the first token 
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+
+FLEX = "flex_attention"
+"""transformers' name of flex attention (arXiv 2412.05496), which takes a mask in tiles."""
 
 
 def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
@@ -15,3 +19,12 @@ def block_causal_mask(queries: Tensor, keys: Tensor, block_size: int) -> Tensor:
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a mask allows attention, and the lowest number of the dtype elsewhere; eager attention adds it."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def check_flex_device(config: PreTrainedConfig, device: torch.device) -> None:
+    """Raises a ValueError for flex attention on a CPU, where PyTorch has no backward and compiles it wrongly."""
+    if config._attn_implementation == FLEX and device.type == "cpu":
+        raise ValueError(
+            f"attn_implementation={FLEX!r} on a CPU: PyTorch's flex attention has no backward there, and is not "
+            "reliable when compiled; load the model with attn_implementation='sdpa'"
+        )

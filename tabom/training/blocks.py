@@ -12,22 +12,23 @@ its whole noisy block and to the clean blocks before it. The first noisy block b
 prompt, which are visible. The last one ends with masks that have no loss, because there are masks in decoding as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 from tabom.data.tokenized import TokenizedTrajectory
 from tabom.data.trajectories import response_blocks
-from tabom.models.attention import as_bias
+from tabom.models.attention import FLEX, as_bias, check_flex_device
 from tabom.models.diffusion_model import LogitRows
 from tabom.training.settings import FirstTokenLogits
 
-ATTENTION = ("sdpa", "eager")
-"""Implementations of attention that take a bias for each pair of positions."""
+ATTENTION = ("sdpa", "eager", FLEX)
+"""Implementations of attention that take a mask of the pairs of positions."""
 
 
 def split_into_blocks(trajectory: TokenizedTrajectory, block_size: int) -> Iterator[TokenizedTrajectory]:
@@ -91,27 +92,60 @@ def block_layout(
     return Layout(inputs, rows, positions // block_size - start // block_size)
 
 
-def check_takes_bias(config: PreTrainedConfig) -> None:
-    """Raises a ValueError for an implementation of attention that takes no bias for each pair of positions."""
-    if config._attn_implementation not in ATTENTION:
+def check_attention(config: PreTrainedConfig, device: torch.device) -> None:
+    """Checks that a block-causal model can be trained with its implementation of attention on this device.
+
+    Raises:
+        ValueError: the implementation takes no mask of pairs of positions, or it is flex attention on a CPU.
+    """
+    implementation = config._attn_implementation
+    if implementation not in ATTENTION:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} with block_size={config.block_size}: training of "
-            f"block-causal models needs {' or '.join(ATTENTION)}"
+            f"attn_implementation={implementation!r} with block_size={config.block_size}: training of block-causal "
+            f"models needs {', '.join(ATTENTION[:-1])} or, on a GPU, {ATTENTION[-1]}"
         )
+    check_flex_device(config, device)
 
 
-def block_bias(position_ids: Tensor, is_noisy: Tensor, is_token: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L) of `dtype`: what attention adds to its scores, 0 where the query attends to the key.
+AttentionRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Whether queries attend to keys, as flex attention asks it (`mask_mod`): bool for indices of sequences, heads, queries
+and keys, which broadcast."""
+
+
+def attention_rule(position_ids: Tensor, is_noisy: Tensor, is_token: Tensor, block_size: int) -> AttentionRule:
+    """The attention of the layout of this module.
 
     Args:
         position_ids: (B, L) positions; the block of a position is position // block_size.
         is_noisy: (B, L) bool, the noisy copies.
         is_token: (B, L) bool or int, 0 for the padding, which no position attends to.
     """
-    block = position_ids // block_size
-    query_block, key_block = block[:, :, None], block[:, None, :]
-    query_noisy, key_noisy = is_noisy[:, :, None], is_noisy[:, None, :]
-    to_clean = ~key_noisy & (key_block <= query_block - query_noisy.long())
-    to_own = key_noisy & query_noisy & (key_block == query_block)
-    mask = (to_clean | to_own) & is_token.bool()[:, None, :]
-    return as_bias(mask[:, None], dtype)
+    block, is_token = position_ids // block_size, is_token.bool()
+
+    def attends(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query_block, query_noisy = block[b, query], is_noisy[b, query]
+        key_block, key_noisy = block[b, key], is_noisy[b, key]
+        to_clean = ~key_noisy & (key_block <= query_block - query_noisy.long())
+        to_own = key_noisy & query_noisy & (key_block == query_block)
+        return (to_clean | to_own) & is_token[b, key]
+
+    return attends
+
+
+def block_bias(attends: AttentionRule, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, L) of `dtype`: what attention adds to its scores, 0 where the query attends to the key.
+
+    Args:
+        shape: (B, L).
+    """
+    batch, positions = (torch.arange(size, device=device) for size in shape)
+    return as_bias(attends(batch[:, None, None, None], batch.new_zeros(()), positions[:, None], positions), dtype)
+
+
+def block_mask(attends: AttentionRule, shape: torch.Size, device: torch.device) -> BlockMask:
+    """The same for flex attention, which keeps for tiles of 128 x 128 pairs whether all, some or none attend.
+
+    It is compiled, because only so the pairs are never in memory.
+    """
+    (batch, length) = shape
+    return torch.compile(create_block_mask)(attends, batch, None, length, length, device)

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from tabom.models.attention import FLEX
 from tabom.models.diffusion_model import logits_at
-from tabom.training.blocks import block_bias, check_takes_bias
+from tabom.training.blocks import attention_rule, block_bias, block_mask, check_attention
 from tabom.training.head import HeadLoss, HeadWithLoss, loss_in_head
 from tabom.training.head_check import add_auxiliary_loss, computes_loss
 from tabom.training.logit_transforms import logit_transform
@@ -43,25 +44,30 @@ def forward_of_blocks(
 ) -> ModelOutput:
     """Runs the model's own forward on the layout of `tabom.training.blocks`, with its attention.
 
-    The bias is made once for all layers, in the dtype of their scores. Only the body gets it: a mixture of experts
-    that computes an auxiliary loss needs the mask of the tokens for it, which leaves the padding out.
+    The mask is made once for all layers: tiles for flex attention, else a bias in the dtype of their scores. Only the
+    body gets it: a mixture of experts that computes an auxiliary loss needs the mask of the tokens for it, which leaves
+    the padding out.
 
     Raises:
-        ValueError: the model's implementation of attention takes no bias.
+        ValueError: see `check_attention`.
     """
-    check_takes_bias(model.config)
-    device = is_noisy.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    layout = (inputs["position_ids"], is_noisy, inputs["attention_mask"])
-    bias = block_bias(*layout, model.config.block_size, dtype)
+    check_attention(model.config, is_noisy.device)
+    device, shape = is_noisy.device, is_noisy.shape
+    attends = attention_rule(inputs["position_ids"], is_noisy, inputs["attention_mask"], model.config.block_size)
+    if model.config._attn_implementation == FLEX:
+        mask = block_mask(attends, shape, device)
+    else:
+        in_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if in_autocast else model.dtype
+        mask = block_bias(attends, shape, device, dtype)
 
     if not getattr(model.config, "output_router_logits", False):  # a hook would break a compiled graph
-        return own_forward(**{**inputs, "attention_mask": bias})
+        return own_forward(**{**inputs, "attention_mask": mask})
 
-    def with_bias(_body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": bias}
+    def with_mask(_body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": mask}
 
-    hook = model.base_model.register_forward_pre_hook(with_bias, with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(with_mask, with_kwargs=True)
     try:
         return own_forward(**inputs)
     finally:
