@@ -181,6 +181,12 @@ def response_blocks(prompt_length: int, length: int, block_size: int) -> list[sl
     return [slice(*edge) for edge in pairwise(edges)]
 
 
+def own_steps(decoding_order: Sequence[int]) -> list[int]:
+    """The steps of these tokens, numbered from 0 among those that unmasked one of them; -1 stays -1."""
+    number = {step: own for own, step in enumerate(sorted({step for step in decoding_order if step >= 0}))}
+    return [number.get(step, -1) for step in decoding_order]
+
+
 def non_ltr_positions(decoding_order: list[int]) -> list[int]:
     """Positions unmasked at an earlier step than some position on their left."""
     positions, latest = [], -1

@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations import flex_attention as flex_of_transformers
 
 from tabom import load
+from tabom.models import layout as layout_module
+from tabom.models.attention import attention_rule, block_bias, block_mask
 from tabom.models.diffusion_model import LogitRows
-from tabom.training import forward as forward_module
-from tabom.training.blocks import attention_rule, block_bias, block_mask
 from tabom.training.collator import TrajectoryCollator
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.objectives import Target
@@ -126,7 +126,7 @@ def test_the_documented_sizes():
 def test_a_model_with_flex_attention_has_the_loss_of_sdpa(tmp_path, rng, monkeypatch, model_type):
     """On a CPU flex attention runs uncompiled and has no backward, so that this compares losses only."""
     monkeypatch.setattr(flex_of_transformers.WrappedFlexAttention, "__call__", lambda self: flex_attention)
-    monkeypatch.setattr(forward_module, "check_attention", lambda config, device: None)
+    monkeypatch.setattr(layout_module, "check_attention", lambda config, device: None)
     block_causal_model(tmp_path / "m", model_type)
     trajectories, losses = None, []
     for attention in ("sdpa", "flex_attention"):
