@@ -50,7 +50,8 @@ def nelbo_log_likelihood(
     """
     check_prompt(len(prompt), model.logits_shift)
     rng = np.random.default_rng(seed)
-    draws = [draw_masks(block.stop - block.start, samples, rng) for block in blocks_of(model, prompt, response)]
+    blocks = response_blocks(len(prompt), len(response), model.block_size)
+    draws = [draw_masks(block.stop - block.start, samples, rng) for block in blocks]
     masked, weights = (torch.from_numpy(np.concatenate(arrays, axis=1)) for arrays in zip(*draws, strict=True))
     total = 0.0
     for rows in torch.arange(samples).split(batch):
@@ -59,13 +60,6 @@ def nelbo_log_likelihood(
     if math.isnan(total):
         raise logits_not_finite(model.model)
     return total / samples
-
-
-def blocks_of(model: DiffusionModel, prompt: Sequence[int], response: Sequence[int]) -> list[slice]:
-    """The parts of a response that the model denoises one after the other: its blocks, or all of it."""
-    if model.block_size is None:
-        return [slice(0, len(response))]
-    return response_blocks(len(prompt), len(response), model.block_size)
 
 
 def draw_masks(length: int, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +117,7 @@ def trajectory_log_likelihood(
     given, seeds = (torch.tensor([number], device=model.device) for number in (plan.given, config.seed))
     total, is_greedy, taken = 0.0, True, 0
     shares = time_shares(plan.steps, config.eps).tolist()
-    for block in blocks_of(model, prompt, response):
+    for block in response_blocks(len(prompt), len(response), model.block_size):
         in_block, begun = (block.start <= place) & (place < block.stop), taken
         for step in steps_that_unmask(config.policy, plan.steps, plan.size, config.eps):
             masked = first_sub_block(hidden & in_block, given, plan.size, config)
