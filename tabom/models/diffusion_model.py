@@ -156,7 +156,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if mask_token_id is None:
         raise ValueError(
             f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
-            "or the tokenizer's mask_token"
+            "give it to load (--mask_token_id), or set the tokenizer's mask_token"
         )
     if not 0 <= mask_token_id < config.vocab_size:
         raise ValueError(f"mask_token_id={mask_token_id}: not in this model's vocabulary of {config.vocab_size}")
