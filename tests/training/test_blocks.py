@@ -197,7 +197,7 @@ def test_gradient_accumulation_leaves_the_weights_unchanged(tmp_path, rng):
         assert other_losses == pytest.approx(runs[0][1], rel=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, "sdar_moe"])
 def test_resuming_gives_bitwise_the_same_weights_and_a_saved_model_loads(tmp_path, rng, model_type):
     block_causal_model(tmp_path / "m", model_type)
     trajectories = make_trajectories(rng, 8)
@@ -214,7 +214,7 @@ def test_resuming_gives_bitwise_the_same_weights_and_a_saved_model_loads(tmp_pat
     assert conventions[0] == conventions[1]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, "sdar_moe"])
 def test_an_adapter_learns_and_loads(tmp_path, rng, model_type):
     block_causal_model(tmp_path / "m", model_type)
     model, trajectories = load(tmp_path / "m"), make_trajectories(rng, 8)
