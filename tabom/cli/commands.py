@@ -34,7 +34,10 @@ class ModelArguments:
         default="float32", metadata={"help": "Of the weights in memory."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, flash_attention_2 or eager. Default: transformers' choice."}
+        default=None,
+        metadata={
+            "help": "sdpa, flash_attention_2, eager or, on a GPU, flex_attention. Default: transformers' choice."
+        },
     )
     block_size: int | None = field(
         default=None,

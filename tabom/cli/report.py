@@ -17,7 +17,7 @@ def run(arguments: ReportArguments, model_arguments: ModelArguments) -> None:
     gathered = gather(arguments.inputs, arguments.limit)
     described = {}
     for source in gathered.sources:
-        maker = replace(model_arguments, model=model_arguments.model or source.model)
+        maker = replace(model_arguments, model=model_arguments.model or source.settings.get("model"))
         described[source.name] = describe(source, maker, arguments.replay)
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.output).write_text(render(gathered, described, arguments.title), encoding="utf-8")
@@ -30,13 +30,14 @@ def describe(source: Source, model_arguments: ModelArguments, replay: bool) -> l
     if not replay:
         path = model_arguments.model or "shipped"
         tokenizer = load_tokenizer(path, trust_remote_code=model_arguments.trust_remote_code)
-        return [describe_record(record, tokenizer, None) for record in source.records]
+        return [describe_record(record, tokenizer, source.settings, None) for record in source.records]
     model = load_to_sample(model_arguments)
     vocab_size = model.model.config.vocab_size
     return [
         describe_record(
             record,
             model.tokenizer,
+            source.settings,
             replay_tokens(model, parse_trajectory(record, model.tokenizer, vocab_size)),
         )
         for record in source.records

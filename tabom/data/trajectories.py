@@ -174,11 +174,22 @@ def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None =
     )
 
 
-def response_blocks(prompt_length: int, length: int, block_size: int) -> list[slice]:
-    """The tokens of a response in each of its blocks: token i is in block (prompt_length + i) // block_size."""
+def response_blocks(prompt_length: int, length: int, block_size: int | None) -> list[slice]:
+    """The tokens of a response in each of its blocks: token i is in block (prompt_length + i) // block_size.
+
+    Without a block size, as with full attention, a response is one block.
+    """
+    if block_size is None:
+        return [slice(0, length)]
     first = block_size - prompt_length % block_size
     edges = [0, *range(first, length, block_size), length]
     return [slice(*edge) for edge in pairwise(edges)]
+
+
+def own_steps(decoding_order: Sequence[int]) -> list[int]:
+    """The steps of these tokens, numbered from 0 among those that unmasked one of them; -1 stays -1."""
+    number = {step: own for own, step in enumerate(sorted({step for step in decoding_order if step >= 0}))}
+    return [number.get(step, -1) for step in decoding_order]
 
 
 def non_ltr_positions(decoding_order: list[int]) -> list[int]:

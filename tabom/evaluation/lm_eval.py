@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tabom.evaluation.likelihood import nelbo_log_likelihood, trajectory_log_likelihood
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
-from tabom.sampling.completions import decode_response, response_length
+from tabom.sampling.completions import decode_response, response_length, with_block_length
 from tabom.sampling.config import SamplerConfig
 from tabom.sampling.engine import Engine, EngineConfig, Request
 
@@ -44,11 +44,12 @@ class TabomLM(TemplateLM):
             likelihood's forward pass.
         device, max_batch_size: passed by lm-eval and ignored; accelerate chooses the device, and batches have one size.
         dtype: of the weights, such as `bfloat16`.
-        likelihood: `nelbo`, LLaDA's Monte-Carlo bound, or `trajectory`, the likelihood in the order of the policy.
+        likelihood: `nelbo`, LLaDA's Monte-Carlo bound, or `trajectory`, the likelihood in the order of the policy. Both
+            go block by block for block-causal models (`tabom.evaluation.likelihood`).
         nelbo_samples: number of draws for the bound.
         check_greedy: also decode, for metrics that need to know whether a continuation is the greedy one.
         max_length: tokens of a prompt; longer ones lose their beginning. Default: no limit.
-        attn_implementation, trust_remote_code: arguments of `tabom.load`.
+        attn_implementation, trust_remote_code, block_size, mask_token_id: arguments of `tabom.load`.
         sampler: any field of `SamplerConfig`. A task's `max_gen_toks` (or `max_new_tokens`, `max_tokens`) is the length
             of its responses where `max_new_tokens` is not given here. Its `temperature`, `top_p` and `top_k` count
             where it asks to sample.
@@ -66,6 +67,8 @@ class TabomLM(TemplateLM):
         max_length: int | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        block_size: int | None = None,
+        mask_token_id: int | None = None,
         max_batch_size: int | None = None,
         **sampler: Any,
     ) -> None:
@@ -84,6 +87,8 @@ class TabomLM(TemplateLM):
                 dtype=getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
+                block_size=block_size,
+                mask_token_id=mask_token_id,
             )
             pretrained.model.to(self.state.device)
         self.model = pretrained
@@ -183,8 +188,9 @@ class TabomLM(TemplateLM):
             along, is_greedy = trajectory_log_likelihood(self.model, context, continuation, self.sampler)
         if self.likelihood == "trajectory":
             return along, is_greedy
+        model = with_block_length(self.model, self.sampler)
         bound = nelbo_log_likelihood(
-            self.model, context, continuation, self.nelbo_samples, self.sampler.seed, self.batch_size
+            model, context, continuation, self.nelbo_samples, self.sampler.seed, self.batch_size
         )
         return bound, is_greedy
 

@@ -8,41 +8,51 @@ import torch
 from torch import Tensor
 
 from tabom.data.encoding import encode_prompt
-from tabom.data.trajectories import Trajectory
+from tabom.data.trajectories import Trajectory, own_steps, response_blocks
 from tabom.evaluation.metrics import count_pairs_in_order, tds
-from tabom.models.diffusion_model import DiffusionModel, logits_at
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.layout import response_logits
 from tabom_kernels import softmax_entropy
 
 
 class Replay(NamedTuple):
-    """A response of T tokens before each of the S steps of its decoding, on the model's device."""
+    """A response of T tokens before each of the S steps of its decoding, on the model's device.
+
+    With block-causal attention a step sees the masked tokens of its block only, behind the clean blocks before it, and
+    the steps of each block count from 0: the sampler never chooses between blocks.
+    """
 
     steps: Tensor  # (T,) int64, -1 = never unmasked
-    masked: Tensor  # (S, T) bool: not yet unmasked
-    entropy: Tensor  # (S, T) nats, 0 where unmasked
+    masked: Tensor  # (S, T) bool: not yet unmasked, and seen by the step
+    entropy: Tensor  # (S, T) nats, 0 elsewhere
 
 
 @torch.inference_mode()
 def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
     """Computes the entropies of the masked positions before each step of the trajectory, in one forward."""
-    prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
-    response = torch.tensor(trajectory.response_token_ids)
-    steps = torch.tensor(trajectory.decoding_order)
-    moments = torch.arange(int(steps.max()) + 1)[:, None]
-    masked = (steps < 0) | (steps >= moments)
-    input_ids = torch.cat([prompt.expand(len(moments), -1), response.where(~masked, model.mask_token_id)], dim=1)
-    moment, position = masked.nonzero(as_tuple=True)
-    rows = model.logit_rows(moment * input_ids.shape[1] + len(prompt) + position)
-    steps, masked, rows = (each.to(model.device) for each in (steps, masked, rows))
-    logits = logits_at(model.model, rows, **model.inputs(input_ids))
-    entropy = softmax_entropy(logits)
-    return Replay(steps, masked, entropy.new_zeros(masked.shape).masked_scatter(masked, entropy))
+    prompt, response = encode_prompt(model.tokenizer, trajectory.prompt), trajectory.response_token_ids
+    blocks, order = response_blocks(len(prompt), len(response), model.block_size), trajectory.decoding_order
+    if model.block_size is not None:
+        order = [step for block in blocks for step in own_steps(order[block])]
+    steps = torch.tensor(order)
+    masked = (steps < 0) | (steps >= torch.arange(int(steps.max()) + 1)[:, None])
+    entropy = softmax_entropy(response_logits(model, prompt, response, masked, masked))
+    steps, masked = steps.to(model.device), masked.to(model.device)
+    entropy = entropy.new_zeros(masked.shape).masked_scatter(masked, entropy)
+
+    place, of_steps = torch.arange(len(response), device=model.device), []
+    for block in blocks:
+        count = int(steps[block].max()) + 1
+        seen = masked[:count] & (block.start <= place) & (place < block.stop)
+        of_steps.append((seen, entropy[:count].where(seen, 0)))
+    return Replay(steps, *map(torch.cat, zip(*of_steps, strict=True)))
 
 
 def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) -> np.ndarray:
     """The share of pairs of masked positions whose earlier one has the lower entropy, for each trajectory.
 
-    The pairs before all steps of a trajectory are counted together.
+    The pairs before all steps of a trajectory are counted together. With block-causal attention they are pairs inside a
+    block.
     """
     scores = []
     for trajectory in trajectories:

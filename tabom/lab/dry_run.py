@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from tabom.data.trajectories import Trajectory
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.families import FAMILIES, native_config
+from tabom.models.layout import forward_of_blocks
 from tabom.training.config import TabomConfig
 from tabom.training.released import released_loss
 from tabom.training.trainer import TabomTrainer
@@ -52,11 +54,55 @@ LLADA_8B = {
     "pad_token_id": 126081,
     "eos_token_id": 126081,
 }
+SDAR_4B = {
+    "model_type": "sdar",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "block_size": 4,
+    "pad_token_id": 151643,
+    "eos_token_id": 151643,
+}
+LLADA2_MINI = {
+    "model_type": "llada2_moe",
+    "vocab_size": 157184,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 600000.0,
+    "partial_rotary_factor": 0.5,
+    "tie_word_embeddings": False,
+    "pad_token_id": 156892,
+    "eos_token_id": 156892,
+}
 PUBLISHED = {
     "Dream-org/Dream-v0-Base-7B": DREAM_7B,
     "Dream-org/Dream-v0-Instruct-7B": DREAM_7B,
     "GSAI-ML/LLaDA-8B-Base": LLADA_8B,
     "GSAI-ML/LLaDA-8B-Instruct": LLADA_8B,
+    "JetLM/SDAR-4B-Chat": SDAR_4B,
+    "inclusionAI/LLaDA2.0-mini": LLADA2_MINI,
 }
 """The settings of the published config.json files, so that a dry run needs no network."""
 
@@ -68,6 +114,8 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 32,
     "mask_token_id": 2047,
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -191,7 +239,12 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
     model, device = trainer.model, trainer.args.device
     examples = [trainer.train_dataset[0, index] for index in range(trainer.args.train_batch_size)]
     batch = send_to_device(trainer.data_collator(examples), device)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    names = ("input_ids", "attention_mask", "position_ids", "is_noisy")
+    inputs = {name: batch[name] for name in names if name in batch}
+    bare = trainer.accelerator.unwrap_model(model)
+    forward = model
+    if "is_noisy" in inputs:
+        forward = partial(forward_of_blocks, bare, model, bare.config.block_size)
     packed = [batch[name] for name in ("rows", "labels", "steps", "cu_seqlens")]
     settings = {"margin": trainer.args.rank_margin, "rank_weight": trainer.args.rank_weight}
 
@@ -199,11 +252,11 @@ def compare_losses(trainer: TabomTrainer) -> dict[str, str]:
         return model(**batch).loss
 
     def with_released_loss() -> torch.Tensor:
-        return released_loss(model(**inputs).logits, *packed, **settings)
+        return released_loss(forward(**inputs).logits, *packed, **settings)
 
     seconds: dict[Callable[[], torch.Tensor], list[float]] = {with_own_loss: [], with_released_loss: []}
     shares, peaks = [], {}
-    head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
+    head = bare.get_output_embeddings()
     for round in range(COMPARED_ROUNDS + 1):
         for loss, times in seconds.items():
             model.zero_grad()

@@ -46,9 +46,15 @@ def architecture(model_name: str) -> Architecture:
     """The architecture of a published model or of a folder with a config; no weights are allocated.
 
     Raises:
-        ValueError: another family.
+        ValueError: another family, or one with block-causal attention, for which this arithmetic does not hold.
     """
-    model = random_model(model_name, "full", torch.bfloat16, None, torch.device("meta")).model
+    diffusion_model = random_model(model_name, "full", torch.bfloat16, None, torch.device("meta"))
+    if diffusion_model.block_size is not None:
+        raise ValueError(
+            f"model={model_name}: the plan's arithmetic is that of full attention, and this model attends "
+            "block-causally; expected a model of the Dream or LLaDA family"
+        )
+    model = diffusion_model.model
     config: PreTrainedConfig = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from tabom.models.attention import as_bias, block_causal_mask
+from tabom.models.attention import as_bias, block_causal_mask, check_flex_device
 from tabom.models.families import BLOCK_CAUSAL, WHAT_LOADS
 
 FINGERPRINT_VALUES = 1024
@@ -82,7 +82,11 @@ class DiffusionModel:
 
         Args:
             is_token: (B, L) bool, False for the padding, which no token attends to; default: there is none.
+
+        Raises:
+            ValueError: the model has flex attention and is on a CPU.
         """
+        check_flex_device(self.model.config, self.device)
         inputs = {"input_ids": input_ids}
         is_token = torch.ones_like(input_ids, dtype=torch.bool) if is_token is None else is_token
         positions = (is_token.cumsum(1) - 1).clamp(min=0)
@@ -152,7 +156,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
     if mask_token_id is None:
         raise ValueError(
             f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
-            "or the tokenizer's mask_token"
+            "give it to load (--mask_token_id), or set the tokenizer's mask_token"
         )
     if not 0 <= mask_token_id < config.vocab_size:
         raise ValueError(f"mask_token_id={mask_token_id}: not in this model's vocabulary of {config.vocab_size}")

@@ -148,9 +148,10 @@ def llada2_config(settings: dict[str, Any]) -> Glm4MoeConfig:
         "partial_rotary_factor": settings.get("partial_rotary_factor", 0.5),
     }
     names = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "max_position_embeddings")
-    names += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
+    names += ("num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
     return Glm4MoeConfig(
         **{name: settings[name] for name in names},
+        num_key_value_heads=settings.get("num_key_value_heads") or settings["num_attention_heads"],
         head_dim=settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
         n_routed_experts=settings["num_experts"],
         n_shared_experts=settings.get("num_shared_experts", 1),
@@ -251,9 +252,11 @@ BLOCK_CAUSAL = (*ADAPTABLE, "qwen3_moe", "glm4_moe")
 
 WHAT_LOADS = (
     f"These load: {', '.join(FAMILIES)}, masked language models, and what this library saved; adapt=True (--adapt) "
-    f"turns {', '.join(ADAPTABLE)} into a diffusion language model; for another bidirectional model of transformers "
-    "set in its config.json is_causal = false, mask_token_id and logits_shift (1 if the logits at i predict the token "
-    "at i + 1); code that comes with a model runs with trust_remote_code=True only"
+    f"turns {', '.join(ADAPTABLE)} into a diffusion language model; block_size and mask_token_id, as arguments of load "
+    f"(--block_size, --mask_token_id) or in config.json, let {', '.join(BLOCK_CAUSAL)} attend block-causally; for "
+    "another bidirectional model of transformers set in its config.json is_causal = false, mask_token_id and "
+    "logits_shift (1 if the logits at i predict the token at i + 1); code that comes with a model runs with "
+    "trust_remote_code=True only"
 )
 
 

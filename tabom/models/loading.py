@@ -58,7 +58,8 @@ def load(
     with an adapter loads the base that it names and puts the adapter into it.
 
     Args:
-        attn_implementation: "sdpa", "flash_attention_2", "eager"; default: transformers' choice.
+        attn_implementation: "sdpa", "flash_attention_2", "eager" or, on a GPU, "flex_attention"; default: transformers'
+            choice.
         adapt: turn an autoregressive Qwen2, Qwen3 or Llama into a diffusion language model: bidirectional attention,
             shifted logits, and a mask token, added if there is none. It must be trained before it is of use.
         block_size: tokens of a block of block-causal attention, for a Llama, Qwen2, Qwen3 or mixture of experts whose

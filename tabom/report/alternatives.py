@@ -6,7 +6,8 @@ import torch
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.trajectories import Trajectory
-from tabom.models.diffusion_model import DiffusionModel, logits_at
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.layout import response_logits
 from tabom.models.nan_checks import logits_not_finite
 
 STEPS_PER_FORWARD = 32
@@ -20,12 +21,13 @@ SHOWN_PROBABILITY = 0.0005
 def replay_tokens(model: DiffusionModel, trajectory: Trajectory, count: int = 3) -> dict[str, list[Any]]:
     """Entropy (nats), probability and the best `count` other tokens of every unmasked token: lists over the response.
 
-    A token that was never unmasked has entropy and probability 0 and no alternatives.
+    A token that was never unmasked has entropy and probability 0 and no alternatives. With block-causal attention a
+    token is seen with its block, behind the clean blocks before it.
 
     Raises:
         FloatingPointError: the logits are not finite; names the cause.
     """
-    prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
+    prompt = encode_prompt(model.tokenizer, trajectory.prompt)
     response = torch.tensor(trajectory.response_token_ids)
     order = torch.tensor(trajectory.decoding_order)
     entropy, probability = torch.zeros(len(order)), torch.zeros(len(order))
@@ -33,10 +35,9 @@ def replay_tokens(model: DiffusionModel, trajectory: Trajectory, count: int = 3)
     steps = order[order >= 0].unique()
     for moments in steps.split(STEPS_PER_FORWARD):
         masked = (order < 0) | (order >= moments[:, None])
-        input_ids = torch.cat([prompt.expand(len(moments), -1), response.where(~masked, model.mask_token_id)], dim=1)
-        moment, position = (order == moments[:, None]).nonzero(as_tuple=True)
-        rows = model.logit_rows(moment * input_ids.shape[1] + len(prompt) + position)
-        logits = logits_at(model.model, rows.to(model.device), **model.inputs(input_ids))
+        unmasked = order == moments[:, None]
+        position = unmasked.nonzero(as_tuple=True)[1]
+        logits = response_logits(model, prompt, trajectory.response_token_ids, masked, unmasked)
         logits[:, model.mask_token_id] = -torch.inf
         log_p = logits.float().log_softmax(-1).cpu()
         chosen = response[position, None]

@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tabom.data.encoding import encode_prompt
 from tabom.data.json_files import read_json
 from tabom.data.sources import read_records
 from tabom.data.store import ResponseFolder, TrajectoryFile
-from tabom.data.trajectories import Trajectory, parse_trajectory
+from tabom.data.trajectories import Trajectory, parse_trajectory, response_blocks
 
 TORN_RESULTS = "run the `tabom evaluate` command again, which reuses all answers and writes the file anew"
 TORN_STATE = "delete the checkpoint that the file belongs to"
@@ -20,10 +21,10 @@ TORN_STATE = "delete the checkpoint that the file belongs to"
 
 @dataclass
 class Source:
-    """Trajectories of one file or cell with the records they come from, and the name of the model that made them."""
+    """The records of one file or cell, and the settings that they were made with, empty where these are not known."""
 
     name: str
-    model: str | None
+    settings: dict[str, Any]
     records: list[dict[str, Any]]
 
 
@@ -55,8 +56,8 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         path = Path(name)
         if not path.is_dir():
             output = path.with_suffix("") if path.suffix == ".rejected" else path
-            model = TrajectoryFile(output).settings().get("model")
-            found.sources.append(Source(str(path), model, list(islice(with_response(path), limit))))
+            settings = TrajectoryFile(output).settings()
+            found.sources.append(Source(str(path), settings, list(islice(with_response(path), limit))))
             continue
         states = sorted(path.glob("**/trainer_state.json"), key=lambda state: state.stat().st_mtime)
         if states:
@@ -69,7 +70,7 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         for cell in cells:
             responses = ResponseFolder(cell)
             records = list(islice(responses.records(), limit))
-            found.sources.append(Source(str(cell.relative_to(path)), responses.settings().get("model"), records))
+            found.sources.append(Source(str(cell.relative_to(path)), responses.settings(), records))
         if not states and not cells:
             raise ValueError(f"{name}: a folder without trainer_state.json, results.json or answers")
     return found
@@ -89,7 +90,10 @@ def with_response(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe_record(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, replayed: dict[str, list] | None
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    replayed: dict[str, list] | None,
 ) -> dict[str, Any]:
     """The data of one record on the page; report.js reads it."""
     trajectory = parse_trajectory(record, tokenizer, len(tokenizer))
@@ -97,6 +101,7 @@ def describe_record(
         "prompt": plain_text(trajectory),
         "tokens": token_texts(tokenizer, trajectory.response_token_ids),
         "steps": trajectory.decoding_order,
+        "blocks": blocks_of_tokens(trajectory, tokenizer, settings),
         "entropy": record.get("entropy"),
         "correct": record.get("correct", "unknown"),
         "why": record.get("why", ""),
@@ -104,6 +109,25 @@ def describe_record(
         **(replayed or {}),
     }
     return {name: value for name, value in shown.items() if value is not None or name == "correct"}
+
+
+def blocks_of_tokens(
+    trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> list[int] | None:
+    """The block that each token was decoded in, from 0; None where the response was decoded as one block.
+
+    The blocks of block-causal attention are counted from the first token of the prompt, and those of `block_length`
+    with full attention from that of the response. Tokens of two blocks are no pair, because the sampler never chooses
+    between them.
+    """
+    length, size = len(trajectory.response_token_ids), settings.get("block_size")
+    if size is not None:
+        prompt_length = len(encode_prompt(tokenizer, trajectory.prompt, settings["max_prompt_length"]))
+        blocks = response_blocks(prompt_length, length, size)
+    else:
+        blocks = response_blocks(0, length, settings.get("block_length"))
+    numbers = [number for number, block in enumerate(blocks) for _ in range(block.start, block.stop)]
+    return numbers if len(blocks) > 1 else None
 
 
 def plain_text(trajectory: Trajectory) -> str:

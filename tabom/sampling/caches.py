@@ -44,14 +44,18 @@ def block_causal_positions(
     """The positions of a sequence with block-causal attention that a step computes. This cache is exact.
 
     It is the active block, and in the first step of a block also the block before it, whose tokens are final now: these
-    keys and values are kept. The first step of a sequence computes its whole prompt. The position whose logits predict
-    the first token of the block is computed even where it stands before the block; where this token is decided alone
-    (`Policy.begins_alone`), the step ends there.
+    keys and values are kept. The first step of a sequence computes its whole prompt. Where the
+    first token of the block is decided alone (`Policy.begins_alone`), this step ends before the block.
+
+    A later step also computes the position before the block if this position may have to predict the first token again:
+    not where the token was decided alone, or is of the prompt.
     """
     start = prompt_length - blocks.given + block * blocks.size
-    first = logit_rows(start) if index > 0 else start - blocks.size
-    begins_alone = POLICIES[config.policy].begins_alone and index == 0 and (block > 0 or blocks.given == 0)
-    return range(0 if block == index == 0 else max(first, 0), start + (0 if begins_alone else blocks.size))
+    decides_alone, is_of_prompt = POLICIES[config.policy].begins_alone, block == 0 and blocks.given > 0
+    if index > 0:
+        return range(start if decides_alone or is_of_prompt else max(logit_rows(start), 0), start + blocks.size)
+    first = 0 if block == 0 else start - blocks.size
+    return range(first, start if decides_alone and not is_of_prompt else start + blocks.size)
 
 
 class RowCache(Cache):

@@ -21,7 +21,15 @@ from tabom.data.trajectories import Trajectory, non_ltr_positions
 from tabom.data.verifiers import Verifier, as_verifier
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.answerable import check_prompts
-from tabom.sampling.completions import Completion, Cost, cost_of, decode_response, guaranteed_text, response_length
+from tabom.sampling.completions import (
+    Completion,
+    Cost,
+    cost_of,
+    decode_response,
+    guaranteed_text,
+    response_length,
+    with_block_length,
+)
 from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
 from tabom.sampling.engine import Engine, Request
 from tabom.sampling.ranks import Ranks
@@ -101,6 +109,7 @@ def settings_of(
         **asdict(sampler),
         "max_new_tokens": response_length(model, sampler),
         "max_prompt_length": max_prompt_length,
+        "block_size": with_block_length(model, sampler).block_size,
     }
 
 

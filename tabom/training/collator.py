@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tabom.models.diffusion_model import LogitRows
-from tabom.training.blocks import Layout, block_layout
+from tabom.models.layout import Layout, lay_out
 from tabom.training.objectives import Example, Target, empty_example
 from tabom.training.settings import FirstTokenLogits
 from tabom_kernels import count_ordered_pairs
@@ -27,14 +27,14 @@ class TrajectoryCollator:
     `num_tokens` and `num_sequences` are this batch's shares of the denominators of cross-entropy and rank loss.
     A filler (None) becomes a sequence of one token without loss.
 
-    With a `block_size` a record is laid out as in `tabom.training.blocks`: the batch also holds `position_ids` and
+    With a `block_size` a record is laid out as in `tabom.models.layout`: the batch also holds `position_ids` and
     `is_noisy` (B, L), the sequences of `cu_seqlens` are the blocks, and `sequence_weights` scales the rank loss of each
     such that a record counts once, however many of its blocks have a pair.
 
     Args:
         logit_rows: maps the rows of tokens to those of their logits; `DiffusionModel.logit_rows`.
         block_size: the model's.
-        first_token_logits: where the shifted logits of the first token of a block stand, see `block_layout`.
+        first_token_logits: where the shifted logits of the first token of a block stand, see `lay_out`.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class TrajectoryCollator:
             packed["labels"].append(np.where(target.supervised, response, IGNORE_INDEX)[needed])
             packed["steps"].append(target.steps[needed])
             packed["token_weights"].append(target.token_weights[needed])
-            sequences = layout.sequences.max(initial=0) + 1
-            lengths += np.bincount(layout.sequences[needed], minlength=sequences).tolist()
+            sequences = layout.blocks.max(initial=0) + 1
+            lengths += np.bincount(layout.blocks[needed], minlength=sequences).tolist()
             records += [b] * sequences
 
         batch = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in packed.items()}
@@ -85,16 +85,11 @@ class TrajectoryCollator:
         }
 
     def lay_out(self, prompt: list[int], response: list[int], target: Target) -> Layout:
-        """The layout of an example for the attention of the model."""
-        if self.block_size is None:
-            shown = np.where(target.masked, self.mask_token_id, response)
-            inputs = {"input_ids": np.concatenate([np.array(prompt, dtype=np.int64), shown])}
-            places = np.arange(len(response))
-            layout = Layout(inputs, self.logit_rows(len(prompt) + places), np.zeros_like(places))
-        else:
-            arguments = (self.mask_token_id, self.block_size, self.logit_rows, self.first_token_logits)
-            layout = block_layout(prompt, response, target.masked, *arguments)
-        layout.inputs["attention_mask"] = np.ones(len(layout.inputs["input_ids"]), dtype=np.int64)
+        """The layout of an example, with its masks."""
+        layout = lay_out(
+            prompt, response, self.mask_token_id, self.logit_rows, self.block_size, self.first_token_logits
+        )
+        layout.inputs["input_ids"][layout.token_rows[target.masked]] = self.mask_token_id
         return layout
 
     def pad(self, records: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The TABOM loss inside the model's own forward, so that hooks of DDP, FSDP and LoRA fire around it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tabom.models.diffusion_model import logits_at
-from tabom.training.blocks import block_bias, check_takes_bias
+from tabom.models.layout import forward_of_blocks
 from tabom.training.head import HeadLoss, HeadWithLoss, loss_in_head
 from tabom.training.head_check import add_auxiliary_loss, computes_loss
 from tabom.training.logit_transforms import logit_transform
@@ -36,36 +36,6 @@ def check_has_no_auxiliary_loss(config: PreTrainedConfig) -> None:
             "output_router_logits=True: the auxiliary loss of the experts is added to a loss in the head, and here the "
             "loss is computed from logits; set it to false in the config, or train with fused_linear and a plain head"
         )
-
-
-def forward_of_blocks(
-    model: PreTrainedModel, own_forward: Callable[..., ModelOutput], is_noisy: Tensor, **inputs: Tensor
-) -> ModelOutput:
-    """Runs the model's own forward on the layout of `tabom.training.blocks`, with its attention.
-
-    The bias is made once for all layers, in the dtype of their scores. Only the body gets it: a mixture of experts
-    that computes an auxiliary loss needs the mask of the tokens for it, which leaves the padding out.
-
-    Raises:
-        ValueError: the model's implementation of attention takes no bias.
-    """
-    check_takes_bias(model.config)
-    device = is_noisy.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    layout = (inputs["position_ids"], is_noisy, inputs["attention_mask"])
-    bias = block_bias(*layout, model.config.block_size, dtype)
-
-    if not getattr(model.config, "output_router_logits", False):  # a hook would break a compiled graph
-        return own_forward(**{**inputs, "attention_mask": bias})
-
-    def with_bias(_body: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": bias}
-
-    hook = model.base_model.register_forward_pre_hook(with_bias, with_kwargs=True)
-    try:
-        return own_forward(**inputs)
-    finally:
-        hook.remove()
 
 
 def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **loss_settings: Any) -> None:
@@ -112,7 +82,9 @@ def add_loss_to_forward(model: PreTrainedModel, *, fused_linear: bool = True, **
     ) -> LossOutput:
         options = {"token_weights": token_weights, "num_tokens": num_tokens, "num_sequences": num_sequences}
         options |= {"sequence_weights": sequence_weights, **loss_settings}
-        run = own_forward if is_noisy is None else partial(forward_of_blocks, model, own_forward, is_noisy)
+        run = own_forward
+        if is_noisy is not None:
+            run = partial(forward_of_blocks, model, own_forward, model.config.block_size, is_noisy)
         ids = inputs["input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"]
         if not fused_linear or not computes_loss(model, own_forward, ids):
             check_has_no_auxiliary_loss(model.config)

@@ -18,12 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.responses import count_right
+from tabom.models.attention import check_attention
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.loading import as_diffusion_model
 from tabom.models.nan_checks import logits_not_finite
 from tabom.sampling.answerable import check_prompts
 from tabom.sampling.config import SamplerConfig
-from tabom.training.blocks import check_takes_bias
 from tabom.training.card import model_card
 from tabom.training.collator import DENOMINATORS, TrajectoryCollator
 from tabom.training.config import NO_LOGITS, TabomConfig
@@ -127,7 +127,7 @@ class TabomTrainer(CheckpointingTrainer):
             )
         args.check_attention(diffusion_model.block_size, diffusion_model.logits_shift)
         if diffusion_model.block_size is not None:
-            check_takes_bias(model.config)
+            check_attention(model.config, args.device)
         add_loss_to_forward(model, **args.loss_settings)
         if peft_config is not None:
             from peft import get_peft_model

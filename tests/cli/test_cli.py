@@ -377,14 +377,26 @@ def test_windows_are_numbers_or_all_in_files_and_on_the_command_line(tmp_path, t
     assert (config.supervised_window, config.rank_window, config.window_unit) == (window, window, "tokens")
 
 
-@pytest.mark.parametrize("recipe", ["dream_ling_coder", "llada_prm12k"])
-def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe):
-    arguments = ["--recipe", recipe, "--random-weights", "--max-steps", "2", "--scale", "tiny"]
+SHORT = ["--max_prompt_length", "20", "--max_response_length", "12", "--per_device_train_batch_size", "2"]
+SHORT += ["--gradient_accumulation_steps", "1"]
+
+
+@pytest.mark.parametrize(
+    "recipe, options, sequences",
+    [
+        ("dream_ling_coder", [], "8 sequences of 256 + 256 tokens"),
+        ("llada_prm12k", [], "8 sequences of 256 + 256 tokens"),
+        *[(name, SHORT, "2 sequences of 20 + 12 tokens") for name in ("sdar_sft", "sdar_tabom")],
+        *[(name, SHORT, "2 sequences of 20 + 12 tokens") for name in ("llada2_sft", "llada2_tabom")],
+    ],
+)
+def test_a_dry_run_of_a_recipe(capsys, tmp_path, recipe, options, sequences):
+    arguments = ["--recipe", recipe, "--random-weights", "--max-steps", "2", "--scale", "tiny", *options]
     assert run("train", *arguments, "--output_dir", str(tmp_path)) == 0
     table = capsys.readouterr().out
     for figure in ("step", "tokens a second", "peak memory", "of it head and loss", "with the released loss"):
         assert figure in table
-    assert "8 sequences of 256 + 256 tokens" in table
+    assert sequences in table
 
 
 @pytest.mark.parametrize(

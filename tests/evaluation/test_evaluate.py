@@ -22,12 +22,13 @@ from tabom.evaluation.evaluate import Cell, EvaluateConfig, by_problem, evaluate
 from tabom.evaluation.measured import decode_measured, measure
 from tabom.evaluation.metrics import estimate, estimate_ratio
 from tabom.evaluation.replay import order_accuracy, replayed_tds
-from tabom.models.diffusion_model import logits_at
+from tabom.models.layout import response_logits
 from tabom.sampling.collect import to_trajectory
 from tabom.sampling.completions import Completion
 from tabom.sampling.engine import EngineConfig, Request
 from tabom.sampling.ranks import Ranks
 from tests.conftest import random_model
+from tests.models.block_causal import block_causal_model
 
 PROMPTS = [f"{i}+12=" for i in range(10)]
 SAMPLER = SamplerConfig(max_new_tokens=6, temperature=1.0, seed=3)
@@ -67,22 +68,26 @@ def test_every_figure_against_its_definition(tmp_path, model):
     json.dumps(result, allow_nan=False)
 
 
-def logits_without(penalty, *args, **inputs):
-    return logits_at(*args, **inputs) + penalty
+def logits_without(penalty, *args):
+    return response_logits(*args) + penalty
 
 
 def decoded(model, requests, sampler):
     return [measured for _, measured in sorted(decode_measured(model, requests, sampler, EngineConfig(40)))]
 
 
-def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, monkeypatch):
-    """Nothing is computed twice: the sampler's own entropies are what a replay of the answer finds."""
-    for shift in (0, 1):
-        model = random_model(seed, logits_shift=shift)
+def test_order_and_tds_of_the_decoding_are_those_of_its_replay(seed, tmp_path, monkeypatch):
+    """Nothing is computed twice: the sampler's own entropies are what a replay of the answer finds.
+
+    In block-causal models both see the pairs inside blocks only.
+    """
+    full = [random_model(seed, logits_shift=shift) for shift in (0, 1)]
+    in_blocks = [block_causal_model(tmp_path / name, name, seed) for name in ("sdar", "Fast_dLLM_Qwen")]
+    for model in full + [replace(each, block_size=4, eos_token_id=-1) for each in in_blocks]:
         never_mask = torch.zeros(model.model.config.vocab_size)
         never_mask[model.mask_token_id] = -torch.inf  # as the sampler has it
         without_mask = partial(logits_without, never_mask)
-        monkeypatch.setattr("tabom.evaluation.replay.logits_at", without_mask)
+        monkeypatch.setattr("tabom.evaluation.replay.response_logits", without_mask)
         prompts = [encode_prompt(model.tokenizer, p) for p in PROMPTS]
         measured = decoded(model, [Request(p, SAMPLER.max_new_tokens, i) for i, p in enumerate(prompts)], SAMPLER)
         trajectories = [to_trajectory(model, prompt_set(), i, m.completion, "x") for i, m in enumerate(measured)]

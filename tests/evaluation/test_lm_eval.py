@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,12 @@ from lm_eval.api.instance import Instance
 
 from tabom import SamplerConfig, load
 from tabom.cli.main import main
+from tabom.evaluation.likelihood import nelbo_log_likelihood, trajectory_log_likelihood
 from tabom.evaluation.lm_eval import TabomLM, cut
 from tabom.models.loading import SHIPPED_PATH
 from tabom.sampling.engine import Engine
 from tests.conftest import random_model
+from tests.models.block_causal import block_causal_model
 
 TASK = """
 dataset_path: json
@@ -184,6 +187,28 @@ def test_a_rendered_conversation_is_encoded_as_evaluate_encodes_it(seed):
     lm = TabomLM(model)
     rendered = lm.apply_chat_template([{"role": "user", "content": "1+2="}])
     assert lm.tok_encode(rendered) == encode_prompt(model.tokenizer, "1+2=")
+
+
+@pytest.mark.parametrize("model_type", ["sdar", "Fast_dLLM_Qwen"])
+def test_likelihoods_of_block_causal_models(tmp_path, model_type):
+    """They go over the blocks of the model, or over those of `block_length`."""
+    model = block_causal_model(tmp_path / "m", model_type)
+    asked, found = requests("loglikelihood", ("1+2=", "0312345")), []
+    prompt, response = (model.tokenizer(text).input_ids for text in ("1+2=", "0312345"))
+    for block_length in (1, 4, None):
+        config = SamplerConfig(block_length=block_length)
+        settings = {"block_length": block_length, "check_greedy": False, "nelbo_samples": 8}
+        in_blocks = replace(model, block_size=block_length or model.block_size)
+        [bound] = TabomLM(model, **settings).loglikelihood(asked, True)
+        assert bound[0] == pytest.approx(nelbo_log_likelihood(in_blocks, prompt, response, 8), rel=1e-5)
+        along = TabomLM(model, likelihood="trajectory", **settings).loglikelihood(asked, True)
+        assert along == [trajectory_log_likelihood(model, prompt, response, config)]
+        found.append(bound[0])
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+    given = TabomLM(str(tmp_path / "m"), block_size=3, mask_token_id=model.mask_token_id - 1).model
+    assert (given.block_size, given.mask_token_id) == (3, model.mask_token_id - 1)
+    whole = TabomLM(model, nelbo_samples=8, check_greedy=False)
+    assert whole.loglikelihood_rolling(requests("loglikelihood_rolling", ("1+2=0312345",)), True)[0] < 0
 
 
 def test_the_bound_and_the_likelihood_along_the_decoding(seed):

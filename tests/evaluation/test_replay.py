@@ -1,10 +1,15 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from tabom import Trajectory
 from tabom.evaluation.replay import order_accuracy, replayed_tds
+from tabom.report.alternatives import replay_tokens
 from tabom_kernels import softmax_entropy
 from tests.conftest import random_model
+from tests.models.block_causal import block_causal_model
 
 
 def make_trajectories(model, rng, count):
@@ -74,3 +79,72 @@ def test_tds_against_a_loop(seed, rng, shift):
     expected = [naive_tds(model, trajectory) for trajectory in trajectories]
     assert replayed_tds(model, trajectories) == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert (replayed_tds(model, trajectories) > 0).any()
+
+
+@pytest.fixture(scope="module", params=["sdar", "Fast_dLLM_Qwen"])
+def block_model(request, tmp_path_factory):
+    return replace(block_causal_model(tmp_path_factory.mktemp("model") / "m", request.param), block_size=4)
+
+
+def entropies_in_blocks(model, trajectory):
+    """Before each step of each block, in loops: the entropies of its masked positions, and their steps."""
+    prompt, tokens = model.tokenizer(trajectory.prompt).input_ids, trajectory.response_token_ids
+    text, order = prompt + tokens, [-1] * len(prompt) + trajectory.decoding_order
+    for start in range(len(prompt) // 4 * 4, len(text), 4):
+        own = range(max(start, len(prompt)), min(start + 4, len(text)))
+        for now in sorted({order[i] for i in own} - {-1}):
+            masked = [i for i in own if not 0 <= order[i] < now]
+            shown = text[: own[-1] + 1] + [model.mask_token_id] * (start + 4 - own[-1] - 1)
+            for i in masked:
+                shown[i] = model.mask_token_id
+            inputs = model.inputs(torch.tensor([shown]))
+            with torch.no_grad():
+                logits = model.model(**inputs).logits[0].roll(model.logits_shift, 0)[masked]
+            yield softmax_entropy(logits).tolist(), [order[i] for i in masked]
+
+
+def make_block_trajectories(model, rng):
+    for length, prompt in ((9, "1+2="), (7, "12="), (3, "123"), (1, "1")):
+        order = rng.sample(range(2 * length), length)  # not block by block, as with full attention
+        if length > 3:
+            order[rng.randrange(length)] = -1
+        yield Trajectory(prompt, "", [rng.randrange(5, 15) for _ in order], order)
+
+
+def test_pairs_are_counted_inside_blocks(block_model, rng):
+    trajectories = list(make_block_trajectories(block_model, rng))
+    for trajectory in trajectories[:-1]:  # one token has no pair
+        in_order = pairs = 0
+        for entropy, steps in entropies_in_blocks(block_model, trajectory):
+            for e, i in zip(entropy, steps, strict=True):
+                for f, j in zip(entropy, steps, strict=True):
+                    pairs += 0 <= i < j
+                    in_order += (0 <= i < j) and e < f
+        [found] = order_accuracy(block_model, [trajectory])
+        assert found == pytest.approx(in_order / pairs, rel=1e-6)
+
+
+def test_tds_is_over_the_steps_of_blocks(block_model, rng):
+    for trajectory in make_block_trajectories(block_model, rng):
+        trajectory.response_token_ids[-1] = block_model.eos_token_id
+        variances = [np.var(entropy) for entropy, _ in entropies_in_blocks(block_model, trajectory)]
+        assert replayed_tds(block_model, [trajectory]) == pytest.approx([np.mean(variances)], rel=1e-4, abs=1e-9)
+
+
+def test_replayed_tokens_are_seen_with_their_blocks(block_model, rng):
+    for trajectory in make_block_trajectories(block_model, rng):
+        found = replay_tokens(block_model, trajectory)["probability"]
+        prompt = block_model.tokenizer(trajectory.prompt).input_ids
+        text, order = prompt + trajectory.response_token_ids, [-1] * len(prompt) + trajectory.decoding_order
+        for place, step in enumerate(trajectory.decoding_order):
+            start = (len(prompt) + place) // 4 * 4
+            ends = range(max(start, len(prompt)), start + 4)
+            hidden = [i for i in ends if i >= len(text) or not 0 <= order[i] < step]
+            shown = [*text[: start + 4], *[0] * (start + 4 - len(text))]
+            for i in hidden:
+                shown[i] = block_model.mask_token_id
+            with torch.no_grad():
+                logits = block_model.model(**block_model.inputs(torch.tensor([shown]))).logits[0]
+            logits[:, block_model.mask_token_id] = -torch.inf
+            p = logits[len(prompt) + place - block_model.logits_shift].softmax(-1)[trajectory.response_token_ids[place]]
+            assert found[place] == (pytest.approx(p.item(), abs=1e-4) if step >= 0 else 0)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.tools.models import tiny_dream
 from tabom.cli.main import main
-from tabom.lab.dry_run import DREAM_7B, TINY
+from tabom.lab.dry_run import DREAM_7B, TINY, random_model
 from tabom.lab.plan import PlanConfig, architecture, decode, plan, train
 from tabom.sampling.completions import cost_of
 from tabom.sampling.config import SamplerConfig
@@ -26,6 +26,21 @@ def test_dream_has_its_published_size():
     dream = architecture("Dream-org/Dream-v0-Instruct-7B")
     assert dream.body + 2 * dream.head + 3584 == pytest.approx(7.616e9, rel=1e-3)
     assert (dream.layers, dream.width, dream.head) == (28, 3584, 152064 * 3584)
+
+
+@pytest.mark.parametrize("name", ["JetLM/SDAR-4B-Chat", "inclusionAI/LLaDA2.0-mini"])
+def test_block_causal_models_have_no_plan(name):
+    with pytest.raises(ValueError, match=f"^model={name}: .* attends block-causally"):
+        architecture(name)
+
+
+@pytest.mark.parametrize(
+    "name, weights, block_size", [("JetLM/SDAR-4B-Chat", 4.41e9, 4), ("inclusionAI/LLaDA2.0-mini", 16.3e9, 32)]
+)
+def test_block_causal_models_have_their_published_size(name, weights, block_size):
+    model = random_model(name, "full", torch.bfloat16, None, torch.device("meta"))
+    assert sum(weight.numel() for weight in model.model.parameters()) == pytest.approx(weights, rel=5e-3)
+    assert model.block_size == block_size
 
 
 def test_the_arithmetic_of_a_forward_is_what_a_counter_of_its_products_finds(tiny):

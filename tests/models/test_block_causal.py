@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from tabom import load
 from tabom.models.attention import block_causal_mask
 from tabom.models.diffusion_model import logits_at
+from tabom.models.families import native_config
 from tabom.models.packed import Span, packed_logits
-from tests.models.block_causal import SETTINGS, block_causal_model, make_checkpoint
+from tests.models.block_causal import SETTINGS, SIZES, block_causal_model, make_checkpoint
 
 TYPES = list(SETTINGS)
 
@@ -109,13 +110,33 @@ def test_block_size_and_mask_token_may_be_given(tmp_path):
     mask = config.pop("mask_token_id")
     size = config.pop("block_size")
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="attends causally"):
+    with pytest.raises(ValueError, match=r"attends causally.*block_size and mask_token_id, .*\(--block_size, "):
         load(tmp_path / "m")
     model = load(tmp_path / "m", block_size=size, mask_token_id=mask + 1)
     assert (model.block_size, model.mask_token_id) == (size, mask + 1)
     for wrong, message in ((0, "block_size=0: expected"), (True, "block_size=True: expected")):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "m", block_size=wrong)
+
+
+def test_a_missing_mask_token_may_be_given(tmp_path):
+    """A Stable-DiffCoder's tokenizer names none."""
+    make_checkpoint(tmp_path / "m", "llama")
+    for file, name in (("config.json", "mask_token_id"), ("tokenizer_config.json", "mask_token")):
+        settings = json.loads((tmp_path / "m" / file).read_text())
+        del settings[name]
+        (tmp_path / "m" / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"^no mask token is known .*give it to load \(--mask_token_id\)"):
+        load(tmp_path / "m")
+    assert load(tmp_path / "m", mask_token_id=5).mask_token_id == 5
+
+
+@pytest.mark.parametrize("key_value_heads", [0, None])
+def test_llada2_has_as_many_key_value_heads_as_heads_unless_it_says_otherwise(key_value_heads):
+    settings = {"model_type": "llada2_moe", "vocab_size": 45, **SIZES, **SETTINGS["llada2_moe"]}
+    config = native_config({**settings, "num_key_value_heads": key_value_heads})
+    assert config.num_key_value_heads == config.num_attention_heads == 4
+    assert native_config(settings).num_key_value_heads == 2
 
 
 def test_a_model_without_blocks_refuses_a_block_size(model_folder):

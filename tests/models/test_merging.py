@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from tabom import TabomConfig, TabomTrainer, Trajectory, load, merge_adapter
 from tabom.cli.main import main
+from tests.models.block_causal import make_checkpoint
 from tests.models.test_families import write_dream, write_llada
 from tests.training.test_reload import write_base
 
@@ -40,6 +41,11 @@ def write_tied_llada(folder):
     return write_llada(folder, weight_tying=True)
 
 
+def write_block_causal(folder, model_type):
+    folder.rmdir()
+    make_checkpoint(folder, model_type)
+
+
 @pytest.mark.parametrize(
     ("write", "settings"),
     [
@@ -47,8 +53,10 @@ def write_tied_llada(folder):
         (write_llada, {"target_modules": ["q_proj"], "use_dora": True}),
         (write_tied_llada, {"target_modules": "all-linear"}),
         (lambda folder: write_base(folder, "modernbert"), {"target_modules": ["Wqkv"]}),
+        (lambda folder: write_block_causal(folder, "sdar_moe"), {"target_modules": ["q_proj", "o_proj"]}),
+        (lambda folder: write_block_causal(folder, "llada2_moe"), {"target_modules": ["q_proj", "down_proj"]}),
     ],
-    ids=["dream", "llada, dora", "llada, tied", "modernbert"],
+    ids=["dream", "llada, dora", "llada, tied", "modernbert", "sdar_moe", "llada2_moe"],
 )
 def test_the_merged_model_is_the_adapted_one_wherever_it_loads(tmp_path, rng, capsys, write, settings):
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
@@ -56,7 +64,7 @@ def test_the_merged_model_is_the_adapted_one_wherever_it_loads(tmp_path, rng, ca
     write(base)
     trained = train_adapter(base, adapter, **settings)
     before = load(base)
-    input_ids = torch.randint(4, 50, (2, 9))
+    input_ids = torch.randint(4, 40, (2, 9))
     expected = trained(input_ids=input_ids).logits
     assert not torch.allclose(before.model(input_ids=input_ids).logits, expected, atol=1e-4)
 
@@ -66,7 +74,7 @@ def test_the_merged_model_is_the_adapted_one_wherever_it_loads(tmp_path, rng, ca
     shutil.rmtree(adapter)
     again = load(merged)
     torch.testing.assert_close(again.model(input_ids=input_ids).logits, expected, rtol=1e-4, atol=1e-4)
-    for name in ("mask_token_id", "pad_token_id", "eos_token_id", "logits_shift"):
+    for name in ("mask_token_id", "pad_token_id", "eos_token_id", "logits_shift", "block_size"):
         assert getattr(again, name) == getattr(before, name), name
     auto = AutoModelForMaskedLM if type(again.model).__name__.endswith("MaskedLM") else AutoModelForCausalLM
     plain = auto.from_pretrained(merged)

@@ -65,6 +65,29 @@ def test_the_page_is_one_small_file_without_network_or_foreign_markup(tmp_path, 
     assert records[0]["prompt"] == f"problem 0 {ATTACK}"
 
 
+def write_settings(path, **settings):
+    """The line of settings that collect writes beside a file of trajectories."""
+    path.with_name(path.name + ".rejected").write_text(json.dumps({"policy": "entropy", **settings}) + "\n")
+
+
+def test_the_page_knows_the_blocks_of_each_token(tmp_path):
+    """Those of block-causal attention begin with the prompt, those of full attention with the response."""
+    prompt = character_tokenizer()(f"problem 0 {ATTACK}").input_ids
+    for name, settings, size, first in (
+        ("causal", {"block_size": 8, "block_length": 8, "max_prompt_length": None}, 8, len(prompt)),
+        ("cut", {"block_size": 8, "block_length": None, "max_prompt_length": 5}, 8, 5),
+        ("full", {"block_size": None, "block_length": 5}, 5, 0),
+        ("older", {"block_length": 5}, 5, 0),
+        ("one", {"block_size": None, "block_length": None}, 20, 0),
+    ):
+        source = write_trajectories(tmp_path / f"{name}.jsonl", 1, length=20)
+        write_settings(source, **settings)
+        assert main(["report", str(source), "-o", str(tmp_path / "r.html")]) == 0
+        [record] = unpacked(tmp_path / "r.html")["sources"][0]["records"]
+        expected = [(first + place) // size - first // size for place in range(20)]
+        assert record.get("blocks") == (expected if max(expected) else None)
+
+
 def test_everything_is_found(tmp_path, capsys):
     """Answers and tables of an evaluation, the log of a training run, a file of collect and its rejected answers."""
     evaluated, run, collected = tmp_path / "evaluated", tmp_path / "run", tmp_path / "t.jsonl"
@@ -79,7 +102,7 @@ def test_everything_is_found(tmp_path, capsys):
     found = gather(list(map(str, (evaluated, run, collected, rejected))), 200)
     assert len(found.sources[0].records) == 4
     assert sum(len(source.records) for source in found.sources[1:]) == 12
-    assert {source.model for source in found.sources} == {str(SHIPPED_PATH)}
+    assert {source.settings["model"] for source in found.sources} == {str(SHIPPED_PATH)}
     assert found.training[str(run)] == log
     page = tmp_path / "r.html"
     assert main(["report", str(evaluated), str(run), str(collected), "--replay", "true", "-o", str(page)]) == 0
@@ -202,8 +225,12 @@ def test_text_stays_text(open_report, tmp_path):
     assert ATTACK in page.locator("#panels p").first.text_content()
 
 
-def test_filters_colours_and_the_pairs_out_of_order(open_report, tmp_path):
-    page = open_report(write_trajectories(tmp_path / "t.jsonl", 9, length=20))
+@pytest.mark.parametrize("block", [20, 5])
+def test_filters_colours_and_the_pairs_out_of_order(open_report, tmp_path, block):
+    """Tokens of two blocks are no pair."""
+    source = write_trajectories(tmp_path / "t.jsonl", 9, length=20)
+    write_settings(source, block_length=block)
+    page = open_report(source)
     for value in ("true", "false", "null"):
         page.select_option("#verdict", value)
         assert page.locator("#record option").count() == 3
@@ -214,14 +241,16 @@ def test_filters_colours_and_the_pairs_out_of_order(open_report, tmp_path):
     page.select_option("#colour", "entropy")
     assert page.locator(".token").first.get_attribute("style") != first
     record = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[7])
+    entropy, order = record["entropy"], record["decoding_order"]
     pairs = [
-        (e, f)
-        for e, s in zip(record["entropy"], record["decoding_order"], strict=True)
-        for f, t in zip(record["entropy"], record["decoding_order"], strict=True)
-        if s < t
+        (entropy[i], entropy[j])
+        for i in range(20)
+        for j in range(20)
+        if order[i] < order[j] and i // block == j // block
     ]
     said = page.locator("figcaption").first.text_content()
-    assert f"({sum(e > f for e, f in pairs)} of {len(pairs)})" in said and page.locator("svg .out").count() > 0
+    inside = "" if block == 20 else ", inside blocks"
+    assert f"({sum(e > f for e, f in pairs)} of {len(pairs)}{inside})" in said and page.locator("svg .out").count() > 0
 
 
 def test_two_models_side_by_side(open_report, tmp_path):

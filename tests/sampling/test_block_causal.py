@@ -176,6 +176,18 @@ def test_a_position_is_computed_again_in_the_active_block_only(block_model, rng)
     for number, completion in Engine(block_model, SamplerConfig(policy="confidence")).run(requests):
         request, size = requests[number], block_model.block_size
         most = floor(request, size) - size
-        given = len(request.prompt) % size > 0
-        steps = len(completion.token_ids) - len(completion.token_ids) // size - given
-        assert completion.positions <= most + (0 if block_model.logits_shift == 0 else steps)
+        whole = len(completion.token_ids) // size  # blocks that the response begins, whose first token is predicted
+        assert completion.positions <= most + block_model.logits_shift * whole * (size - 1)
+
+
+def test_no_position_is_computed_again_where_the_first_token_is_decided_alone(block_model, rng):
+    """Counted step by step: a block that begins with such a token stores the block before it in a step of its own."""
+    if block_model.logits_shift == 0:
+        pytest.skip("the policy is for shifted logits")
+    config, size = SamplerConfig(policy="fast_dllm", threshold=1.0), block_model.block_size
+    requests = [Request([5] * length, rng.randrange(1, 60), 0) for length in (1, size - 1, size, size + 1, 40)]
+    for number, completion in Engine(block_model, config).run(requests):
+        prompt = len(requests[number].prompt)
+        given, whole = prompt % size, len(completion.token_ids) // size
+        first = prompt - given + size + (size - given - 1) * size if given else prompt - size
+        assert completion.positions == first + whole * size**2

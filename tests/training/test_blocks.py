@@ -197,7 +197,7 @@ def test_gradient_accumulation_leaves_the_weights_unchanged(tmp_path, rng):
         assert other_losses == pytest.approx(runs[0][1], rel=1e-4)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, "sdar_moe"])
 def test_resuming_gives_bitwise_the_same_weights_and_a_saved_model_loads(tmp_path, rng, model_type):
     block_causal_model(tmp_path / "m", model_type)
     trajectories = make_trajectories(rng, 8)
@@ -214,7 +214,7 @@ def test_resuming_gives_bitwise_the_same_weights_and_a_saved_model_loads(tmp_pat
     assert conventions[0] == conventions[1]
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, "sdar_moe"])
 def test_an_adapter_learns_and_loads(tmp_path, rng, model_type):
     block_causal_model(tmp_path / "m", model_type)
     model, trajectories = load(tmp_path / "m"), make_trajectories(rng, 8)
@@ -231,11 +231,12 @@ def test_an_adapter_learns_and_loads(tmp_path, rng, model_type):
         torch.testing.assert_close(loaded.model(**loaded.inputs(ids)).logits, expected)
 
 
-def test_attention_without_a_bias_is_refused(tmp_path, rng):
+def test_attention_without_a_mask_of_pairs_is_refused(tmp_path, rng):
     model = block_causal_model(tmp_path / "m", "sdar")
     model.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
-        ValueError, match=r"^attn_implementation='flash_attention_2' with block_size=4: .* sdpa or eager"
+        ValueError,
+        match=r"^attn_implementation='flash_attention_2' with block_size=4: .* sdpa, eager or, on a GPU, flex",
     ):
         train(model, make_trajectories(rng, 4), config(tmp_path, max_steps=1))
 

@@ -90,12 +90,13 @@ class Panel {
   }
 
   drawEntropy(parent) {
-    const { steps, entropy } = this.record;
+    const { steps, entropy, blocks } = this.record;
+    const isPair = (i, j) => steps[i] < steps[j] && (!blocks || blocks[i] === blocks[j]);
     const places = steps.flatMap((step, i) => (step >= 0 ? [i] : []));
     const wrong = new Set();
     let pairs = 0;
     let inverted = 0;
-    for (const i of places) for (const j of places) if (steps[i] < steps[j]) {
+    for (const i of places) for (const j of places) if (isPair(i, j)) {
       pairs += 1;
       if (entropy[i] > entropy[j]) { inverted += 1; wrong.add(i).add(j); }
     }
@@ -116,7 +117,7 @@ class Panel {
       element(mark, "title", this.describe(i));
     }
     this.line = element(svg, "line", null, { class: "now", y1: 10, y2: 135 });
-    element(figure, "figcaption", `Entropy (nats, root scale) of each token when it was unmasked. Triangles: in a pair out of order (${inverted} of ${pairs}).`);
+    element(figure, "figcaption", `Entropy (nats, root scale) of each token when it was unmasked. Triangles: in a pair out of order (${inverted} of ${pairs}${blocks ? ", inside blocks" : ""}).`);
   }
 }
 
