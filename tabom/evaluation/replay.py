@@ -24,13 +24,22 @@ class Replay(NamedTuple):
 
 @torch.inference_mode()
 def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
-    """Computes the entropies of the masked positions before each step of the trajectory, in one forward."""
+    """Computes the entropies of the masked positions before each step of the trajectory, in one forward.
+
+    With block-causal attention a step sees only the masked positions of its block.
+    """
     prompt = torch.tensor(encode_prompt(model.tokenizer, trajectory.prompt))
     response = torch.tensor(trajectory.response_token_ids)
     steps = torch.tensor(trajectory.decoding_order)
     moments = torch.arange(int(steps.max()) + 1)[:, None]
     masked = (steps < 0) | (steps >= moments)
     input_ids = torch.cat([prompt.expand(len(moments), -1), response.where(~masked, model.mask_token_id)], dim=1)
+    if model.block_size is not None:
+        rest = (0, -input_ids.shape[1] % model.block_size)  # the masks at the end of the last block
+        input_ids = torch.nn.functional.pad(input_ids, rest, value=model.mask_token_id)
+        block = torch.arange(len(prompt), len(prompt) + len(response)) // model.block_size
+        active = block.where(steps >= moments, block[-1]).amin(dim=1, keepdim=True)
+        masked &= block == active
     moment, position = masked.nonzero(as_tuple=True)
     rows = model.logit_rows(moment * input_ids.shape[1] + len(prompt) + position)
     steps, masked, rows = (each.to(model.device) for each in (steps, masked, rows))
