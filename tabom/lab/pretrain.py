@@ -4,8 +4,8 @@ Masked diffusion (LLaDA's recipe): every response token is masked with one proba
 predicted from the rest. Matrices learn by Muon, everything else by AdamW. Subtraction is seen rarely on purpose:
 it is the weak task that post-training is to improve.
 
-With a block size the model is block-causal, and one forward trains all blocks (`tabom.training.blocks`): a noisy copy of
-the response stands beside the clean text. As in SDAR's recipe, all blocks of a sequence have the same t.
+With a block size the model is block-causal, and one forward trains all blocks (`tabom.training.blocks`): a noisy copy
+of the response stands beside the clean text. As in SDAR's recipe, all blocks of a sequence have the same t.
 """
 
 from itertools import islice

@@ -165,18 +165,16 @@ def attempts_table(results: list[Result]) -> list[str]:
 
 
 def attention_table(results: list[Result]) -> list[str]:
-    """Bases with full and with block-causal attention beside each other, for what both were trained on."""
+    """Bases with full and with block-causal attention beside each other, on what the block-causal ones were run on."""
     attention = {r["run"]["base"]: f"blocks of {r['block_size']}" for r in results if r.get("block_size")}
     if not attention:
         return []
-    trained = [r for r in results if r["run"]["method"] != BASE]
-    point = itemgetter("task", "attempts", "learning_rate", "method")
-    points = {point(r["run"]) for r in trained if r["run"]["base"] in attention}
+    point = itemgetter("task", "method", "attempts", "learning_rate")
+    points = {point(r["run"]) for r in results if r["run"]["base"] in attention}
     rows = defaultdict(list)
-    for result in trained:
+    for result in results:
         run = result["run"]
         if point(run) in points:
-            rows[run["task"], BASE, run["base"]] = [base_of(results, result)]
             rows[run["task"], run["method"], run["base"]].append(result)
     columns = ["task", "method", "base", "attention", "seeds", *ATTENTION_MEASURES, "positions a token"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
@@ -184,10 +182,10 @@ def attention_table(results: list[Result]) -> list[str]:
     for task, method, base in sorted(rows, key=lambda row: (tasks.index(row[0]), methods.index(row[1]))):
         runs = rows[task, method, base]
         cells = [cell(np.array([scores(run, measure) for run in runs])) for measure in ATTENTION_MEASURES]
-        positions = base_of(results, runs[0]).get("positions", {}).values()
-        cells.append(", ".join(f"{each:.1f}" for each in positions) or "not counted")
+        counted = rows[task, BASE, base][0].get("positions", {}).values()
+        positions = ", ".join(f"{each:.2f}" for each in counted) or "not counted"
         names = [task, method, Path(base).name, attention.get(base, "full"), str(len(runs))]
-        lines.append(f"| {' | '.join([*names, *cells])} |")
+        lines.append(f"| {' | '.join([*names, *cells, positions])} |")
     return ["### Full attention and block-causal attention", "", *lines, ""]
 
 

@@ -169,7 +169,7 @@ def test_the_two_kinds_of_attention_stand_beside_each_other():
         "| t | NELBO | shipped | full | 1 | 50.0 (28.9)",
         "| t | NELBO | block | blocks of 4 | 2 | 87.5 ±12.5 (12.5)",
     ]
-    assert attention_table(runs)[5].endswith("| 75.0 (25.0) | 6.2, 4.0 |")
+    assert attention_table(runs)[5].endswith("| 75.0 (25.0) | 6.25, 4.00 |")
     assert attention_table(runs)[4].endswith("| 75.0 (25.0) | not counted |")
     assert attention_table(runs[:4]) == []
 
