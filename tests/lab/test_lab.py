@@ -44,3 +44,8 @@ def test_pretraining_runs_and_is_reproducible(tmp_path, block_size):
         weights.append(model.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert sum(MIXTURE.values()) == 128
+
+
+def test_a_block_has_tokens():
+    with pytest.raises(ValueError, match="block_size=0: expected at least 1"):
+        PretrainConfig(block_size=0)
