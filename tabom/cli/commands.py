@@ -293,6 +293,6 @@ COMMANDS = {
         True,
     ),
     "quickstart": Command("quickstart", (QuickstartConfig,), "The whole path, small."),
-    "lab pretrain": Command("lab_pretrain", (PretrainConfig,), "Pre-train the model that ships with the package."),
+    "lab pretrain": Command("lab_pretrain", (PretrainConfig,), "Pre-train a model like those of the package."),
     "lab study": Command("lab_study", (StudyConfig,), "Compare the objectives on a grid."),
 }

@@ -1,4 +1,4 @@
-"""`tabom lab pretrain`: makes the shipped model from nothing."""
+"""`tabom lab pretrain`: makes the shipped models from nothing."""
 
 from tabom.lab.config import PretrainConfig
 from tabom.lab.pretrain import pretrain

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tabom.sampling.config import check_at_least
+
 SHIPPED = "shipped"
 """The name of the model that comes with the package."""
 
@@ -67,6 +69,12 @@ class PretrainConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     seed: int = 0
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a block of block-causal attention. Default: full attention."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("block_size", self.block_size, 1)
 
 
 @dataclass

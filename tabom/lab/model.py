@@ -24,8 +24,12 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The config of the lab's model, which has about one million parameters."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, block_size: int | None = None) -> LlamaConfig:
+    """The config of the lab's model, which has about one million parameters.
+
+    Args:
+        block_size: of block-causal attention, in tokens; None is full attention.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -41,12 +45,14 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
     config.is_causal = False
     config.mask_token_id = tokenizer.mask_token_id
+    if block_size is not None:
+        config.block_size = block_size
     return config
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A freshly initialised model (from torch's global generator)."""
-    model = LlamaForCausalLM(tiny_config(tokenizer))
+def tiny_model(tokenizer: PreTrainedTokenizerFast, block_size: int | None = None) -> LlamaForCausalLM:
+    """A freshly initialised model (from torch's global generator), with the attention of `tiny_config`."""
+    model = LlamaForCausalLM(tiny_config(tokenizer, block_size))
     model.generation_config = GenerationConfig(
         max_new_tokens=4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

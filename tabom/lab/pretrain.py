@@ -3,11 +3,15 @@
 Masked diffusion (LLaDA's recipe): every response token is masked with one probability t ~ U(0, 1) a sequence and
 predicted from the rest. Matrices learn by Muon, everything else by AdamW. Subtraction is seen rarely on purpose:
 it is the weak task that post-training is to improve.
+
+With a block size the model is block-causal, and one forward trains all blocks (`tabom.models.layout`): a noisy copy
+of the response stands beside the clean text. As in SDAR's recipe, all blocks of a sequence have the same t.
 """
 
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
@@ -17,6 +21,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_s
 from tabom.lab.config import PretrainConfig
 from tabom.lab.model import character_tokenizer, tiny_model
 from tabom.lab.tasks import Addition, Problem, Reversing, Sorting, Subtraction, Sudoku, Task
+from tabom.models.diffusion_model import LogitRows
+from tabom.models.layout import forward_of_blocks, lay_out
 
 MIXTURE: dict[Task, int] = {
     Addition(): 45,
@@ -30,10 +36,17 @@ MIXTURE: dict[Task, int] = {
 """The number of sequences of each task in a batch: 128 in all, of which 3% are subtractions."""
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> tuple[Tensor, int]:
-    """(B, L) token ids of problems of one task, without padding, and the length of their prompts."""
-    input_ids = tokenizer([problem.prompt + problem.answer for problem in problems], return_tensors="pt").input_ids
-    return input_ids, input_ids.shape[1] - len(problems[0].answer)
+def encode(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], block_size: int | None = None
+) -> tuple[Tensor, int]:
+    """(B, L) token ids of problems of one task, and the length of their prompts.
+
+    With a block size the answers are filled up to whole blocks with end tokens, because the model decodes whole blocks.
+    """
+    prompt_length, length = len(problems[0].prompt), len(problems[0].prompt + problems[0].answer)
+    end = tokenizer.eos_token * (-length % (block_size or 1))
+    texts = [problem.prompt + problem.answer + end for problem in problems]
+    return tokenizer(texts, return_tensors="pt").input_ids, prompt_length
 
 
 def masked_diffusion_loss(model: LlamaForCausalLM, input_ids: Tensor, prompt_length: int) -> Tensor:
@@ -42,9 +55,28 @@ def masked_diffusion_loss(model: LlamaForCausalLM, input_ids: Tensor, prompt_len
     # Stratified t: as uniform as U(0, 1), with less variance from batch to batch.
     t = ((torch.randperm(len(response)) + torch.rand(len(response))) / len(response)).clamp(min=0.05)[:, None]
     masked = torch.rand(response.shape) < t
-    noisy = torch.cat([input_ids[:, :prompt_length], response.masked_fill(masked, model.config.mask_token_id)], dim=1)
-    logits = model(input_ids=noisy).logits[:, prompt_length:]
+    logits = response_logits(model, input_ids, prompt_length, masked)
     return (F.cross_entropy(logits[masked], response[masked], reduction="none") / t.expand_as(masked)[masked]).sum()
+
+
+def response_logits(model: LlamaForCausalLM, input_ids: Tensor, prompt_length: int, masked: Tensor) -> Tensor:
+    """(B, T, V) logits of the response tokens, which see the mask token where `masked` (B, T) is True."""
+    prompt, response = input_ids.split([prompt_length, input_ids.shape[1] - prompt_length], dim=1)
+    mask_token_id, block_size = model.config.mask_token_id, getattr(model.config, "block_size", None)
+    if block_size is None:
+        noisy = torch.cat([prompt, response.masked_fill(masked, mask_token_id)], dim=1)
+        return model(input_ids=noisy).logits[:, prompt_length:]
+    layouts = [
+        lay_out(*texts, mask_token_id, LogitRows(), block_size)
+        for texts in zip(prompt.tolist(), response.tolist(), strict=True)
+    ]
+    inputs = {
+        name: torch.from_numpy(np.stack([layout.inputs[name] for layout in layouts])) for name in layouts[0].inputs
+    }
+    rows = layouts[0].token_rows
+    inputs["input_ids"][:, rows] = inputs["input_ids"][:, rows].masked_fill(masked, mask_token_id)
+    logits = forward_of_blocks(model, model.forward, block_size, **inputs).logits
+    return logits[:, layouts[0].logit_rows]  # the same rows for all, because a task's texts have one length
 
 
 def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -62,7 +94,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """Trains the base model and saves model and tokenizer (bf16) to `config.output_dir`."""
     set_seed(config.seed)
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer).train()
+    model = tiny_model(tokenizer, config.block_size).train()
     optimizers = make_optimizers(model, config.learning_rate)
     schedulers = [get_cosine_schedule_with_warmup(o, config.warmup_steps, config.max_steps) for o in optimizers]
     batch_size = sum(MIXTURE.values())
@@ -74,8 +106,9 @@ def pretrain(config: PretrainConfig) -> Path:
             # One forward pass a task, so that nothing is padded; the gradients add up.
             nelbo = 0.0
             for task, count in MIXTURE.items():
-                input_ids, prompt_length = encode(tokenizer, list(islice(streams[task], count)))
-                loss = masked_diffusion_loss(model, input_ids, prompt_length) / task.response_length / batch_size
+                input_ids, prompt_length = encode(tokenizer, list(islice(streams[task], count)), config.block_size)
+                response_length = input_ids.shape[1] - prompt_length
+                loss = masked_diffusion_loss(model, input_ids, prompt_length) / response_length / batch_size
                 loss.backward()
                 nelbo += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

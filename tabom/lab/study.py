@@ -37,6 +37,7 @@ from tabom.lab.experiment import (
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
 from tabom.sampling.collect import to_trajectory
+from tabom.sampling.completions import cost_of
 from tabom.sampling.config import SamplerConfig
 
 BASE = "base"
@@ -199,6 +200,8 @@ def measure(run: Run, model: DiffusionModel, held_out: list[Trajectory]) -> dict
     return {
         "right": {f"{k} a step": digits(grade(model, prompts, each)) for k, each in completions.items()}
         | other_tasks_of(run, model, run.num_other_problems),
+        "block_size": model.block_size,
+        "positions": {f"{k} a step": round(cost_of(each).positions_per_token, 4) for k, each in completions.items()},
         "right_samples": right_samples(model, prompts.first(run.num_pass_problems), replace(sampler, temperature=1.0)),
         "pair_order": np.round(order_accuracy(model, held_out), 4).tolist(),
         "entropy_by_step": entropy_by_step(

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ Result = dict[str, Any]
 
 MEASURES = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order", "TDS")
 COMPARED = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order")
+ATTENTION_MEASURES = ("1 a step", "2 a step", "4 a step", "other tasks")
 COMPARISONS = (
     ("TABOM, whole path", "NELBO"),
     ("TABOM, whole path", "NELBO, exact weights"),
@@ -80,7 +82,7 @@ def error(values: np.ndarray) -> float:
 def tables(results: list[Result]) -> str:
     """Markdown: for each group a table of each learning rate, and one of paired differences over all of them."""
     texts = [text for group in groups_of(results) for text in group_tables(results, group)]
-    return "\n".join([*texts, *attempts_table(results)])
+    return "\n".join([*texts, *attempts_table(results), *attention_table(results)])
 
 
 def group_tables(results: list[Result], group: Group) -> list[str]:
@@ -160,6 +162,31 @@ def attempts_table(results: list[Result]) -> list[str]:
         cells = [difference(pairs, measure) for measure in accuracies]
         lines.append(f"| {task}, {base}, {method}: {attempts} less 1 | {len(pairs)} | {' | '.join(cells)} |")
     return ["### More attempts a prompt", "", *lines, ""]
+
+
+def attention_table(results: list[Result]) -> list[str]:
+    """Bases with full and with block-causal attention beside each other, on what the block-causal ones were run on."""
+    attention = {r["run"]["base"]: f"blocks of {r['block_size']}" for r in results if r.get("block_size")}
+    if not attention:
+        return []
+    point = itemgetter("task", "method", "attempts", "learning_rate")
+    points = {point(r["run"]) for r in results if r["run"]["base"] in attention}
+    rows = defaultdict(list)
+    for result in results:
+        run = result["run"]
+        if point(run) in points:
+            rows[run["task"], run["method"], run["base"]].append(result)
+    columns = ["task", "method", "base", "attention", "seeds", *ATTENTION_MEASURES, "positions a token"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    methods, tasks = [BASE, *METHODS], list(dict.fromkeys(task for task, *_ in rows))
+    for task, method, base in sorted(rows, key=lambda row: (tasks.index(row[0]), methods.index(row[1]))):
+        runs = rows[task, method, base]
+        cells = [cell(np.array([scores(run, measure) for run in runs])) for measure in ATTENTION_MEASURES]
+        counted = rows[task, BASE, base][0].get("positions", {}).values()
+        positions = ", ".join(f"{each:.2f}" for each in counted) or "not counted"
+        names = [task, method, Path(base).name, attention.get(base, "full"), str(len(runs))]
+        lines.append(f"| {' | '.join([*names, *cells, positions])} |")
+    return ["### Full attention and block-causal attention", "", *lines, ""]
 
 
 def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 SHIPPED_PATH = Path(__file__).parents[1] / "lab" / "base"
 """The model of one million parameters that ships with the package, which every command and `load` call "shipped"."""
+SHIPPED_PATHS = {"shipped": SHIPPED_PATH, "shipped-block": SHIPPED_PATH.with_name("block_base")}
+"""The models that ship with the package, by their names; the second has block-causal attention."""
 
 
 def load(
@@ -51,11 +53,12 @@ def load(
     block_size: int | None = None,
     mask_token_id: int | None = None,
 ) -> DiffusionModel:
-    """Loads model and tokenizer from a folder in the Hugging Face layout, from the hub, or the model that is "shipped".
+    """Loads model and tokenizer from a folder in the Hugging Face layout, from the hub, or a shipped one.
 
     Dream and LLaDA become transformers' Qwen2 and Llama, and so do the families with block-causal attention
     (`tabom.models.families`); masked language models load as they are, and so does what this library saved. A folder
-    with an adapter loads the base that it names and puts the adapter into it.
+    with an adapter loads the base that it names and puts the adapter into it. "shipped" and "shipped-block" are the
+    models of this package, with full and with block-causal attention.
 
     Args:
         attn_implementation: "sdpa", "flash_attention_2", "eager" or, on a GPU, "flex_attention"; default: transformers'
@@ -129,8 +132,8 @@ def as_diffusion_model(
 
 
 def path_of(name: str | Path) -> str | Path:
-    """The folder of the shipped model for "shipped", else the name as it is."""
-    return SHIPPED_PATH if name == "shipped" else name
+    """The folder of a shipped model for its name, else the name as it is."""
+    return SHIPPED_PATHS.get(name, name)
 
 
 def check_is_there(name: str | Path, argument: str = "model") -> None:

@@ -22,24 +22,31 @@ def make_trajectories(model, rng, count):
 
 
 def naive_entropy(model, trajectory, now):
-    """Of all positions of the response before step `now`."""
+    """Of the masked positions that step `now` sees: all of the response, or those of the active block."""
     prompt = model.tokenizer(trajectory.prompt).input_ids
+    order, size = trajectory.decoding_order, model.block_size or 1000
     shown = [
         token if 0 <= step < now else model.mask_token_id
-        for token, step in zip(trajectory.response_token_ids, trajectory.decoding_order, strict=True)
+        for token, step in zip(trajectory.response_token_ids, order, strict=True)
     ]
-    logits = model.model(input_ids=torch.tensor([prompt + shown])).logits[0]
-    return softmax_entropy(logits.roll(model.logits_shift, 0)[len(prompt) :]).tolist()
+    block = min((len(prompt) + i) // size for i, step in enumerate(order) if step >= now)
+    ids = prompt + shown
+    if model.block_size:
+        ids = (ids + [model.mask_token_id] * size)[: (block + 1) * size]
+    logits = model.model(**model.inputs(torch.tensor([ids]))).logits[0]
+    entropy = softmax_entropy(logits.roll(model.logits_shift, 0)[len(prompt) :]).tolist()
+    seen = {i for i, step in enumerate(order) if not 0 <= step < now and (len(prompt) + i) // size == block}
+    return {i: entropy[i] for i in sorted(seen)}
 
 
 def naive_order_accuracy(model, trajectory):
     """Counts in Python loops, one forward pass a moment."""
     order, in_order, pairs = trajectory.decoding_order, 0, 0
-    for now in range(max(order)):
+    for now in range(max(order) + 1):
         entropy = naive_entropy(model, trajectory, now)
-        for i, step in enumerate(order):
-            for j, later in enumerate(order):
-                if now <= step < later:
+        for i in entropy:
+            for j in entropy:
+                if now <= order[i] < order[j]:
                     pairs += 1
                     in_order += entropy[i] < entropy[j]
     return in_order / pairs
@@ -53,14 +60,34 @@ def test_order_accuracy_against_a_loop(seed, rng):
         assert order_accuracy(model, trajectories) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("model_type", ["sdar", "Fast_dLLM_Qwen"])
+def test_a_step_sees_only_the_active_block(tmp_path, seed, rng, model_type):
+    """Prompts and responses end inside a block; order accuracy and TDS leave out what the decoding had not begun."""
+    model = block_causal_model(tmp_path / "m", model_type, seed)
+    size, trajectories = model.block_size, []
+    for prompt_length in (size - 1, size, size + 2):
+        length, order, first = 2 * size + 1, [], 0
+        for i in range(length):
+            if (prompt_length + i) % size == 0:
+                first = max([-1, *order]) + 1
+            order.append(first + rng.randrange(3))
+        order[-1] = max(order) + 1
+        order = np.unique(order, return_inverse=True)[1].tolist()  # without steps that unmask nothing
+        prompt = "".join(rng.choices("0123456789", k=prompt_length))
+        trajectories.append(Trajectory(prompt, "", rng.choices(range(4, 40), k=length), order))
+    expected = [naive_order_accuracy(model, trajectory) for trajectory in trajectories]
+    assert order_accuracy(model, trajectories) == pytest.approx(expected, rel=1e-6)
+    expected = [naive_tds(model, trajectory) for trajectory in trajectories]
+    assert replayed_tds(model, trajectories) == pytest.approx(expected, rel=1e-4)
+
+
 def naive_tds(model, trajectory):
     """Positions and moments in Python loops: the variance as the mean square less the squared mean."""
     tokens, order = trajectory.response_token_ids, trajectory.decoding_order
     end = tokens.index(model.eos_token_id) if model.eos_token_id in tokens else len(tokens)
     variances = []
     for now in range(max(order) + 1):
-        entropy = naive_entropy(model, trajectory, now)
-        counted = [e for i, e in enumerate(entropy) if i <= end and not 0 <= order[i] < now]
+        counted = [e for i, e in naive_entropy(model, trajectory, now).items() if i <= end]
         if counted:
             mean = sum(counted) / len(counted)
             variances.append(sum((e - mean) ** 2 for e in counted) / len(counted))

@@ -8,7 +8,7 @@ from pathlib import Path
 from tabom.data.json_files import finished_lines
 from tabom.lab.quickstart import QuickstartConfig, inputs
 from tabom.lab.report import markdown_table
-from tabom.lab.study_report import tables
+from tabom.lab.study_report import attention_table, tables
 
 ROOT = Path(__file__).parents[2]
 STUDY = list(finished_lines(ROOT / "docs" / "study_results.jsonl"))
@@ -22,7 +22,7 @@ def test_the_table_of_the_demo_is_what_its_json_says():
 def test_what_the_prose_says_of_the_whole_path_is_what_was_measured():
     measures = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())["measures"]
     here = measures["TABOM, whole path"]["1 a step"][0] - measures["NELBO"]["1 a step"][0]
-    with_8_attempts = tables(STUDY).split("8 attempts a prompt\n")[1]
+    with_8_attempts = tables(STUDY).split("8 attempts a prompt\n")[1].split("\n### ")[0]
     [study] = re.findall(r"TABOM, whole path, less NELBO \| 2 \| (\S+ \S+),", with_8_attempts)
     prose = " ".join((ROOT / "docs" / "demo.md").read_text().split())
     assert f"[the study](study.md) finds the whole path {study} ahead and not {here:+.1f}." in prose
@@ -46,3 +46,10 @@ def test_the_prose_of_the_study_quotes_its_tables():
     assert len(quoted) > 10
     shown = set(re.findall(r"[+-]?\d+\.\d ±\d+\.\d", tables_of_study))
     assert [each for each in quoted if not {each, f"+{each}"} & shown] == []
+
+
+def test_what_the_study_says_of_block_causal_attention_stands_in_its_table():
+    section = (ROOT / "docs" / "study.md").read_text().split("## Block-causal attention at equal compute\n")[1]
+    quoted = re.findall(r"\d+\.\d+(?: ±\d+\.\d)?", section.split("\n## ")[0])
+    shown = set(re.findall(r"\d+\.\d+(?: ±\d+\.\d)?", "\n".join(attention_table(STUDY))))
+    assert len(quoted) > 10 and set(quoted) <= shown

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -33,10 +34,18 @@ def test_attention_is_bidirectional():
     assert (difference[0, 0].abs() > 0).any()
 
 
-def test_pretraining_runs_and_is_reproducible(tmp_path):
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_pretraining_runs_and_is_reproducible(tmp_path, block_size):
     weights = []
     for name in ("a", "b"):
-        folder = pretrain(PretrainConfig(output_dir=str(tmp_path / name), max_steps=2, warmup_steps=1))
-        weights.append(load(folder).model.state_dict())
+        settings = {"max_steps": 2, "warmup_steps": 1, "block_size": block_size}
+        model = load(pretrain(PretrainConfig(output_dir=str(tmp_path / name), **settings)))
+        assert model.block_size == block_size
+        weights.append(model.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert sum(MIXTURE.values()) == 128
+
+
+def test_a_block_has_tokens():
+    with pytest.raises(ValueError, match="block_size=0: expected at least 1"):
+        PretrainConfig(block_size=0)

@@ -11,8 +11,8 @@ from tabom.data.json_files import finished_lines
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
-from tabom.lab.study import BASE, StudyConfig, study
-from tabom.lab.study_report import attempts_table, cell, paired_table, report, scores, tables
+from tabom.lab.study import BASE, SIZES, StudyConfig, study
+from tabom.lab.study_report import attempts_table, attention_table, cell, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.models.loading import SHIPPED_PATH
 from tabom.training.examples import TrajectoryDataset
@@ -62,6 +62,7 @@ def test_a_study_makes_every_run_of_its_grid_once(finished):
         assert list(result["path"]) == ["1"] and 0 < result["kept"] < 24
         assert len(result["right"]["1 a step"]) == 12 and len(result["right"]["sudoku"]) == 3
         assert len(result["right_samples"]) == 2 and len(result["pair_order"]) == len(result["tds"]) == 3
+        assert result["positions"] == {"1 a step": 12, "2 a step": 6, "4 a step": 3}  # 8 + 4 tokens, 4 of them decided
         for policy in result["adaptive"]:
             assert 1 <= policy["forward_passes"] <= 4
     before = finished.read_text()
@@ -144,6 +145,33 @@ def test_more_attempts_are_compared_with_one_at_the_same_seed():
     for run in runs:
         run["run"]["num_problems"] = 2
     assert attempts_table(runs)[-2] == "| t, b, TABOM: 8 less 1 | 1 | +100.0, 1 up | +0.0, 0 up | +0.0, 0 up |"
+
+
+def test_the_two_kinds_of_attention_stand_beside_each_other():
+    def run(base, method, seed, right, block_size=None, **changes):
+        sizes = dict.fromkeys(SIZES, 1) | {"base": base}
+        counted = {"block_size": block_size, "positions": {"1 a step": 6.25, "2 a step": 4}} if block_size else {}
+        return made_up(method, seed, right, **sizes, **changes) | counted
+
+    untrained = {"learning_rate": 0.0, "attempts": 0}
+    runs = [
+        run("shipped", BASE, 0, "0001", **untrained),
+        run("shipped", "NELBO", 0, "0110"),
+        run("shipped", "window", 0, "1111"),  # not trained from the other base
+        run("shipped", "NELBO", 0, "1111", learning_rate=1.0),  # nor at this learning rate
+        run("runs/block", BASE, 0, "0010", 4, **untrained),
+        run("runs/block", "NELBO", 0, "1110", 4),
+        run("runs/block", "NELBO", 1, "1111", 4),
+    ]
+    assert [line.split(" | 0.0")[0] for line in attention_table(runs)[4:-1]] == [
+        "| t | base | shipped | full | 1 | 25.0 (25.0)",
+        "| t | base | block | blocks of 4 | 1 | 25.0 (25.0)",
+        "| t | NELBO | shipped | full | 1 | 50.0 (28.9)",
+        "| t | NELBO | block | blocks of 4 | 2 | 87.5 ±12.5 (12.5)",
+    ]
+    assert attention_table(runs)[5].endswith("| 75.0 (25.0) | 6.25, 4.00 |")
+    assert attention_table(runs)[4].endswith("| 75.0 (25.0) | not counted |")
+    assert attention_table(runs[:4]) == []
 
 
 def test_shuffled_pairs_keep_all_but_the_order(seed):
