@@ -48,8 +48,10 @@ def differentiable(op: CustomOpDef, setup_context: Callable, backward: Callable,
     output to the graph.
     """
 
+    takes_lists = "Tensor[]" in str(op._opoverload._schema)
+
     def setup_op(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.tensor_lists = {i: len(x) for i, x in enumerate(inputs) if is_tensor_list(x)}
+        ctx.tensor_lists = {i: len(x) for i, x in enumerate(inputs) if takes_lists and is_tensor_list(x)}
         setup_context(ctx, inputs, output)
 
     def op_backward(ctx: Any, *grads: Any) -> tuple:
@@ -75,7 +77,7 @@ def differentiable(op: CustomOpDef, setup_context: Callable, backward: Callable,
 
 
 def is_tensor_list(value: object) -> bool:
-    """Whether torch.library takes a value for a list of tensors, as it does an empty list of numbers."""
+    """Whether torch.library takes a value for a list of tensors; beside such a list it takes an empty one for one."""
     return isinstance(value, list | tuple) and all(isinstance(x, Tensor) for x in value)
 
 

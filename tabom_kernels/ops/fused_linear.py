@@ -1,7 +1,7 @@
 """The loss of a linear head from hidden states, without ever holding the logits of all rows."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from tabom_kernels.ops.head import HeadLoss, empty_gradients, loss_of_head, save
 from tabom_kernels.ops.ranking import Form
 from tabom_kernels.ops.row_loss import ROW_LOSSES, TabomArguments, row_loss_inputs
 from tabom_kernels.ops.tabom import TabomLoss, reference_loss
-from tabom_kernels.ops.vocabulary_parallel import local, replicated, sharded_loss, sharding_of
+from tabom_kernels.ops.vocabulary_parallel import Sharding, local, replicated, sharded_loss, sharding_of
 
 LOGITS_BUDGET = 2**28
 """Bytes of logits in a chunk by default."""
@@ -87,45 +87,22 @@ def fused_linear_tabom_loss(
         TypeError: a dtype is wrong.
         ValueError: a shape, device or value is wrong, or the backend does not exist.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
-    sharding = sharding_of(weight, tp_group)
-    hidden, weight, bias = replicated(hidden), local(weight), local(bias)
+    head = LinearHead.of(hidden, weight, bias, tp_group, logit_scale, softcap, max_chunk_rows, fp32_logits)
     ranking = (rank_weight, form, margin, temperature)
     arguments = TabomArguments(
         labels, steps, cu_seqlens, *ranking, token_weights, num_tokens, num_sequences, ignore_index, sequence_weights
     )
-    check_head(hidden, weight, bias)
-    columns = weight.shape[0] if sharding is None else sum(sharding.sizes)
-    arguments.check(hidden.shape[0], columns, hidden.device)
-    check_transform(logit_scale, softcap)
+    arguments.check(*head.shape, head.hidden.device)
     if lengths is not None:
-        check_lengths(lengths, cu_seqlens, hidden.shape[0])
-    if max_chunk_rows is not None and max_chunk_rows < 1:
-        raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
-    backend = resolve(backend, hidden)
-    refuse_forward_mode(backend, hidden, weight, bias, temperature)
+        check_lengths(lengths, cu_seqlens, head.shape[0])
+    backend = resolve(backend, head.hidden)
+    refuse_forward_mode(backend, head.hidden, head.weight, head.bias, temperature)
     if backend == "reference":
-        if sharding is not None:
-            raise ValueError("backend='reference': it needs the whole head on every rank; use 'torch'")
-        logits = reference.transformed(reference_logits(hidden, weight, bias, fp32_logits), logit_scale, softcap)
+        logits = head.reference_logits()
         result, entropy = reference_loss(logits, arguments), reference.softmax_entropy(logits.detach())
         return (result, entropy) if return_entropy else result
-
-    if max_chunk_rows is None:
-        widest = weight.shape[0] if sharding is None else max(sharding.sizes)  # the same chunks on every rank
-        max_chunk_rows = max(1, LOGITS_BUDGET // (widest * (4 if fp32_logits else hidden.itemsize)))
-    labels, temperature, row_tensors = row_loss_inputs(arguments, hidden, backend)
-    inputs = (
-        *(hidden, weight, bias, temperature, labels, f"tabom_{form}", row_tensors, lengths),
-        [] if (logit_scale, softcap) == (1.0, None) else [logit_scale, *([] if softcap is None else [softcap])],
-        max_chunk_rows,
-        fp32_logits,
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)],
-        backend,
-    )
-    loss, terms, entropy = fused_linear_loss(*inputs) if sharding is None else sharded_loss(*inputs, sharding)
+    labels, temperature, row_tensors = row_loss_inputs(arguments, head.hidden, backend)
+    loss, terms, _, entropy = head.loss(f"tabom_{form}", temperature, labels, row_tensors, lengths, backend)
     result = TabomLoss.of(loss, terms, rank_weight)
     return (result, entropy) if return_entropy else result
 
@@ -188,12 +165,91 @@ def fused_linear_cross_entropy(
     return result.loss
 
 
-def reference_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32_logits: bool) -> Tensor:
-    """All (N, V) logits, under autograd."""
-    if fp32_logits:
-        dtype = reference.working_dtype(hidden.dtype)
-        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
-    return F.linear(hidden, weight, bias)
+class LinearHead(NamedTuple):
+    """A linear layer over hidden states, and how its logits are computed.
+
+    `fused_linear_tabom_loss` documents the fields. `weight` and `bias` are this rank's part of a sharded head.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sharding: Sharding | None
+    logit_scale: float
+    softcap: float | None
+    max_chunk_rows: int
+    fp32_logits: bool
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tp_group: dist.ProcessGroup | None,
+        logit_scale: float,
+        softcap: float | None,
+        max_chunk_rows: int | None,
+        fp32_logits: bool,
+    ) -> "LinearHead":
+        """The head of checked arguments, cast as a linear layer's are under autocast."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        sharding = sharding_of(weight, tp_group)
+        hidden, weight, bias = replicated(hidden), local(weight), local(bias)
+        check_head(hidden, weight, bias)
+        check_transform(logit_scale, softcap)
+        if max_chunk_rows is None:
+            widest = weight.shape[0] if sharding is None else max(sharding.sizes)  # the same chunks on every rank
+            max_chunk_rows = max(1, LOGITS_BUDGET // (widest * (4 if fp32_logits else hidden.itemsize)))
+        elif max_chunk_rows < 1:
+            raise ValueError(f"max_chunk_rows={max_chunk_rows}: expected at least 1")
+        return cls(hidden, weight, bias, sharding, logit_scale, softcap, max_chunk_rows, fp32_logits)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, V) of the logits, of all ranks."""
+        return self.hidden.shape[0], self.weight.shape[0] if self.sharding is None else sum(self.sharding.sizes)
+
+    @property
+    def transform(self) -> list[float]:
+        """The logit scale and the soft-cap, as far as there are any."""
+        if self.softcap is not None:
+            return [self.logit_scale, self.softcap]
+        return [] if self.logit_scale == 1.0 else [self.logit_scale]
+
+    @property
+    def needs_grad(self) -> list[bool]:
+        """Whether hidden states, weight and bias need a gradient."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+
+    def reference_logits(self) -> Tensor:
+        """All (N, V) logits, under autograd."""
+        if self.sharding is not None:
+            raise ValueError("backend='reference': it needs the whole head on every rank; use 'torch'")
+        tensors = (self.hidden, self.weight, self.bias)
+        if self.fp32_logits:
+            dtype = reference.working_dtype(self.hidden.dtype)
+            tensors = (x if x is None else x.to(dtype) for x in tensors)
+        return reference.transformed(F.linear(*tensors), self.logit_scale, self.softcap)
+
+    def loss(
+        self,
+        row_loss: str,
+        temperature: float | Tensor,
+        labels: Tensor,
+        row_tensors: Sequence[Tensor],
+        lengths: Sequence[int] | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss and terms of a row loss, cross-entropies and entropies (N,); the loss is differentiable."""
+        inputs = (
+            *(self.hidden, self.weight, self.bias, temperature, labels, row_loss, row_tensors, lengths),
+            *(self.transform, self.max_chunk_rows, self.fp32_logits, self.needs_grad, backend),
+        )
+        return fused_linear_loss(*inputs) if self.sharding is None else sharded_loss(*inputs, self.sharding)
 
 
 @torch.library.custom_op("tabom_kernels::fused_linear_loss", mutates_args=())
@@ -211,7 +267,7 @@ def fused_linear_op(
     fp32_logits: bool,
     needs_grad: Sequence[bool],
     backend_name: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The `HeadLoss` of a row loss, which is given by its name in `ROW_LOSSES`, a temperature and its tensors.
 
     `loss_of_head` documents the other arguments.
@@ -229,8 +285,9 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> HeadLoss:
     terms = ROW_LOSSES[row_loss](None, temperature, *row_tensors).number_of_terms
     loss, grad_temperature = (hidden.new_empty((), dtype=dtype) for _ in range(2))
     gradients = empty_gradients(hidden, weight, max_chunk_rows, needs_grad)
-    return HeadLoss(loss, loss.new_empty(terms), loss.new_empty(hidden.shape[0]), *gradients, grad_temperature)
+    cross_entropy, entropy = (loss.new_empty(hidden.shape[0]) for _ in range(2))
+    return HeadLoss(loss, loss.new_empty(terms), cross_entropy, entropy, *gradients, grad_temperature)
 
 
-fused_linear_loss = differentiable(fused_linear_op, save_gradients, scale_gradients, results=3)
-"""Loss, terms and entropies; forward has computed the gradients, and backward multiplies them by the upstream one."""
+fused_linear_loss = differentiable(fused_linear_op, save_gradients, scale_gradients, results=4)
+"""Loss, terms, cross-entropies and entropies; forward computes the gradients, and backward scales them."""

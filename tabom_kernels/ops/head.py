@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tabom_kernels.backends.reference import working_dtype
-from tabom_kernels.backends.results import LogitTransform
+from tabom_kernels.backends.results import LogitTransform, VocabularyStatistics
 from tabom_kernels.ops.chunks import even_slices, plan_chunks, take_rows
 from tabom_kernels.ops.derivatives import refuse_second_derivatives
 from tabom_kernels.ops.row_loss import IGNORE_INDEX, RowLoss
@@ -38,10 +38,11 @@ FP16_SCALE = 256
 
 
 class HeadLoss(NamedTuple):
-    """The loss (), its terms (k,), the entropies (N,), and the gradients, empty where they are not needed."""
+    """The loss (), its terms (k,), cross-entropies and entropies (N,), and the gradients, empty if not needed."""
 
     loss: Tensor
     terms: Tensor
+    cross_entropy: Tensor
     entropy: Tensor
     grad_hidden: Tensor
     grad_weight: Tensor
@@ -73,7 +74,7 @@ def loss_of_head(
     """
     transform = LogitTransform(*transform) if transform else None
     gradients = HeadGradients(hidden, weight, bias, max_chunk_rows, needs_grad)
-    terms, entropies, by_temperature = [], [], []
+    terms, cross_entropies, entropies, by_temperature = [], [], [], []
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in plan_chunks(row_loss.cu_seqlens, hidden.shape[0], max_chunk_rows, lengths):
             pieces, statistics = even_slices(chunk.rows, max_chunk_rows), []
@@ -86,6 +87,7 @@ def loss_of_head(
             cross_entropy, entropy = (joined([part[i] for part in statistics]) for i in range(2))
             result = row_loss(chunk, cross_entropy, entropy)
             terms.append(result.terms)
+            cross_entropies.append(cross_entropy)
             entropies.append(entropy)
             if result.temperature is not None:
                 by_temperature.append(result.temperature)
@@ -95,20 +97,15 @@ def loss_of_head(
             for rows, saved in zip(reversed(pieces), reversed(statistics), strict=True):
                 inside = slice(rows.start - start, rows.stop - start)
                 factors = [None if x is None else take_rows(x, inside) for x in (result.cross_entropy, result.entropy)]
-                scale = None
-                if hidden.dtype == torch.float16:
-                    factors, scale = scaled_for_fp16(*factors)
                 if logits is None:  # only the logits of the last piece are still there
                     logits = project(take_rows(hidden, rows), weight, bias, fp32_logits)
-                backend.vocabulary_gradient(
-                    logits, take_rows(labels, rows), IGNORE_INDEX, saved, *factors, logits, None, transform
-                )
-                gradients.add(rows, logits, scale)
+                gradients.add(backend, rows, logits, take_rows(labels, rows), saved, *factors, transform)
                 logits = None
     terms = added(terms)
     return HeadLoss(
         terms.sum(),
         terms,
+        joined(cross_entropies),
         joined(entropies),
         gradients.hidden,
         gradients.weight,
@@ -147,9 +144,29 @@ class HeadGradients:
         self.inputs, self.needs_grad, self.beta = (hidden, weight), needs_grad, 0
         self.hidden, self.weight, self.bias = empty_gradients(hidden, weight, max_chunk_rows, needs_grad)
 
-    def add(self, rows: slice, dlogits: Tensor, scale: Tensor | None) -> None:
-        """Adds the part of some rows, whose dL/dlogits is `dlogits`, times `scale` (n,) if there is one."""
+    def add(
+        self,
+        backend: ModuleType,
+        rows: slice,
+        logits: Tensor,
+        labels: Tensor,
+        statistics: VocabularyStatistics,
+        grad_ce: Tensor | None,
+        grad_entropy: Tensor | None,
+        transform: LogitTransform | None,
+    ) -> None:
+        """Adds the part of some rows, and writes dL/dlogits over their logits (n, V).
+
+        Args:
+            labels, grad_ce, grad_entropy: (n,) of these rows, as are the statistics.
+        """
         hidden, weight = self.inputs
+        scale = None
+        if hidden.dtype == torch.float16:
+            (grad_ce, grad_entropy), scale = scaled_for_fp16(grad_ce, grad_entropy)
+        dlogits = backend.vocabulary_gradient(
+            logits, labels, IGNORE_INDEX, statistics, grad_ce, grad_entropy, logits, None, transform
+        )
         if self.needs_grad[0]:
             add_product(take_rows(self.hidden, rows), dlogits.to(hidden.dtype), weight, 0)
             if scale is not None:
@@ -213,7 +230,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 def save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[4:])
     ctx.dtype, ctx.arguments = inputs[0].dtype, len(inputs)
 
 

@@ -9,7 +9,7 @@ because the log-probability of a token is -ce.
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,17 +61,84 @@ class RowLoss(Protocol):
         ...
 
 
-class TabomRowLoss:
-    """sum(ce_weights * ce) + sum(rank_weights * trajectory_rank_loss(E)); the terms are these sums.
+class Ranking(NamedTuple):
+    """sum(weights * trajectory_rank_loss(E)), the part of a row loss that ranks entropies.
 
     Args:
-        form: of the rank loss.
+        form, temperature, steps, cu_seqlens, margin: of the rank loss; the temperature is a number or ().
         backend: the module of a backend, see `backends.selection.load`.
-        temperature: of the rank loss, a number or ().
+        weights: (B,) weight of each sequence's rank loss, divided by the number of sequences.
+    """
+
+    form: str
+    backend: ModuleType
+    temperature: float | Tensor
+    weights: Tensor
+    steps: Tensor
+    cu_seqlens: Tensor
+    margin: float | Tensor
+
+    def __call__(self, chunk: Chunk, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The term (1,) of a chunk, and its gradients by the entropy (n,) and by the temperature ()."""
+        first, stop = chunk.sequences.start, chunk.sequences.stop
+        offsets = take_rows(self.cu_seqlens, slice(first, stop + 1))
+        weights, steps = take_rows(self.weights, chunk.sequences), take_rows(self.steps, chunk.rows)
+        if chunk.rows.start > 0:
+            offsets = offsets - chunk.rows.start
+        rank = self.backend.trajectory_rank_loss(entropy, steps, offsets, self.form, self.margin, self.temperature)
+        row_weights = weights.repeat_interleave(offsets.diff(), output_size=entropy.shape[0])
+        rank_sum = (weights * rank.loss).sum(0, keepdim=True)
+        return rank_sum, rank.grad_entropy * row_weights, (weights * rank.grad_temperature).sum()
+
+
+class TabomRowLoss:
+    """sum(ce_weights * ce) plus a ranking; the terms are these two, or the first alone without a ranking.
+
+    Args:
+        form, backend, temperature: see `Ranking`.
         ce_weights: (N,) weight of each row's cross-entropy, divided by the number of tokens, 0 for an ignored row.
-        rank_weights: (B,) weight of each sequence's rank loss, divided by the number of sequences; None without a
-            ranking, and then the arguments that follow are None as well.
-        steps, cu_seqlens, margin: of the rank loss.
+        ranking: the tensors of a `Ranking`, none without one.
+    """
+
+    def __init__(
+        self, form: str, backend: ModuleType, temperature: float | Tensor, ce_weights: Tensor, *ranking: Any
+    ) -> None:
+        self.ce_weights = ce_weights
+        self.ranking = Ranking(form, backend, temperature, *ranking) if ranking else None
+        self.cu_seqlens = self.ranking.cu_seqlens if ranking else None
+        self.number_of_terms = 2 if ranking else 1
+
+    def __call__(self, chunk: Chunk, cross_entropy: Tensor, entropy: Tensor) -> RowGradients:
+        """See `RowLoss`."""
+        ce_weights = take_rows(self.ce_weights, chunk.rows)
+        ce_sum = (ce_weights * cross_entropy).sum(0, keepdim=True)
+        if self.ranking is None:
+            return RowGradients(ce_sum, ce_weights, None, None)
+        rank_sum, by_entropy, by_temperature = self.ranking(chunk, entropy)
+        return RowGradients(torch.cat([ce_sum, rank_sum]), ce_weights, by_entropy, by_temperature)
+
+
+MAX_LOG_RATIO = 80.0
+"""Bounds the logarithm of a ratio of probabilities, so that the ratio is finite in fp32 and 0 times it is 0."""
+
+
+class PolicyRowLoss:
+    """Clipped policy loss, KL to a reference and entropy bonus, plus a ranking; the terms are these three or four.
+
+    With log p = -ce, r = exp(log p - old) and d = ref - log p, the terms are the sums of
+
+        -weights * min(r * A, clamp(r, lowest, highest) * A)        (PPO, arXiv 1707.06347, Eq. 7)
+        kl_weights * (exp(d) - d - 1)                               (the estimator of GRPO, arXiv 2402.03300, Eq. 4)
+        -entropy_weights * E
+
+    Args:
+        form, backend, temperature: see `Ranking`.
+        weights: (N,) weight of each row, divided by the number of tokens, 0 for an ignored row.
+        old_logprobs, advantages: (N,) the log-probabilities of the policy that acted, and A.
+        lowest, highest: of the ratio.
+        ref_logprobs, kl_weights: (N,), or (0,) without a KL.
+        entropy_weights: (N,), or (0,) without a bonus.
+        ranking: the tensors of a `Ranking`, none without one.
     """
 
     def __init__(
@@ -79,35 +146,59 @@ class TabomRowLoss:
         form: str,
         backend: ModuleType,
         temperature: float | Tensor,
-        ce_weights: Tensor,
-        rank_weights: Tensor | None = None,
-        steps: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        margin: float | Tensor | None = None,
+        weights: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        lowest: float | Tensor,
+        highest: float | Tensor,
+        ref_logprobs: Tensor,
+        kl_weights: Tensor,
+        entropy_weights: Tensor,
+        *ranking: Any,
     ) -> None:
-        self.form, self.backend, self.ce_weights, self.rank_weights = form, backend, ce_weights, rank_weights
-        self.steps, self.cu_seqlens, self.margin, self.temperature = steps, cu_seqlens, margin, temperature
-        self.number_of_terms = 1 if rank_weights is None else 2
+        self.weights, self.old_logprobs, self.advantages = weights, old_logprobs, advantages
+        self.lowest, self.highest = lowest, highest
+        self.ref_logprobs, self.kl_weights, self.entropy_weights = ref_logprobs, kl_weights, entropy_weights
+        self.has_kl, self.has_bonus = (x.shape[0] == weights.shape[0] for x in (kl_weights, entropy_weights))
+        self.ranking = Ranking(form, backend, temperature, *ranking) if ranking else None
+        self.cu_seqlens = self.ranking.cu_seqlens if ranking else None
+        self.number_of_terms = 4 if ranking else 3
 
     def __call__(self, chunk: Chunk, cross_entropy: Tensor, entropy: Tensor) -> RowGradients:
         """See `RowLoss`."""
-        ce_weights = take_rows(self.ce_weights, chunk.rows)
-        ce_sum = (ce_weights * cross_entropy).sum(0, keepdim=True)
-        if self.rank_weights is None:
-            return RowGradients(ce_sum, ce_weights, None, None)
-        first, stop = chunk.sequences.start, chunk.sequences.stop
-        offsets = take_rows(self.cu_seqlens, slice(first, stop + 1))
-        weights, steps = take_rows(self.rank_weights, chunk.sequences), take_rows(self.steps, chunk.rows)
-        if chunk.rows.start > 0:
-            offsets = offsets - chunk.rows.start
-        rank = self.backend.trajectory_rank_loss(entropy, steps, offsets, self.form, self.margin, self.temperature)
-        rank_sum = (weights * rank.loss).sum(0, keepdim=True)
-        row_weights = weights.repeat_interleave(offsets.diff(), output_size=entropy.shape[0])
-        by_temperature = (weights * rank.grad_temperature).sum()
-        return RowGradients(torch.cat([ce_sum, rank_sum]), ce_weights, rank.grad_entropy * row_weights, by_temperature)
+        weights, old_logprobs, advantages = (
+            take_rows(x, chunk.rows) for x in (self.weights, self.old_logprobs, self.advantages)
+        )
+        ratio = (-cross_entropy - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+        gain, clipped_gain = ratio * advantages, ratio.clamp(self.lowest, self.highest) * advantages
+        terms = [-(weights * torch.minimum(gain, clipped_gain)).sum()]
+        by_ce, by_entropy, by_temperature = weights * gain.where(gain <= clipped_gain, 0.0), None, None
+        if self.has_kl:
+            kl_weights = take_rows(self.kl_weights, chunk.rows)
+            d = (take_rows(self.ref_logprobs, chunk.rows) + cross_entropy).clamp(max=MAX_LOG_RATIO)
+            relative = d.expm1()
+            terms.append((kl_weights * (relative - d)).sum())
+            by_ce = by_ce + kl_weights * relative
+        else:
+            terms.append(torch.zeros_like(terms[0]))
+        if self.has_bonus:
+            by_entropy = -take_rows(self.entropy_weights, chunk.rows)
+            terms.append((by_entropy * entropy).sum())
+        else:
+            terms.append(torch.zeros_like(terms[0]))
+        terms = torch.stack(terms)
+        if self.ranking is not None:
+            rank_sum, by_rank, by_temperature = self.ranking(chunk, entropy)
+            terms = torch.cat([terms, rank_sum])
+            by_entropy = by_rank if by_entropy is None else by_entropy + by_rank
+        return RowGradients(terms, by_ce, by_entropy, by_temperature)
 
 
-ROW_LOSSES: dict[str, Callable[..., RowLoss]] = {f"tabom_{form}": partial(TabomRowLoss, form) for form in FORMS}
+ROW_LOSSES: dict[str, Callable[..., RowLoss]] = {
+    f"{name}_{form}": partial(row_loss, form)
+    for name, row_loss in (("tabom", TabomRowLoss), ("policy", PolicyRowLoss))
+    for form in FORMS
+}
 """Row losses by name, called with a backend, a temperature and tensors: an op cannot be given an object."""
 
 
@@ -143,23 +234,26 @@ class TabomArguments(NamedTuple):
                 raise ValueError("sequence_weights: expected None, as cu_seqlens is None")
             check_weights("sequence_weights", self.sequence_weights, self.cu_seqlens.shape[0] - 1, device)
 
+    def token_shares(self, dtype: torch.dtype) -> Tensor:
+        """(N,) the token weights divided by the number of tokens; 0 for an ignored row, whatever its weight is."""
+        is_used = self.labels != self.ignore_index
+        tokens = is_used.sum().clamp(min=1) if self.num_tokens is None else nonzero(self.num_tokens)
+        weights = is_used if self.token_weights is None else self.token_weights.where(is_used, 0.0)
+        return weights.to(dtype) / tokens
+
 
 def row_loss_inputs(
     arguments: TabomArguments, like: Tensor, backend: str
 ) -> tuple[Tensor, float | Tensor, list[Tensor]]:
     """The labels with IGNORE_INDEX, and the temperature and the tensors that make a `TabomRowLoss`.
 
-    Weights are divided by their denominators here, in the working dtype of `like`. An ignored row does not count,
-    whatever its token weight is, NaN included.
+    Weights are divided by their denominators here, in the working dtype of `like`.
     """
-    labels, token_weights, dtype = arguments.labels, arguments.token_weights, working_dtype(like.dtype)
+    labels, dtype = arguments.labels, working_dtype(like.dtype)
     temperature, margin, rank_weight = as_settings(like, arguments.temperature, arguments.margin, arguments.rank_weight)
-    is_used = labels != arguments.ignore_index
-    tokens = is_used.sum().clamp(min=1) if arguments.num_tokens is None else nonzero(arguments.num_tokens)
-    weights = is_used.to(dtype) if token_weights is None else token_weights.to(dtype).where(is_used, 0.0)
-    tensors = [weights / tokens]
+    tensors = [arguments.token_shares(dtype)]
     if arguments.ignore_index != IGNORE_INDEX:
-        labels = labels.where(is_used, IGNORE_INDEX)
+        labels = labels.where(labels != arguments.ignore_index, IGNORE_INDEX)
     if arguments.rank_weight != 0:
         steps, cu_seqlens = arguments.steps, arguments.cu_seqlens
         if arguments.num_sequences is None:

@@ -153,19 +153,19 @@ loss_of_logits = differentiable(loss_of_logits_op, save_for_gradient, loss_backw
 
 def reference_loss(logits: Tensor, arguments: TabomArguments) -> TabomLoss:
     """The loss of the same arguments in naive PyTorch, under autograd."""
-    labels, steps, cu_seqlens, rank_weight, *ranking = arguments[:7]
-    token_weights, tokens, sequences, ignore_index, sequence_weights = arguments[7:]
-    ce, entropy = reference.cross_entropy_with_entropy(logits, labels, ignore_index)
-    is_used = labels != ignore_index
-    if token_weights is not None:
-        ce = ce * token_weights.to(ce.dtype).where(is_used, 0.0)
-    cross_entropy = ce.sum() / nonzero(is_used.sum() if tokens is None else tokens)
+    ce, entropy = reference.cross_entropy_with_entropy(logits, arguments.labels, arguments.ignore_index)
+    cross_entropy, rank = (arguments.token_shares(ce.dtype) * ce).sum(), rank_term(arguments, entropy)
+    return TabomLoss(cross_entropy + arguments.rank_weight * rank, cross_entropy.detach(), rank.detach())
+
+
+def rank_term(arguments: TabomArguments, entropy: Tensor) -> Tensor:
+    """The mean rank loss of the sequences, under autograd; 0 if its weight is 0."""
+    _, steps, cu_seqlens, rank_weight, form, margin, temperature, _, _, sequences, _, sequence_weights = arguments
     if rank_weight == 0:
-        return TabomLoss(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy).detach())
-    losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, *ranking)
+        return torch.zeros_like(entropy.sum().detach())
+    losses = reference.trajectory_rank_loss(entropy, steps, cu_seqlens, form, margin, temperature)
     if sequences is None:
         sequences = (reference.count_ordered_pairs(steps, cu_seqlens) > 0).sum()
     if sequence_weights is not None:
         losses = losses * sequence_weights.to(losses.dtype)
-    rank = losses.sum() / nonzero(sequences)
-    return TabomLoss(cross_entropy + rank_weight * rank, cross_entropy.detach(), rank.detach())
+    return losses.sum() / nonzero(sequences)

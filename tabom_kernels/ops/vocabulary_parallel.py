@@ -186,8 +186,8 @@ def merge_ranks(own: VocabularyStatistics, labels: Tensor, ignore_index: int, gr
 
 
 @_disable_dynamo  # torch.compiler.disable would import torch._dynamo, and with it Triton, together with this module
-def sharded_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms and entropies (N,), from the inputs of `fused_linear_op` and a `Sharding`; it is not compiled."""
+def sharded_loss(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_linear_loss` returns, from its inputs and a `Sharding`; it is not compiled."""
     return ShardedLoss.apply(*inputs)
 
 
@@ -195,7 +195,7 @@ class ShardedLoss(torch.autograd.Function):
     """`loss_of_head` of one rank's columns; the ranks' gradients of the hidden states are summed."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden, weight, bias, temperature, labels, row_loss, row_tensors, *settings, name, sharding = inputs
         backend = load(name)
         function = ROW_LOSSES[row_loss](backend, temperature, *row_tensors)
@@ -204,6 +204,6 @@ class ShardedLoss(torch.autograd.Function):
         if result.grad_hidden.numel():
             dist.all_reduce(result.grad_hidden, group=_resolve_process_group(sharding.group_name))
         save_gradients(ctx, inputs, result)
-        return result[:3]
+        return result[:4]
 
     backward = staticmethod(scale_gradients)

@@ -40,7 +40,21 @@ def test_every_op_passes_opcheck(rng, backend):
         options = (lengths, transform, max_chunk_rows, False, [True] * 3, backend)
         return OPS.fused_linear_loss, (*head, temperature, labels, row_loss, tensors, *options)
 
+    def of_policy(head, *terms):
+        return of_head(head, "policy_hinge", [weights, torch.randn(9), torch.randn(9), one, one, *terms], None, [], 5)
+
+    nothing = torch.empty(0)
+    head = draw_head(bias=True)
+    detached = [x.detach() for x in head]
+    of_rows = OPS.head_statistics(*detached, labels, [0.5], 4, False, backend)[1:]
     calls = [
+        of_policy(head, nothing, nothing, nothing),
+        of_policy(head, torch.randn(9), weights, weights, *ranked[1:]),
+        (OPS.head_statistics, (*head, labels, [0.5], 4, False, backend)),
+        (
+            OPS.head_gradients,
+            (*detached, labels, *of_rows, torch.rand(9), torch.rand(9), [0.5], 4, False, [True, False, True], backend),
+        ),
         (OPS.vocabulary_statistics, (logits.requires_grad_(), labels, -100, False, backend)),
         (OPS.vocabulary_statistics, (logits, None, 0, False, backend)),
         (OPS.vocabulary_gradient, (logits.detach(), labels, -100, *saved)),

@@ -9,8 +9,7 @@ from tabom_kernels.backends import torch as torch_backend
 from tabom_kernels.backends import triton as triton_backend
 from tabom_kernels.backends.triton import launch, ranking
 from tabom_kernels.ops.chunks import Chunk
-from tabom_kernels.ops.head import loss_of_head
-from tabom_kernels.ops.row_loss import RowGradients, TabomArguments, TabomRowLoss, row_loss_inputs
+from tabom_kernels.ops.row_loss import TabomArguments, TabomRowLoss, row_loss_inputs
 from tests.kernels.inputs import draw_sequences
 
 LENGTHS = {"none": [], "few": [4, 0, 5], "many": [1, 12, *[3, 2, 0, 7] * 2]}
@@ -130,45 +129,3 @@ def test_a_label_that_is_no_column_shows_as_nan_and_reads_nothing(rng, monkeypat
     whole.backward()
     assert whole.isnan() and cross_entropy.isnan() and rank.isfinite()
     assert logits.grad.isnan().all(1).tolist() == logits.grad.isnan().any(1).tolist() == [False, True, False, False]
-
-
-class ClippedPolicyLoss:
-    """-min(r A, clip(r) A) + kl * (exp(d) - d - 1) - bonus * E, with r = exp(-ce - old) and d = reference + ce."""
-
-    number_of_terms, cu_seqlens = 3, None
-
-    def __init__(self, old, advantage, reference_logprob):
-        self.old, self.advantage, self.reference_logprob = old, advantage, reference_logprob
-
-    def of(self, rows, ce, entropy):
-        ratio, advantage = (-ce - self.old[rows]).exp(), self.advantage[rows]
-        d = self.reference_logprob[rows] + ce
-        surrogate = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        return surrogate, 0.1 * (d.exp() - d - 1), -0.01 * entropy
-
-    def __call__(self, chunk, ce, entropy):
-        ratio, advantage = (-ce - self.old[chunk.rows]).exp(), self.advantage[chunk.rows]
-        is_clipped = (ratio * advantage > ratio.clamp(0.8, 1.2) * advantage).to(ce.dtype)
-        terms = torch.stack([term.sum() for term in self.of(chunk.rows, ce, entropy)])
-        by_ce = (1 - is_clipped) * ratio * advantage + 0.1 * ((self.reference_logprob[chunk.rows] + ce).exp() - 1)
-        return RowGradients(terms, by_ce, torch.full_like(ce, -0.01), None)
-
-
-@pytest.mark.parametrize("max_chunk_rows", [40, 7, 1])
-def test_a_clipped_policy_loss_is_a_row_loss(rng, max_chunk_rows):
-    """A loss that the head knows nothing of, against autograd."""
-    rows, columns, width = 40, 23, 6
-    hidden, weight = (torch.randn(n, width, dtype=torch.float64, requires_grad=True) for n in (rows, columns))
-    labels = torch.randint(columns, (rows,))
-    ce, entropy = reference.cross_entropy_with_entropy(F.linear(hidden, weight), labels, -100)
-    old, other = (-ce.detach() + 0.3 * torch.randn(rows) for _ in range(2))
-    row_loss = ClippedPolicyLoss(old, torch.randn(rows, dtype=torch.float64), other)
-    exact = sum(term.sum() for term in row_loss.of(slice(0, rows), ce, entropy))
-    result = loss_of_head(
-        torch_backend, row_loss, hidden.detach(), weight.detach(), None, labels, lengths=None, transform=[],
-        max_chunk_rows=max_chunk_rows, fp32_logits=False, needs_grad=[True, True, False],
-    )  # fmt: skip
-    torch.testing.assert_close(result.loss, exact.detach())
-    torch.testing.assert_close(result.entropy, entropy.detach())
-    for ours, theirs in zip(result[3:5], torch.autograd.grad(exact, (hidden, weight)), strict=True):
-        torch.testing.assert_close(ours, theirs)
