@@ -44,8 +44,8 @@ def block_causal_positions(
     """The positions of a sequence with block-causal attention that a step computes. This cache is exact.
 
     It is the active block, and in the first step of a block also the block before it, whose tokens are final now: these
-    keys and values are kept. The first step of a sequence computes its whole prompt. Where the
-    first token of the block is decided alone (`Policy.begins_alone`), this step ends before the block.
+    keys and values are kept. The first step of a sequence computes its whole prompt. Where the first token of the block
+    is decided alone (`Policy.begins_alone`), this step ends before the block.
 
     A later step also computes the position before the block if this position may have to predict the first token again:
     not where the token was decided alone, or is of the prompt.
