@@ -8,7 +8,6 @@ import datasets
 import pyarrow as pa
 
 from tabom.cli.commands import ExportArguments
-from tabom.data.conversations import without_none
 from tabom.data.json_files import to_json
 from tabom.data.sources import READERS, read_records
 
@@ -96,22 +95,20 @@ def as_table(records: list[Record]) -> datasets.Dataset:
     """The records as columns of Arrow, which `datasets` and Parquet hold.
 
     Raises:
-        ValueError: a column would have several types, or would change a value; names the field.
+        ValueError: a column would have several types, or objects without fields; names the field.
     """
     names = dict.fromkeys(name for record in records for name in record)
     columns = {}
     for name in names:
-        values = [record.get(name) for record in records]
         try:
-            columns[name] = pa.array(values)
-            is_kept = without_none(columns[name].to_pylist()) == without_none(values)
-            problem = "" if is_kept else f"as {columns[name].type} it would change"
+            columns[name] = pa.array([record.get(name) for record in records])
+            problem = "an object without fields" if is_empty(columns[name].type) else ""
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             problem = " ".join(str(error).split())
-        if problem or is_empty(columns[name].type):
+        if problem:
             raise ValueError(
                 f"field {name!r}: a column has one type, and Parquet and datasets cannot hold these values "
-                f"({problem or 'an object without fields'}); use --to jsonl"
+                f"({problem}); use --to jsonl"
             )
     return datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns)))
 

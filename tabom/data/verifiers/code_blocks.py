@@ -15,7 +15,7 @@ QUOTE = re.compile(r"^[ \t]*> ?")
 INLINE_FENCE = re.compile(r"(?<=[^\s>])[ \t]*(```(?:python3?|py)[ \t]*\n)", re.IGNORECASE)
 TAGS = (("[PYTHON]", "[/PYTHON]"), ("[BEGIN]", "[DONE]"), ("<code>", "</code>"), ("<answer>", "</answer>"))
 PYTHON = ("", "python", "python3", "py", "python2", "py3", "python-repl", "ipython")
-CODE_LINE = re.compile(r"(?:async def|def|class|import|from|@)\s*\w")
+CODE_LINE = re.compile(r"(?P<indent>[ \t]*)(?:async def|def|class|import|from|@)\s*\w")
 MOST_CLOSINGS = 8
 """Fences that are tried as the end of a block that does not parse; a docstring may hold some."""
 
@@ -56,21 +56,26 @@ def find_program(response: str, names: Iterable[str] = ()) -> str:
 
 
 def unfenced(text: str) -> str:
-    """The program of a text without fences: all of it, or what parses from its first line of code on."""
-    lines = text.split("\n")
-    start = next((number for number, line in enumerate(lines) if CODE_LINE.match(line)), None)
-    if start is None or parse(text) is not None:
+    """The program of a text without fences: all of it, or what parses from its first line of code on.
+
+    A text that begins with an indent may be the body of a function.
+    """
+    lines = text.strip("\n").split("\n")
+    is_body = re.match(r"\t| {4}", lines[0]) is not None
+    code = [(number, match["indent"]) for number, line in enumerate(lines) if (match := CODE_LINE.match(line))]
+    if parse(text) is not None or not (is_body or code):
         return text
-    lines = lines[start:]
+    start, indent = (0, "") if is_body else code[0]
+    lines = ["if True:"] * is_body + [line.removeprefix(indent) for line in lines[start:]]
     for _ in range(MOST_CLOSINGS):
         try:
-            ast.parse("\n".join(lines))
+            tree = ast.parse("\n".join(lines))
         except SyntaxError as error:
             lines = lines[: max((error.lineno or 1) - 1, 0)]
         except (ValueError, RecursionError, MemoryError):
             return text
         else:
-            return "\n".join(lines) if definitions(ast.parse("\n".join(lines))) else text
+            return "\n".join(lines[is_body:]) if is_body or definitions(tree) else text
     return text
 
 
@@ -172,13 +177,8 @@ def borrowed(tree: ast.Module, others: Sequence[ast.Module], wanted: set[str]) -
                 names = {node.name} if hasattr(node, "name") else bound_names(node)
                 if names & missing or "*" in names:
                     latest |= dict.fromkeys(names, node)
-    nodes = list({id(node): node for node in latest.values()}.values())
-    return "".join(ast.unparse(node) + "\n" for node in nodes if not is_future(node))
-
-
-def is_future(node: ast.stmt) -> bool:
-    """Whether a statement is an import from __future__, which has to come first."""
-    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+    nodes = {id(node): node for node in latest.values() if getattr(node, "module", None) != "__future__"}
+    return "".join(ast.unparse(node) + "\n" for node in nodes.values())
 
 
 def complete(block: str, header: str, entry_point: str | None) -> list[str]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from tabom.data.verifiers.reasoning import without_thoughts
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=[{\d])")
+GLUED = re.compile(r"\$?[0-9]|[a-zA-Z^!_]|[.,]\d|\s*\\(?:pi|sqrt|cdot|times|frac)")
+"""What makes a box the beginning of something longer, as in `\\boxed{72}1`."""
 BETWEEN_BOXES = re.compile(
     r"[\s$,;.~]*(?:\\[()\[\]])*[\s$,;]*(?:\\text\{\s*)?(?:and|or)?(?:\s*\})?[\s$,;~]*(?:\\[()\[\]])*[\s$]*"
 )
@@ -24,7 +26,7 @@ SENTENCE_END = re.compile(
     re.MULTILINE,
 )
 ANNOUNCEMENT = re.compile(
-    r"\b(?:answers?|ans|choice|option|letter|solutions?|result)\b[^.\n:=\uff1a]{0,80}?(?:\b(?:is|are|was|be|equals)\b\s*:?|[:=\uff1a])"
+    r"\b(?<!to )(?:answers?|ans|choice|option|letter|solutions?|result)\b[^.\n:=\uff1a]{0,80}?(?:\b(?:is|are|was|be|equals)\b\s*:?|[:=\uff1a])"
     r"|\bI(?:['\u2019]ll| will| would)? (?:choose|pick|select|go with)\b"
     r"|(?:\u7b54\u3048|\u6b63\u89e3)\u306f?\s*[:\uff1a]?|(?:\uc815\ub2f5|\ub2f5)[\uc740\uc774]?\s*[:\uff1a]?"
     r"|(?:\u0627\u0644\u062c\u0648\u0627\u0628|\u0627\u0644\u0625\u062c\u0627\u0628\u0629)[^.\n:\d]{0,30}?(?:\u0647\u0648|\u0647\u064a|:)|\u0909\u0924\u094d\u0924\u0930\s*:?"
@@ -32,14 +34,16 @@ ANNOUNCEMENT = re.compile(
     re.IGNORECASE,
 )
 REVERSED = re.compile(
-    r"^(?:so|thus|hence|therefore)?,?\s*(?!(?:I|it|this|that|which|what|here|your|my|the answer)\b)(?P<answer>[^.\n]{1,60}?)\s+is\s+(?:the\s+|our\s+|my\s+)?(?:final |correct |right )*"
+    r"^(?:so|thus|hence|therefore)?,?\s*(?!(?:I|it|this|that|which|what|here|your|my|the answer)\b)(?P<answer>[^.\n]{1,60}?)\s+is\s+(?:the\s+|our\s+|my\s+)?(?:final |correct |right |best )*"
     r"(?:answer|correct|right|choice)\b[^.]*\.?$",
     re.IGNORECASE,
 )
-TITLE = re.compile(r"^\W*(?:the\s+)?(?:final\s+|correct\s+)?answer\W*$", re.IGNORECASE)
+RUN_ON = re.compile(r"\n\s*(?:Question|Problem|Q)(?: \d+)?: ")
+"""How a base model goes on with a problem of its own after its answer."""
 DENIAL = re.compile(
     r"\bnot\b|n['\u2019]t\b|\bnever\b|\bneither\b|\bnor\b|\bcannot\b|\bincorrect\b|\bwrong\b|\bunlikely\b|\bunable\b|\d fails?\b|\bfalse that\b|\bdoubt\b|\bno way\b|\bby no means\b"
-    r"|\banything but\b|\bfar from\b|\bif\b|\bunless\b|\bno longer\b|\u4e0d\u662f",
+    r"|\banything but\b|\bfar from\b|\bif\b|\bunless\b|\bconsider\b|\bsuppose\b|\bassume\b|\bno longer\b|nicht|kein\w*|\bno es\b|n\u00e3o|\bnon?\s+\u00e8\b|n['\u2019]est pas|\b\u043d\u0435\b|\u4e0d\u662f|\u5e76\u975e"
+    r"|\u3067\u306f(?:\u306a|\u3042\u308a\u307e\u305b\u3093)|\uc544[\ub2c8\ub2d9]|\u0644\u064a\u0633|\u0928\u0939\u0940\u0902",
     re.IGNORECASE,
 )
 DOUBT = re.compile(
@@ -49,27 +53,45 @@ DOUBT = re.compile(
     re.IGNORECASE,
 )
 """What comes before an announcement of somebody else's, of an earlier one or of a supposition."""
+UNCOUNTED = re.compile(r"(?<=\d )[a-z ]+\b(?:(?:that|who) (?:\w+ )?not|did(?: not|n['\u2019]t))\b")
+"""What follows a number of things that are or do not something: `218 seats that are not taken`."""
 RETRACTION = re.compile(
     r"^\W*(?:oh\W+|hmm\W+|but\W+)*(?:wait|actually|no\b[,:]|however\b(?=.*(?:\b(?:is|be|get)\b|=)\W*\d)|oops|correction|let me re|my mistake|sorry"
     r"|on second thought|I made (?:a mistake|an error)|(?:the|my) (?:new|real|right|true) one\b)",
     re.IGNORECASE,
 )
 """How a sentence begins that takes back what was announced before it."""
-CONTRAST = re.compile(r"not\s+(?:[^,.\s]*\d[^,.]*|[$\\(]\S*|[A-Z]),?\s+but\s+(?P<answer>.*)")
+CONTRAST = re.compile(
+    r"not\s+(?:[^,;.\s]*\d[^,;.]*|[$\\(]\S*|[A-Z])(?:,?\s+but|[,;]\s+(?:but\s+)?it(?:['\u2019]s|\s+is))\s+(?P<answer>.*)"
+)
+COURTESY = re.compile(
+    r"(?:I )?hope (?:this|that|it)\b(?!\D*\d)|(?:please )?(?:let me know|feel free)|would you like|do you (?:want|have|need)"
+    r"|if you (?:have|need|want|would|'d)\b|is there anything|(?:good luck|happy \w+ing|thank|you're welcome)\b",
+    re.IGNORECASE,
+)
 REFUSAL = re.compile(
     r"\bI(?:['\u2019]m| am) (?:sorry|unable)|\bI can(?:['\u2019]t|not)|\bI do(?:n['\u2019]t| not) know"
 )
 ASIDE = re.compile(
-    r"\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:not|because|since|including|as|which|where|rather than|instead of|so that|given|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b|\s*[,;(]*\s*\bi\.e\."
+    r"\s*\([^()]*=[^()]*\)\W*$|\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:not|because|since|including|(?<!times )as|which|where|rather than|instead of|so that|given|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b|\s*[,;(]*\s*\bi\.e\."
     r"|\s+[\u2014-]\s+[a-z]|(?<![\\\w])\s*(?<![\\])\((?!\s*-?[\d.]+\s*,)(?=[^)\\$]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )"
 )
 CONNECTIVE = re.compile(
-    r"^\W*(?:so|thus|hence|therefore|finally|then|in conclusion|in total|overall|and)\b[,:\s]*", re.IGNORECASE
+    r"^\W*(?:(?:step \d+:|so|thus|hence|therefore|finally|then|in conclusion|to answer (?:the|your|this) question|in total|overall|and|but|now"
+    r"|(?:this|that|which|it) (?:also )?means(?: that)?|we can (?:say|see|conclude) that)(?!\w)[,:\s]*)+",
+    re.IGNORECASE,
 )
-CONSEQUENCE = re.compile(r"[,;]\s*(?:and\s+)?(?:so|thus|hence|therefore)\b,?\s+", re.IGNORECASE)
-CONDITION = re.compile(r"^(?:if|since|as|because|when)\b[^,]*,\s+(?:then\s+)?", re.IGNORECASE)
+CONSEQUENCE = re.compile(
+    r"[,;]\s*(?:and\s+)?(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
+    re.IGNORECASE,
+)
+CONDITION = re.compile(
+    r"^(?:if|since|as|because|when|after|with|given|for|in|at|on|out of|of|among|\w+ing)\b[^,]*,\s+(?:then\s+)?",
+    re.IGNORECASE,
+)
 RESTATED = re.compile(r"^(?:\D*,\s*(?:i\.e\.|that is),?\s+(?=[^a-z]*\d)|.*,\s*(?:i\.e\.|that is),?\s+(?=[^a-z]*=))")
 """What comes before the first number or before a calculation, as in `half a dozen, i.e. 6 eggs`."""
+END_OF_PROOF = re.compile(r"\s*\$?\\?(?:blacksquare|square|Box|qed|\u220e|\u25a0|QED|Q\.E\.D\.)\$?\s*$")
 EMPHASIS = re.compile(r"\*\*|__|`+|\*(?=\S[^*\n]*\S\*|\S\*)|(?<=[^\s*])\*(?=[\s.,!]|$)")
 
 
@@ -82,7 +104,7 @@ class Reading(NamedTuple):
 
 def final_answer(response: str) -> Reading | None:
     """The final answer of a response or of a full solution, None where there is none."""
-    text = without_thoughts(response).strip()
+    text = RUN_ON.split(without_thoughts(response).strip())[0]
     found = delimited(text)
     if found is not None:
         return found
@@ -95,11 +117,13 @@ def final_answer(response: str) -> Reading | None:
             return Reading(announced, "announced")
     if not lines:
         return None
-    last = RESTATED.sub("", CONDITION.sub("", CONNECTIVE.sub("", lines[-1])))
+    last = RESTATED.sub("", CONDITION.sub("", CONNECTIVE.sub("", CONSEQUENCE.split(lines[-1])[-1])))
     contrast = CONTRAST.search(last)
     if contrast:
         return Reading(without_aside(contrast["answer"]), "last sentence")
-    is_denied = DENIAL.search(last.partition(",")[0]) or ANNOUNCEMENT.search(lines[-1])  # which was not accepted
+    is_denied = DENIAL.search(UNCOUNTED.sub("", last).partition(",")[0]) or ANNOUNCEMENT.search(
+        lines[-1]
+    )  # which was not accepted
     if is_denied or last.endswith("?") or REFUSAL.search(text):
         return Reading(lines[-1], "denied")
     return Reading(without_aside(last) if re.search(r"[A-Za-z]{3}", last) else last.rstrip("., "), "last sentence")
@@ -120,7 +144,7 @@ def delimited(text: str) -> Reading | None:
     if not found:
         return None
     _, content, mark = max(found)
-    if mark == "<answer>" and ("\n" in content or ANNOUNCEMENT.search(content)):
+    if ANNOUNCEMENT.search(content) or (mark == "<answer>" and "\n" in content):
         return final_answer(content)
     return Reading(content, mark)
 
@@ -137,6 +161,8 @@ def boxes(text: str) -> list[tuple[int, str]]:
         else:
             end = closing_brace(text, match.end())
             content = text[match.end() + 1 : end - 1]
+        if end > 0 and GLUED.match(text, end):
+            content += " \\dots"  # no expression
         if end > 0 and content.strip(" {}"):
             found.append((match.start(), end, content))
     joined: list[tuple[int, str]] = []
@@ -162,11 +188,15 @@ def closing_brace(text: str, start: int) -> int:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, without emphasis and empty ones."""
+    """The sentences of a text, without emphasis, empty ones and the courtesies at its end."""
     text = re.sub(r"(?<=[a-z)])\*\*(?=\d)", "^", text)
     text = re.sub(r"\$\$\s*(.*?)\s*\$\$", r"$\1$", text, flags=re.DOTALL)
     text = re.sub(r"\\\[\s*(.*?)\s*\\\]", r"\\(\1\\)", text, flags=re.DOTALL)
-    return [part.strip() for part in SENTENCE_END.split(EMPHASIS.sub("", text)) if part.strip(" \t.#-")]
+    text = re.sub(r"\s*\(not [^()]*\)", "", END_OF_PROOF.sub("", text))
+    found = [part.strip() for part in SENTENCE_END.split(EMPHASIS.sub("", text)) if part.strip(" \t.#-")]
+    while found and COURTESY.match(found[-1]):
+        found.pop()
+    return found
 
 
 def announcement(lines: list[str], place: int) -> str | None:
@@ -175,9 +205,7 @@ def announcement(lines: list[str], place: int) -> str | None:
     if sentence.endswith("?"):
         return None
     following = lines[place + 1] if place + 1 < len(lines) else ""
-    if TITLE.match(sentence) and following:
-        return without_aside(following)
-    conclusion = CONSEQUENCE.split(sentence)[-1]
+    conclusion = re.split(r",\s*but\s+", CONSEQUENCE.split(sentence)[-1])[-1]
     reverse = REVERSED.match(conclusion)
     if reverse and not ANNOUNCEMENT.search(reverse["answer"]):
         return None if DENIAL.search(conclusion) else reverse["answer"]

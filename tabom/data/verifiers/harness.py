@@ -41,41 +41,17 @@ PRELUDE = {
 """What LeetCode's Python and the usual harnesses import before a program, by module."""
 
 PRELUDE_MODULES = [
-    "bisect",
-    "collections",
-    "copy",
-    "datetime",
-    "functools",
-    "heapq",
-    "itertools",
-    "json",
-    "math",
-    "operator",
-    "os",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "sys",
-    "time",
-    "typing",
-]
+    "bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "json", "math", "operator",
+    "os", "random", "re", "statistics", "string", "sys", "time", "typing",
+]  # fmt: skip
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot"}
 PYTEST_PLUGINS = ("pytest_asyncio.plugin", "pytest_mock")
 """Plugins whose marks and fixtures tests of programs use."""
 
 RUNNERS = ("pytest", "unittest")
-SOLUTION_MODULES = (
-    "__main__",
-    "solution",
-    "solutions",
-    "program",
-    "main",
-    "candidate",
-    "submission",
-    "answer",
-    "your_module",
-)
+SOLUTION_MODULES = [
+    "__main__", "solution", "solutions", "program", "main", "candidate", "submission", "answer", "your_module",
+]  # fmt: skip
 """Names under which tests import the program."""
 
 
@@ -90,10 +66,8 @@ def customary(names: list[str]) -> dict[str, object]:
         elif name in PRELUDE_MODULES:
             found[name] = importlib.import_module(name)
         elif name in ALIASES:
-            try:
+            with suppress(ImportError):
                 found[name] = importlib.import_module(ALIASES[name])
-            except ImportError:
-                continue
     return found
 
 
@@ -338,17 +312,8 @@ def run_with_pytest(module: types.ModuleType) -> None:
 
     with open("test_program.py", "w"):
         plugin = Plugin()
-    options = [
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:terminal",
-        "-p",
-        "no:faulthandler",
-        "-p",
-        "no:unraisableexception",
-    ]
+    disabled = ("cacheprovider", "terminal", "faulthandler", "unraisableexception")
+    options = ["-x", *(f"-pno:{name}" for name in disabled)]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # plugins that no test asks for take longer than the tests
     for name in PYTEST_PLUGINS:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:

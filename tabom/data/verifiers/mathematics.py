@@ -48,9 +48,14 @@ class Math(Verifier):
         """Asks the next idle worker."""
         worker = self.idle.get()
         try:
-            return worker.compare(str(answer), response, self.timeout)
+            return worker.compare(str(answer), response, text_of(prompt), self.timeout)
         finally:
             self.idle.put(worker)
+
+
+def text_of(prompt: Prompt) -> str:
+    """A prompt as text, of a conversation what its messages say."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt)
 
 
 class Worker:
@@ -59,11 +64,11 @@ class Worker:
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
-    def compare(self, answer: str, response: str, timeout: float) -> Verdict:
+    def compare(self, answer: str, response: str, prompt: str, timeout: float) -> Verdict:
         """The verdict, or a wrong one when the worker takes too long or dies."""
         if self.process is None:
             self.start()
-        line = self.ask(answer, response, timeout)
+        line = self.ask(answer, response, prompt, timeout)
         if line:
             return Verdict(*json.loads(line))
         status = self.stop()
@@ -76,7 +81,7 @@ class Worker:
     def reads(self, answer: str, timeout: float) -> bool:
         """Whether an answer that brought a comparison down can be read and compared with a number at all."""
         self.start()
-        if self.ask(answer, "0", timeout):
+        if self.ask(answer, "0", "", timeout):
             return True
         self.stop()
         return False
@@ -86,13 +91,13 @@ class Worker:
         command = [sys.executable, "-P", "-m", "tabom.data.verifiers.math_worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, **pipes)
-        if not self.ask("1", "1", START_LIMIT):
+        if not self.ask("1", "1", "", START_LIMIT):
             self.stop()
             raise OSError(f"{' '.join(command)}: does not start; run it to see why")
 
-    def ask(self, answer: str, response: str, timeout: float) -> bytes | None:
+    def ask(self, answer: str, response: str, prompt: str, timeout: float) -> bytes | None:
         """The worker's line: empty when it died, None when it is stuck."""
-        request = {"answer": answer, "response": response, "timeout": timeout}
+        request = {"answer": answer, "response": response, "prompt": prompt, "timeout": timeout}
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()

@@ -10,26 +10,25 @@ MONTHS = (
     "|nov(?:ember)?|dec(?:ember)?"
 )
 MONTH = re.compile(rf"\b(?:{MONTHS})\b", re.IGNORECASE)
-DATE_WORDS = re.compile(rf"(?:\b(?:\d{{1,4}}(?:st|nd|rd|th)?|of|the|{MONTHS})\b[\s,]*)+", re.IGNORECASE)
+DATE = re.compile(
+    rf"\d{{4}}-\d\d?-\d\d?\b|\b\d\d?/\d\d?/\d{{4}}|(?:\b(?:\d{{1,4}}(?:st|nd|rd|th)?|of|the|{MONTHS})\b[\s,]*)+",
+    re.IGNORECASE,
+)
 WEEKDAY = re.compile(r"\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b", re.IGNORECASE)
 LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be)\b\s*", re.DOTALL)
-SUPERLATIVE = re.compile(r"\s+(?:is|was) the\b.*", re.DOTALL)
+SUPERLATIVE = re.compile(r"\s+(?:is|was|has|had) the\b.*", re.DOTALL)
 BESIDE = re.compile(
     r"\b(?:before|after|but|except|until|since|than|following|preceding|from|not|excluding)\s+(?:the\s+|a\s+|next\s+|on\s+)*$",
     re.IGNORECASE,
 )
 """Words before a day or a time that say that another one is meant."""
-ISO_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{4}")
 TIME = re.compile(
     r"(?<![\d:])(\d{1,2})(?::(\d\d))?(?![\d:])\s*([aApP])\.?\s*[mM]\b\.?|(?<![\d:])(\d{1,2}):(\d\d)(?![\d:])"
 )
 LETTER = re.compile(
-    r"^(?:(?:option|choice|answer|letter)\s+)?[(\[]?([A-Z])[)\]]?(?=$|\s*[.,:;)\]]|\s+(?:because|since|is|which)\b|\s+\()"
+    r"^(?:(?:option|choice|answer|letter)\s+)?[(\[]?([A-Z])[)\]]?(?=$|\s*[.,:;)\]]|\s+(?:because|since|which)\b|\s+\()"
 )
-MARKED_LETTER = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly)\s+\(?([A-Z])\b")
-CHOICES = "ABCDE"
-"""Letters that are choices in lower case too; others may be variables."""
-
+MARKED_LETTER = re.compile(r"\(([A-Z])\)|\bis ([A-Z])$|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly)\s+\(?([A-Z])\b")
 ARTICLE = re.compile(r"^(?:the|a|an|on|in|option|choice|letter)\s+")
 NO_SOLUTION = ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "\\{\\}")
 SYNONYMS = dict.fromkeys(("infinitely many solutions", "infinite", "infinitely many values"), "infinitely many")
@@ -56,12 +55,6 @@ def is_text(gold: str) -> bool:
     return has_words(gold) and not re.search(r"\d", gold) and (is_marked or not re.search(r"[\\=^<>()]", gold))
 
 
-def same_literally(gold: str, reading: Reading) -> bool:
-    """Whether a reading or its LaTeX is the same text, but for spaces and the size of brackets."""
-    texts = [reading.text, *latex(reading.text)]
-    return bare(gold) in map(bare, texts)
-
-
 def bare(text: str) -> str:
     """A text without dollars, spaces other than between digits, and `\\left` and `\\right`."""
     return re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|\$|(?<!\d)\s+|\s+(?!\d)", "", text)
@@ -72,14 +65,16 @@ def same_words(gold: str, reading: Reading) -> bool:
     plain, clause = words(gold), reading.text
     ways = [clause, COPULA.sub("", clause, count=1), LAST_COPULA.sub("", clause), SUPERLATIVE.sub("", clause)]
     if plain in ("yes", "no", "true", "false"):
-        ways.append(re.split(r"[\s,.:;](?!\s*(?:and|or)\b)", clause.strip(), maxsplit=1)[0])
+        ways.append(re.split(r"[\s,.:;](?!\s*(?:and|or)\b)", clause.strip(" ,"), maxsplit=1)[0])
+        ways.append(re.split(r"[,.:;]", ways[1], maxsplit=1)[0])
     ways.append(CONSEQUENCE.split(clause)[-1])
     segments = latex(clause)
     if len(segments) == 1:
         ways += segments
     if any(words(way) == plain for way in ways):
         return True
-    named = [match for days in (WEEKDAY, MONTH) for match in days.finditer(clause) if match[0] != "may"]
+    names = WEEKDAY if WEEKDAY.fullmatch(plain) else MONTH
+    named = [match for match in names.finditer(clause) if match[0] != "may"]
     return {match[0].casefold() for match in named} == {plain} and not any(
         BESIDE.search(clause[: match.start()]) for match in named
     )
@@ -95,7 +90,7 @@ def same_letter(letter: str, reading: Reading) -> bool:
     """Whether a reading chooses this letter and no other."""
     clause = TEXT.sub(r"\1", reading.text).strip(" $*\"'")
     clause = clause.replace("$", "")
-    if clause == letter or (letter in CHOICES and clause.strip("()[]. ") == letter.lower()):
+    if clause == letter or (letter in "ABCDE" and clause.strip("()[]. ") == letter.lower()):
         return True
     found = LETTER.match(clause)
     if re.search(r"\bis (?:false|wrong|incorrect)\b", clause):
@@ -104,8 +99,16 @@ def same_letter(letter: str, reading: Reading) -> bool:
         return found[1] == letter and not re.match(
             r"\s*[,&]?\s*(?:or|and)?\s*[(\[]?[A-Z][)\]]?(?:$|[\s.,])", clause[found.end(1) + 1 :]
         )
-    marked = {first or second for first, second in MARKED_LETTER.findall(clause)}
+    marked = {"".join(groups) for groups in MARKED_LETTER.findall(clause)}
     return marked == {letter}
+
+
+def option_of(letter: str, prompt: str, reading: Reading) -> str | None:
+    """The text of a choice in the last question of a prompt; None for a reading that names a letter."""
+    if LETTER.match(reading.text) or MARKED_LETTER.search(reading.text):
+        return None
+    options = re.findall(rf"(?:^|[\s(]){letter}[.):]\s*(.+?)(?=\s+\(?[A-Z][.):]\s|\n|$)", prompt)
+    return options[-1] if options else None
 
 
 def is_time(gold: str) -> bool:
@@ -123,9 +126,11 @@ def clock(match: re.Match) -> tuple[int, int, str]:
 
 def same_time(gold: str, reading: Reading) -> bool:
     """Whether the one time of day in a reading is the gold's; who does not say which half of the day may mean both."""
-    matches = list(TIME.finditer(reading.text))
+    predicate = LAST_COPULA.sub("", reading.text)
+    text = predicate if TIME.search(predicate) else reading.text
+    matches = list(TIME.finditer(text))
     found = {clock(match) for match in matches}
-    if len(found) != 1 or any(BESIDE.search(reading.text[: match.start()]) for match in matches):
+    if len(found) != 1 or any(BESIDE.search(text[: match.start()]) for match in matches):
         return False
     (hour, minute, half), (gold_hour, gold_minute, gold_half) = found.pop(), clock(TIME.fullmatch(words(gold)))
     return (hour, minute) == (gold_hour, gold_minute) and (not half or not gold_half or half == gold_half)
@@ -133,27 +138,24 @@ def same_time(gold: str, reading: Reading) -> bool:
 
 def is_date(gold: str) -> bool:
     """Whether an answer is a date: a month's name and a number, or numbers as in `2024-07-04`."""
-    plain = words(gold)
-    return (MONTH.search(plain) is not None and re.search(r"\d", plain) is not None) or (
-        ISO_DATE.fullmatch(plain) is not None
-    )
+    return DATE.fullmatch(words(gold)) is not None and date_of(words(gold)) is not None
+
+
+def date_of(text: str) -> tuple[int | None, int, int | None] | None:
+    """Year, month and day of `2024-07-04`, `July 4, 2024`, `July 4`; the numbers of `7/4/2024` as they stand."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    name = MONTH.search(text)
+    if name is None:
+        return tuple(numbers) if re.search(r"\d[-/]", text) else None
+    month = next(place for place, each in enumerate(MONTHS.split("|"), start=1) if name[0][:3].lower() == each[:3])
+    year, day = ([number for number in numbers if (number > 31) is is_year] for is_year in (True, False))
+    return (*(year or [None]), month, *(day or [None])) if numbers and len(year) < 2 and len(day) < 2 else None
 
 
 def same_date(gold: str, reading: Reading) -> bool:
-    """Whether a reading has the words of a date, in whatever order."""
-
-    plain = words(gold)
-
-    def parts(text: str) -> list[str]:
-        text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text.casefold())
-        found = re.findall(r"\d+|[a-z]+", text)
-        return sorted(
-            part[:3] if MONTH.fullmatch(part) else part.lstrip("0")
-            for part in found
-            if part not in ("the", "of", "on", "in")
-        )
-
-    if ISO_DATE.fullmatch(plain):
-        return words(reading.text) == plain or (plain in reading.text and len(ISO_DATE.findall(reading.text)) == 1)
-    dates = [run for run in DATE_WORDS.findall(words(reading.text)) if MONTH.search(run)]
-    return len(dates) == 1 and parts(dates[0]) == parts(plain)
+    """Whether the one date that a reading states is the gold's; a year may be added to it."""
+    predicate = LAST_COPULA.sub("", reading.text)
+    found = [{date_of(match[0]) for match in DATE.finditer(text)} - {None} for text in (predicate, reading.text)]
+    found = found[0] or found[1]
+    expected = date_of(words(gold))
+    return len(found) == 1 and (expected in found or (expected[0] is None and expected[1:] == found.pop()[1:]))

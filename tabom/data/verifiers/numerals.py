@@ -1,6 +1,7 @@
 """Numbers that are written in words: `seven`, `twenty-five`, `one hundred and one`, `three quarters`."""
 
 import re
+from fractions import Fraction
 
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -9,16 +10,18 @@ WORDS = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 NUMBERS = {word: number for number, word in enumerate(WORDS.split())}
 NUMBERS |= {word: 10 * number for number, word in enumerate(TENS.split(), start=2)}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
 PARTS = ["half", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 DENOMINATORS = dict(zip(PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10), strict=True)) | {"halve": 2}
 
 ONE_WORD = "|".join([*NUMBERS, *SCALES])
 NUMERAL = re.compile(
-    rf"\b(?:a (?=hundred|thousand|million|billion))?(?P<words>(?:{ONE_WORD})(?:(?:-| and | )(?:{ONE_WORD}))*)"
-    rf"(?:[- ](?P<part>{'|'.join(DENOMINATORS)})s?)?\b|\b(?:a |one[- ])?half\b",
+    rf"\b(?P<half>half )?(?:a (?={'|'.join(SCALES)}))?(?P<words>(?:{ONE_WORD})(?:(?:-| and | )(?:{ONE_WORD}))*)"
+    rf"(?:[- ](?P<part>{'|'.join(DENOMINATORS)})s?| and a (?P<rest>half|third|quarter))?\b|\b(?:a |one[- ])?half\b",
     re.IGNORECASE,
 )
+SHARE = re.compile(rf" (?:in|out of) (?:\d|{ONE_WORD})", re.IGNORECASE)
+"""What follows `one` where it is a number: `one in six`."""
 
 
 def in_digits(text: str) -> str:
@@ -31,10 +34,14 @@ def in_digits(text: str) -> str:
         if match["words"] is None:
             return "1/2"
         value = number(re.findall(r"[a-z]+", match["words"].lower()))
-        is_pronoun = value == 1 and not match["part"] and match[0].strip() != text.strip(" .")
-        if value is None or is_pronoun:
+        is_alone = match[0].strip() == text.strip(" .") or SHARE.match(text, match.end())
+        if value is None or (match[0].lower() == "one" and not is_alone):
             return match[0]
-        return f"{value}/{DENOMINATORS[match['part'].lower()]}" if match["part"] else str(value)
+        part, rest = (DENOMINATORS.get((match[name] or "").lower()) for name in ("part", "rest"))
+        scale = SCALES.get(match["words"].lower().split()[-1], 1)
+        if part:
+            return f"{value}/{part}"
+        return str(Fraction(value, 2 if match["half"] else 1) + (Fraction(scale, rest) if rest else 0))
 
     text = re.sub(r"(?<![-\w])(?:minus|negative)\s+(?=\d)", "-", NUMERAL.sub(digits, text), flags=re.IGNORECASE)
     return re.sub(r"\b(\d+) \(\1\)", r"\1", text)

@@ -15,8 +15,8 @@ MULTIPLIERS = {
     "dozen": 12, "lakh": 10**5, "crore": 10**7, "\u4e07": 10**4, "\u842c": 10**4, "\u4ebf": 10**8,
 }  # fmt: skip
 OPERATORS = re.compile(
-    r"(?:plus|minus|times|divided|multiplied|over|squared|cubed|factorial|mod|modulo|raised|to|or|and|out of|less than|"
-    r"more than|fewer than|point|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
+    r"(?:plus|minus|times(?=\s+(?:as|more|the|[\d$(\\]|[b-zB-Z]\b))|divided|multiplied|over|squared|cubed|factorial|mod|modulo|raised|to|or|and|out of|less than|"
+    r"[ap]\.?m\b|more than|fewer than|point\s+\d|half|halves|thirds?|quarter|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
     r"tenths?|hundredths?|thousandths?|th|nd|rd|st|root|roots|choose)\b",
     re.IGNORECASE,
 )
@@ -32,10 +32,6 @@ FURTHER = re.compile(
     r"|(?:in|of)\s+\d{1,3}$|.*\bof\s+[a-zA-Z]$"
 )
 """Words after a number that hold another number of the same amount: `3 hours 20 minutes`, `12 cm by 5 cm`, `1 in 4`."""
-COPULA = re.compile(
-    r"\s*(?:\u3067\u3059|\u3067\u3057\u305f|\u3067\u3042\u308b|\uc785\ub2c8\ub2e4|\uc774\ub2e4|\uc774\uc5d0\uc694|\u0939\u0948|\u0939\u0948\u0902)$"
-)
-"""The verb "is" at the end of a sentence, in Japanese, Korean and Hindi."""
 JUDGED = re.compile(
     r"(?:is|are|was|can|could|would|will)\b.*\b(?:too|impossible|excluded|ruled out|invalid|insufficient|rejected"
     r"|eliminated|discarded|larger|smaller|bigger|greater|less|more)\b"
@@ -96,7 +92,7 @@ def split(text: str, is_latex: bool) -> "Amount | None":
     found = TRAILING.match(text.strip())
     if not found or re.search(r"[A-Za-z]{2}", re.sub(r"\\[a-zA-Z]+", "", found["value"])):
         return Amount(text.strip(), prefix, 1)
-    words = COPULA.sub("", found["words"].strip(" .,"))
+    words = found["words"].strip(" .,")
     if (
         JUDGED.match(words)
         or FURTHER.match(words)
@@ -119,7 +115,7 @@ def split(text: str, is_latex: bool) -> "Amount | None":
     is_attached = not found["gap"] and not marked
     if is_attached and first.isascii() and (is_latex or not is_unit(first)):
         return Amount(text.strip(), prefix, 1)
-    if not is_attached and re.fullmatch(r"[a-zA-Z]", words) and words not in SINGLE:
+    if not is_attached and re.fullmatch(r"(?:[a-z]+ )?[a-zA-Z]", words) and words[-1] not in SINGLE:
         return Amount(text.strip(), prefix, 1)
     if OPERATORS.match(words):
         return None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tabom.data.verifiers.code_blocks import closed, is_stub
+from tabom.data.verifiers.code_blocks import closed, is_stub, used_names
 from tabom.data.verifiers.tested_names import (
     STANDARD,
     bound_names,
@@ -106,9 +106,7 @@ def is_run(node: ast.stmt) -> bool:
         if is_class:
             return any(isinstance(each, DEFINITIONS) and each.name.startswith("test") for each in node.body)
         return not isinstance(node, ast.ClassDef) and node.name.startswith("test")
-    if isinstance(node, ast.If) and "__name__" in {
-        each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)
-    }:
+    if isinstance(node, ast.If) and "__name__" in used_names(node.test):
         return False
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call | ast.Await)
@@ -127,13 +125,19 @@ def read_tests(answer: Answer) -> Tests | None:
     for part in ("source", "entry_point", "function"):
         try:
             ast.parse(getattr(tests, part) or "0", mode="exec" if part == "source" else "eval")
-            free_names(
-                getattr(tests, part) or ""
-            )  # finds what a syntax tree may hold all the same, as two equal arguments
+            free_names(getattr(tests, part) or "")  # refuses what a syntax tree may hold, as two equal arguments
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             problem = getattr(error, "msg", None) or str(error) or type(error).__name__
             raise ValueError(f"{part} {getattr(tests, part)!r:.80} is no Python: {problem}") from error
+    if unknown := decorators(tests.tree) & free_names(tests.source or "") - STANDARD - bound_names(tests.own_code):
+        raise ValueError(f"tests are decorated with {', '.join(sorted(unknown))}, which they neither define nor import")
     return tests
+
+
+def decorators(tree: ast.Module) -> set[str]:
+    """The names in the decorators of tests: a program that defined them could have any test pass."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS) and node.name.lower().startswith("test")]
+    return {name for node in nodes for each in node.decorator_list for name in used_names(each)}
 
 
 def recognise(answer: Answer) -> Tests | None:

@@ -318,8 +318,7 @@ class Peer:
 
     def decode_namedtuple(self, content: list, made: bool) -> object:
         name, fields, values = content
-        kind = self.classes.setdefault((name, *fields), None) or namedtuple(name, fields)
-        self.classes[(name, *fields)] = kind
+        kind = self.classes.get((name, *fields)) or self.classes.setdefault((name, *fields), namedtuple(name, fields))
         return kind(*map(self.decode, values))
 
     def decode_value(self, content: list, made: bool) -> object:
@@ -511,24 +510,9 @@ def leave(manager: object, error: BaseException | None) -> object:
 
 
 CALCULATIONS = [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift",
+    "lt", "le", "gt", "ge",
+]  # fmt: skip
 OPERATIONS = {
     f"__{name}__": getattr(operator, name if hasattr(operator, name) else name + "_") for name in CALCULATIONS
 }
@@ -541,34 +525,14 @@ def reflected(function: FunctionType) -> FunctionType:
 
 OPERATIONS |= {f"__r{name[2:]}": reflected(function) for name, function in list(OPERATIONS.items())[:-4]}
 GUESSES = {
-    "__iter__": iter,
-    "__next__": next,
-    "__reversed__": reversed,
-    "__len__": len,
-    "__getitem__": operator.getitem,
-    "__setitem__": operator.setitem,
-    "__delitem__": operator.delitem,
-    "__neg__": operator.neg,
-    "__pos__": operator.pos,
-    "__abs__": abs,
-    "__invert__": operator.invert,
-    "__round__": round,
-    "__int__": int,
-    "__float__": float,
-    "__index__": operator.index,
-    "__bool__": bool,
-    "__hash__": hash,
-    "__str__": str,
-    "__repr__": repr,
-    "__format__": format,
-    "__enter__": lambda manager: type(manager).__enter__(manager),
-}
-OPERATIONS |= GUESSES | {
-    "__eq__": operator.eq,
-    "__contains__": operator.contains,
-    "__await__": run_coroutine,
-    "__exit__": leave,
-}
+    f"__{name}__": vars(builtins).get(name) or getattr(operator, name)
+    for name in [
+        "iter", "next", "reversed", "len", "getitem", "setitem", "delitem", "neg", "pos", "abs", "invert", "round",
+        "int", "float", "index", "bool", "hash", "str", "repr", "format",
+    ]
+} | {"__enter__": lambda manager: type(manager).__enter__(manager)}  # fmt: skip
+OPERATIONS |= GUESSES | {"__eq__": operator.eq, "__contains__": operator.contains}
+OPERATIONS |= {"__await__": run_coroutine, "__exit__": leave}
 GUARDED_OPERATIONS = {"__iter__", "__next__", "__len__", "__bool__", "__eq__"}
 """What an untrusted process may do with any object that it was given."""
 

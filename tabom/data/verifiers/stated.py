@@ -11,6 +11,7 @@ from tabom.data.verifiers.numerals import in_digits
 
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
 LATEX = re.compile(r"(?<![\\\d])\$((?:\\.|[^$\n\\])+)\$|\\\(((?:(?!\\\)).)+)\\\)")
+UNIT = re.compile(r"[^.,;:()$\\]*(?:(?<=times )[$\\].*)?")
 BETWEEN_MEMBERS = re.compile(r"[\s,]*(?:and|or)?\s*")
 WORD = re.compile(
     r"(?<![\\a-zA-Z])(?!and\b|or\b|[a-zA-Z]?matrix\b|sin\b|cos\b|tan\b|log\b|exp\b|cup\b|sqrt\b)"
@@ -23,11 +24,11 @@ NUMBER = re.compile(
     r"(?: \\times 10\^\{-?\d+\})?(?:\s*\\?%|\s*percent\b)?"
 )
 COPULA = re.compile(r"^.*?\b(?:is|are|was|were|be|equals|becomes)\b\s*:?\s*|^.*[=:]\s*", re.DOTALL)
-PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
-HEDGE = re.compile(
-    r"^(?:about|approximately|exactly|around|roughly|simply|just|only|equal to|therefore|that)\s+", re.IGNORECASE
+VERB = re.compile(
+    r"\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|that)\s*:?\s*$",
+    re.IGNORECASE,
 )
-MEMBERSHIP = re.compile(r"^\w+ (?:in|\\in) (?=[(\[\\])")
+PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
 COMPARISON = re.compile(
     r"\b(?:than|least|most|between|up to|nearly|under|over|above|below|fewer|not|never|no|minimum of|either"
     r"|but|except|without|excluding|near|close to|different from|twice|thrice|double|triple|half"
@@ -35,14 +36,17 @@ COMPARISON = re.compile(
     r" of(?: the| number)*)\s*$",
     re.IGNORECASE,
 )
+LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter) \(?$", re.IGNORECASE)
 ADJUNCT = re.compile(
-    r"\b(?:for|(?<!\btotal )(?<!\bsum )(?<!\baverage )of|in|after|from|per|among|with|by|to(?: \w+ all)?|at|on|every"
-    r"|within|during|between|each)\s+"
+    r"\b(?:for|(?<!\btotal )(?<!\bsum )(?<!average )of|in|after|from|per|among|with|by|(?<!equal )to(?: \w+ all)?|at|on"
+    r"|every|within|during|between|each)\s+"
     r"(?:(?:the|his|her|their|its|these|those|all|each|every|a|only|just|age)\s+)*$",
     re.IGNORECASE,
 )
+PURPOSE = re.compile(r"(?<=\d)([^,\d]*?)\s+(?:(?:in order )?to (?!get|give|make|obtain|reach)[a-z]+|by [a-z]+ing) .*")
 CONCLUSION = re.compile(
-    r".*\b(?:so|thus|hence|therefore|then|leaving|which is|that is|makes|is|are|has|have|was)\b", re.IGNORECASE
+    r".*\b(?:so|thus|hence|therefore|then|leaving|makes?|gives?|gets?|equals?|totals?|costs?|is|are|be|has|have|was)\b",
+    re.IGNORECASE,
 )
 
 
@@ -55,15 +59,25 @@ def expression(reading: Reading) -> tuple[str, bool] | None:
         text = TEXT.fullmatch(content)
         return in_digits(text[1]) if text else content, True
     clause = reading.text.strip()
-    segments = latex(clause)
-    if segments and not NUMBER.search(LATEX.sub(" ", clause)):
-        return segments[0 if reading.mark == "announced" else -1].strip(), True
-    clause = HEDGE.sub("", clause.replace("\\$", "$"))
+    found = segments(clause)
+    if found and not NUMBER.search(LATEX.sub(" ", clause)):
+        stated = found[:1] if reading.mark == "announced" else stated_segments(clause, found)
+        if len(stated) != 1 or COMPARISON.search(clause[: stated[0][0]]):
+            return None
+        _, end, content = stated[0]
+        unit = UNIT.match(clause, end)[0] if re.search(r"(?:[\d)}\]%]|\\pi)\s*$", content) else ""
+        return (content + unit).strip(), True
+    clause = re.sub(r"^\w+ in (?=[(\[\\])", "", clause.replace("\\$", "$"))
     if not re.search(r"\d", re.sub(r"\(\d+\)", "", clause)):  # `seven`, or `seven (7)`
         clause = in_digits(clause)
-    clause = MEMBERSHIP.sub("", clause)
     stated = whole(clause) or number_at_start(clause, reading.mark) or only_number(clause)
     return None if stated is None else (stated, False)
+
+
+def stated_segments(clause: str, found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """The last formula that follows a verb such as "is", else those with numbers, else the last one."""
+    after_verb = [each for each in found if VERB.search(clause[: each[0]])]
+    return after_verb[-1:] or [each for each in found if re.search(r"\d", each[2])] or found[-1:]
 
 
 def without_dollars(text: str) -> str:
@@ -72,24 +86,35 @@ def without_dollars(text: str) -> str:
 
 
 def latex(clause: str) -> list[str]:
-    """What stands between LaTeX's delimiters; neighbours that a comma or "and" joins are one."""
-    found: list[tuple[int, str]] = []
+    """What stands between LaTeX's delimiters."""
+    return [content for _, _, content in segments(clause)]
+
+
+def segments(clause: str) -> list[tuple[int, int, str]]:
+    """Where LaTeX begins and ends, and what it is; neighbours that a comma or "and" joins are one."""
+    found: list[tuple[int, int, str]] = []
     for match in LATEX.finditer(clause):
         content = match[1] or match[2]
-        if match[1] and (WORD.search(TEXT.sub("", content)) and "\\" not in content):
+        if match[1] and (
+            (WORD.search(TEXT.sub("", content)) and "\\" not in content)
+            or re.search(r"(?:[-+*/=]|\\times)\s*$", content)
+        ):
             continue  # the dollars of two prices
-        if found and BETWEEN_MEMBERS.fullmatch(clause[found[-1][0] : match.start()]):
-            found[-1] = (match.end(), found[-1][1] + ", " + content)
+        if found and BETWEEN_MEMBERS.fullmatch(clause[found[-1][1] : match.start()]):
+            found[-1] = (found[-1][0], match.end(), found[-1][2] + ", " + content)
         else:
-            found.append((match.end(), content))
-    return [content for _, content in found]
+            found.append((match.start(), match.end(), content))
+    return found
 
 
 def whole(clause: str) -> str | None:
-    """A clause that has no words, or what follows its "is" where that has none; of `2 + 3 = 5` the last side."""
+    """A clause that has no words, or what follows its "is" where that has none; of `2 + 3 = 5` the last side.
+
+    Words may follow a formula in LaTeX's commands, as in `2\\sqrt{5} units`.
+    """
     if not WORD.search(TEXT.sub("", clause)) and re.search(r"[\d\\a-zA-Z]", clause):
-        bare = clause.rstrip(" .,").lstrip("= ")
-        return bare.rpartition("=")[2].strip() if re.search(r"\d\s*=[^=]*$", bare) else bare
+        bare = re.sub(r"^[a-zA-Z]:\s+", "", clause.rstrip(" .,").lstrip("= "))
+        return bare.rpartition("=")[2].strip() if re.search(r"(?:\d|\\circ)\s*=[^=]*$", bare) else bare
     predicate = PLACE.sub("", COPULA.sub("", clause, count=1))
     if (
         predicate != clause
@@ -97,6 +122,9 @@ def whole(clause: str) -> str | None:
         and re.match(r"[({\[\\$\d-]|[a-zA-Z]\s*[-+*/^=<>]", predicate)
     ):
         return predicate.rstrip(" .,")
+    value, *unit = WORD.split(predicate, maxsplit=1)
+    if re.match(r"[\\$\d-][^a-zA-Z]*\\(?:sqrt|frac|pi)\b|\[[\d., ]+\]", value) and not re.search(r"\d", "".join(unit)):
+        return predicate
     return None
 
 
@@ -109,15 +137,24 @@ def number_at_start(clause: str, mark: str) -> str | None:
 
 
 def only_number(clause: str) -> str | None:
-    """A clause from the one number on that it states: that after its last `=`, else the one that is no adjunct."""
+    """A clause from the one number on that it states: what follows its last `=`, else the one that is no adjunct."""
+    clause = PURPOSE.sub(r"\1", clause)
     _, sign, result = clause.rpartition("=")
-    if sign and len(NUMBER.findall(result)) < 2:
-        return result.strip()
-    numbers = list(NUMBER.finditer(clause))
+    if sign and (NUMBER.match(result.strip()) or len(NUMBER.findall(result)) < 2):
+        return up_to_comma(result.strip())
+    numbers = [match for match in NUMBER.finditer(clause) if not LABEL.search(clause[: match.start()])]
     stated = [match for match in numbers if not ADJUNCT.search(clause[: match.start()])] or numbers
-    conclusion = CONCLUSION.match(clause)
-    if len(stated) > 1 and conclusion:
-        stated = [match for match in stated if match.start() >= conclusion.end()] or stated
+    if total := re.search(r"(?:in total|altogether|in all)\W*$", clause):
+        stated = [match for match in numbers if match.end() <= total.start()]
+    if len(stated) > 1 and (conclusion := total or CONCLUSION.match(clause)):
+        stated = stated[-1:] if total else [match for match in stated if match.start() >= conclusion.end()]
+        if not stated or re.search(r"\d\D*\b(?:and|but)\b\D*$", clause[: stated[0].start()]):
+            return None  # `5 apples and 4 pears in total`
     if len({match[0] for match in stated}) != 1 or COMPARISON.search(clause[: stated[-1].start()]):
         return None
-    return clause[stated[-1].start() :]
+    return up_to_comma(clause[stated[-1].start() :])
+
+
+def up_to_comma(clause: str) -> str:
+    """A clause up to a comma before a word, as in `20, apples and pears alike`."""
+    return re.split(r",\s+(?=[a-z])", clause)[0]

@@ -2,33 +2,11 @@
 
 import re
 
+import sympy
 from latex2sympy2_extended import NormalizationConfig
 from latex2sympy2_extended.latex2sympy2 import is_expr_of_only_symbols, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
-from sympy import (
-    Abs,
-    Basic,
-    Eq,
-    Expr,
-    FiniteSet,
-    Float,
-    I,
-    Intersection,
-    MatrixBase,
-    Mul,
-    Rational,
-    Set,
-    Tuple,
-    UnevaluatedExpr,
-    Union,
-    default_sort_key,
-    log,
-    nan,
-    oo,
-    preorder_traversal,
-    zoo,
-)
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
@@ -43,12 +21,7 @@ CONTAINER = re.compile(
     r"\\[{}]|^\{|[\[\]]|^\(.*,|\\cup|,(?!\d{3})|\b(?:or|and)\b|\\pm|matrix|<|>|\\l?eq?\b|\\g?eq?\b|\\emptyset"
 )
 PLUS_MINUS = "\\pm"
-POINTS = [Rational(n, d) for n, d in ((-29, 10), (-13, 7), (-5, 11), (3, 13), (8, 9), (17, 11), (27, 8))]
-
-
-def is_readable(gold: str) -> bool:
-    """Whether all of an answer can be read as an amount."""
-    return amount(gold, True) is not None
+POINTS = [sympy.Rational(n, d) for n, d in ((-29, 10), (-13, 7), (-5, 11), (3, 13), (8, 9), (17, 11), (27, 8))]
 
 
 def same_value_of(gold: str, reading: Reading) -> bool:
@@ -81,13 +54,15 @@ def amount(text: str, is_latex: bool):  # noqa: ANN201
             return None
         value, unit = value + r"\%", ""
     parsed = parse(value)
+    if parsed is None and (named := re.fullmatch(r"[^=<>\d]*=([^=<>]+)", value)):
+        parsed = parse(named[1])  # of `P(A|B) = 1/3`
     if parsed is None:
         whole = parse(text) if unit else None
         return None if whole is None else (whole, "", text)
     return (parsed * apart.scale if apart.scale != 1 else parsed), unit, value
 
 
-def parse(text: str) -> Basic | None:
+def parse(text: str) -> sympy.Basic | None:
     """What math-verify's parser reads; None unless it reads all of it."""
     text = repeating(text)
     text = re.sub(r"(?<=\d)\{?,\}?(?:\\!)?(?=\d{3}(?!\d))", "", text) if is_grouped(text) else text
@@ -108,15 +83,17 @@ def parse(text: str) -> Basic | None:
         )
     except Exception:
         return None
-    return Intersection(*(each.as_set() for each in value.args)) if all_hold and are_inequalities(value) else value
+    return (
+        sympy.Intersection(*(each.as_set() for each in value.args)) if all_hold and are_inequalities(value) else value
+    )
 
 
-def are_inequalities(value: Basic) -> bool:
+def are_inequalities(value: sympy.Basic) -> bool:
     """Whether math-verify's parser read several relations of one variable, of which not all are equations."""
     return (
-        isinstance(value, FiniteSet)
+        isinstance(value, sympy.FiniteSet)
         and all(isinstance(each, Relational) for each in value.args)
-        and not all(isinstance(each, Eq) for each in value.args)
+        and not all(isinstance(each, sympy.Eq) for each in value.args)
         and len(value.free_symbols) == 1
     )
 
@@ -141,37 +118,32 @@ def repeating(text: str) -> str:
     )
 
 
-def same_value(gold: Basic, found: Basic, gold_text: str, found_text: str) -> bool:
+def same_value(gold: sympy.Basic, found: sympy.Basic, gold_text: str, found_text: str) -> bool:
     """Whether two expressions are equal, of the same kind, and as exactly as they are small."""
-    if any(value.has(nan, zoo) for value in (gold, found)):
+    if any(value.has(sympy.nan, sympy.zoo) for value in (gold, found)):
         return False
     gold, found = as_container(gold), as_container(found)
     if len({base(text) for text in (gold_text, found_text)} - {None}) == 2:
         return False
-    is_list = re.search(r"^[(\[].*,.*[)\]]$", found_text.strip()) is not None
+    is_list = isinstance(found, sympy.Tuple | sympy.Set) and "," in found_text and not is_grouped(found_text)
     if is_list and not CONTAINER.search(gold_text):
         return False
     if ":" in found_text and not re.search(r"[:/]|frac", gold_text):
         return False
-    kinds = {bracket(gold_text), bracket(found_text)} - {None}
-    if isinstance(gold, Tuple | Set) and isinstance(found, Tuple | Set) and len(kinds) == 2:
-        return False
-    if isinstance(found, Eq) and not isinstance(gold, Relational):
+    if isinstance(found, sympy.Eq) and not isinstance(gold, Relational):
         left = found.lhs
-        if left.has(Abs) or not (
-            is_expr_of_only_symbols(left) or isinstance(left, AppliedUndef | Tuple) or left.is_number
+        if equal(left, found.rhs):
+            found = found.rhs
+        elif left.has(sympy.Abs) or not (
+            is_expr_of_only_symbols(left) or isinstance(left, AppliedUndef | sympy.Tuple) or left.is_number
         ):
             return False
-    if isinstance(gold, FiniteSet) and isinstance(found, Tuple) and re.match(r"\\?\{", gold_text.strip()):
+    if {text.strip().lstrip("\\")[:1] for text in (gold_text, found_text)} in ({"{", "("}, {"{", "["}):
         return False
     percent = [part for part in (gold, found) if is_percentage(part)]
     if len(percent) == 1:
         whole = percent[0].args[0]
-        if (
-            whole.is_number
-            and abs(whole) >= 1
-            and equal(*(part.args[0] if is_percentage(part) else part for part in (gold, found)))
-        ):
+        if whole.is_number and abs(whole) >= 1 and equal(whole, found if percent[0] is gold else gold):
             return True
     return equal(gold, found) or equal_where_real(gold, found)
 
@@ -182,40 +154,35 @@ def base(text: str) -> str | None:
     return subscript[1] if subscript else None
 
 
-def bracket(text: str) -> str | None:
-    """What kind of brackets a list stands in: only lists in the same kind are compared by their members. None for
-    inequalities, which have no brackets and may equal an interval in any.
-    """
-    text = text.strip()
-    if re.search(r"[<>]|\\[lg]e", text):
-        return None
-    if "\\infty" in text or "\\cup" in text or "matrix" in text:
-        return ""
-    pair = text[:1] + text[-1:]
-    return "" if pair not in ("(]", "[)", "[]") else pair
-
-
-def is_percentage(value: Basic) -> bool:
+def is_percentage(value: sympy.Basic) -> bool:
     """Whether math-verify's parser read a per cent sign."""
-    return isinstance(value, Mul) and len(value.args) == 2 and value.args[1] == UnevaluatedExpr(Rational(1, 100))
+    return isinstance(value, sympy.Mul) and value.args[1:] == (sympy.UnevaluatedExpr(sympy.Rational(1, 100)),)
 
 
-def as_container(value: Basic) -> Basic:
+def as_container(value: sympy.Basic) -> sympy.Basic:
     """A column or row as a tuple, inequalities joined by "or" as a union."""
-    if isinstance(value, MatrixBase) and 1 in value.shape:
-        return Tuple(*value)
-    if isinstance(value, Eq) and isinstance(value.lhs, Tuple) and isinstance(value.rhs, Set | Tuple):
+    if isinstance(value, sympy.MatrixBase) and 1 in value.shape:
+        return sympy.Tuple(*value)
+    if (
+        isinstance(value, sympy.Eq)
+        and isinstance(value.lhs, sympy.Tuple)
+        and isinstance(value.rhs, sympy.Set | sympy.Tuple)
+    ):
         return value.rhs
-    return Union(*(each.as_set() for each in value.args)) if are_inequalities(value) else value
+    return sympy.Union(*(each.as_set() for each in value.args)) if are_inequalities(value) else value
 
 
-def equal(gold: Basic, found: Basic) -> bool:
+def equal(gold: sympy.Basic, found: sympy.Basic) -> bool:
     """Whether math-verify finds them equal, with six digits of the smallest number in them.
 
     It calculates with so many digits; exact numbers have to be equal in sixty.
     """
     digits = decimals(gold, found)
-    if is_exact(gold) and is_exact(found) and abs((gold - found).evalf(20)) > abs(gold.evalf(20)) * Rational(1, 10**60):
+    if (
+        is_exact(gold)
+        and is_exact(found)
+        and abs((gold - found).evalf(20)) > abs(gold.evalf(20)) * sympy.Rational(1, 10**60)
+    ):
         return False
     return verify(
         gold,
@@ -227,37 +194,42 @@ def equal(gold: Basic, found: Basic) -> bool:
     )
 
 
-def is_exact(value: Basic) -> bool:
+def is_exact(value: sympy.Basic) -> bool:
     """Whether a value is a real number without a decimal fraction."""
     return (
-        isinstance(value, Expr)
+        isinstance(value, sympy.Expr)
         and value.is_number
         and value.is_finite is True
         and value.is_real is True
-        and not value.has(Float)
+        and not value.has(sympy.Float)
     )
 
 
-def decimals(*values: Basic) -> int:
+def decimals(*values: sympy.Basic) -> int:
     """How many zeros follow the decimal point of the smallest number in these expressions."""
     zeros = [0]
     for value in values:
-        for part in preorder_traversal(value):
-            if isinstance(part, Basic) and getattr(part, "is_number", False) and part.is_finite:
+        for part in sympy.preorder_traversal(value):
+            if isinstance(part, sympy.Basic) and getattr(part, "is_number", False) and part.is_finite:
                 size = abs(part.evalf(5))
                 if size.is_Float and size > 0:
-                    zeros.append(int(-log(size, 10).evalf(5)) if size < Rational(1, 10) else 0)
+                    zeros.append(int(-sympy.log(size, 10).evalf(5)) if size < sympy.Rational(1, 10) else 0)
     return min(max(zeros), 4000)
 
 
-def equal_where_real(gold: Basic, found: Basic) -> bool:
+def equal_where_real(gold: sympy.Basic, found: sympy.Basic) -> bool:
     """Whether two formulas are equal at every point that both have a real value at, as 1/sqrt(n) and sqrt(1/n) are."""
-    if isinstance(gold, Relational | Set | Tuple | MatrixBase) or isinstance(
-        found, Relational | Set | Tuple | MatrixBase
+    if isinstance(gold, Relational | sympy.Set | sympy.Tuple | sympy.MatrixBase) or isinstance(
+        found, Relational | sympy.Set | sympy.Tuple | sympy.MatrixBase
     ):
         return False
-    symbols = sorted(gold.free_symbols, key=default_sort_key)
-    if not symbols or set(symbols) != found.free_symbols or gold.has(I) or found.has(I, oo, Float):
+    symbols = sorted(gold.free_symbols, key=sympy.default_sort_key)
+    if (
+        not symbols
+        or set(symbols) != found.free_symbols
+        or gold.has(sympy.I)
+        or found.has(sympy.I, sympy.oo, sympy.Float)
+    ):
         return False
     agreed = 0
     for shift in range(len(POINTS)):
@@ -265,7 +237,7 @@ def equal_where_real(gold: Basic, found: Basic) -> bool:
         here, there = gold.subs(point).evalf(20), found.subs(point).evalf(20)
         if not (here.is_real and there.is_real):
             continue
-        if abs(here - there) > abs(here) * Rational(1, 10**12):
+        if abs(here - there) > abs(here) * sympy.Rational(1, 10**12):
             return False
         agreed += 1
     return agreed >= 2

@@ -55,6 +55,7 @@ RESPONSES = {
     "<answer>": f"<answer>\n{FENCED}</answer>",
     "words around it": f"Here is the function:\n\n{F}\nIt squares x.",
     "words before the fence": f"Here it is: {FENCED}",
+    "indented among words": "It is:\n\n    def f(x):\n        return x * x\n\nThis squares x.",
     "Windows line ends": FENCED.replace("\n", "\r\n"),
     "from __future__": f"```python\nfrom __future__ import annotations\n{F}```",
     "end token": f"{FENCED}<|im_end|>",

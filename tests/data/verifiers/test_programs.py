@@ -97,6 +97,19 @@ def test_wrong_programs(code, answer, response, why):
     assert verdict.correct is False and why in verdict.why
 
 
+@pytest.mark.parametrize("rest", ["", "\n\ndef check(candidate):\n    pass\n\n\ncheck(total)\n", "\n\nIt adds them."])
+def test_a_body_may_be_followed_by_tests_or_words(code, rest):
+    assert code("prompt", HUMANEVAL, "    return sum(numbers)\n" + rest).correct is True
+    assert code("prompt", HUMANEVAL, "    return 0\n" + rest).correct is False
+
+
+@pytest.mark.parametrize("decorator", ["given", "given(1)", "pt.given"])
+def test_a_program_cannot_decorate_the_tests(code, decorator):
+    tests = f"@{decorator}\ndef test_f(x=3):\n    assert f(x) == 9\n"
+    verdict = code("prompt", tests, "def given(*arguments): return lambda test: None\npt = None\ndef f(x): return x")
+    assert verdict.correct is None and "decorated with" in verdict.why
+
+
 @pytest.mark.parametrize("answer", [None, [], {}, {"test": ""}])
 def test_without_tests_a_program_is_unverified(code, answer):
     assert code("prompt", answer, SQUARE).correct is None
