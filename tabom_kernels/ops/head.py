@@ -164,9 +164,10 @@ class HeadGradients:
         scale = None
         if hidden.dtype == torch.float16:
             (grad_ce, grad_entropy), scale = scaled_for_fp16(grad_ce, grad_entropy)
-        dlogits = backend.vocabulary_gradient(
+        backend.vocabulary_gradient(
             logits, labels, IGNORE_INDEX, statistics, grad_ce, grad_entropy, logits, None, transform
         )
+        dlogits = logits
         if self.needs_grad[0]:
             add_product(take_rows(self.hidden, rows), dlogits.to(hidden.dtype), weight, 0)
             if scale is not None:
