@@ -3,7 +3,8 @@
     python -m benchmarks.policy
 
 Clipped surrogate plus KL to a reference, without an entropy bonus, which Liger's loss lacks. All are first checked to
-give the same loss and gradient. Writes benchmarks/results/policy-<device>.json.
+give the same loss and gradient. Liger's loss is timed compiled, as it is by default, and not compiled; on a CPU the
+memory of compiled code cannot be counted. Writes benchmarks/results/policy-<device>.json.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from benchmarks.loss import machine
 from benchmarks.tools.measure import (
     Contender,
     environment,
+    is_gpu,
     peak_memory_of,
     result_name,
     time_interleaved,
@@ -29,6 +31,7 @@ from tabom_kernels import fused_linear_logprobs, fused_linear_policy_loss
 
 CLIP, KL_WEIGHT = 0.2, 0.04
 VOCABULARY = 151936
+COMPILED = "Liger, compiled"
 TRL_TILE = 32768
 """Columns of a tile, as TRL's trainers take them."""
 
@@ -106,35 +109,44 @@ def liger(loss: LigerFusedLinearGRPOLoss, rollouts: Rollouts) -> Tensor:
     )[0]
 
 
-def losses() -> dict[str, Callable[[Rollouts], Tensor]]:
+Loss = Callable[[Rollouts], Tensor]
+
+
+def losses() -> dict[str, Loss]:
     """Every contender by name."""
-    grpo = LigerFusedLinearGRPOLoss(beta=KL_WEIGHT, epsilon_low=CLIP, epsilon_high=CLIP)
+    compiled, eager = (
+        LigerFusedLinearGRPOLoss(beta=KL_WEIGHT, epsilon_low=CLIP, epsilon_high=CLIP, compiled=is_compiled)
+        for is_compiled in (True, False)
+    )
     return {
         "ours": ours,
         "ours, log-probabilities": our_logprobs,
         "plain PyTorch": plain,
         "TRL": trl,
-        "Liger": lambda rollouts: liger(grpo, rollouts),
+        COMPILED: lambda rollouts: liger(compiled, rollouts),
+        "Liger, not compiled": lambda rollouts: liger(eager, rollouts),
     }
 
 
-def measure(rollouts: Rollouts, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def measure(rollouts: Rollouts, contenders: dict[str, Loss], device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Time and incremental peak memory of every contender.
 
     Raises:
-        AssertionError: a contender computes something else.
+        AssertionError: a contender computes something else than the first one does.
     """
-    contenders = losses()
-    values = {name: loss(rollouts) for name, loss in contenders.items()}
-    expected, *others = ([x.detach(), *torch.autograd.grad(x, rollouts.hidden)] for x in values.values())
-    for other in others:
-        for a, b in zip(other, expected, strict=True):
-            assert (a.float() - b.float()).norm() <= 2e-2 * b.float().norm()
 
-    def step(loss: Callable[[Rollouts], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(loss(rollouts), rollouts.hidden)
+    def step(loss: Loss) -> Callable[[], list[Tensor]]:
+        def loss_and_gradient() -> list[Tensor]:
+            value = loss(rollouts)
+            return [value.detach(), *torch.autograd.grad(value, rollouts.hidden)]
+
+        return loss_and_gradient
 
     calls = {name: step(loss) for name, loss in contenders.items()}
+    (_, expected), *others = [(name, call()) for name, call in calls.items()]
+    for name, results in others:
+        for a, b in zip(results, expected, strict=True):
+            assert (a.float() - b.float()).norm() <= 2e-2 * b.float().norm(), name
     timings = time_interleaved([Contender(name, [call], False) for name, call in calls.items()], device, rounds)
     rows, columns = rollouts.labels.numel(), rollouts.weight.shape[0]
     return [
@@ -143,7 +155,7 @@ def measure(rollouts: Rollouts, device: torch.device, rounds: int) -> list[dict[
             "vocabulary": columns,
             "contender": name,
             "seconds": timings[name, "eager"]._asdict(),
-            "peak_bytes": peak_memory_of(call, device),
+            "peak_bytes": None if name == COMPILED and not is_gpu(device) else peak_memory_of(call, device),
         }
         for name, call in calls.items()
     ]
@@ -155,7 +167,8 @@ def times_table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         median, low, high = (1e3 * record["seconds"][name] for name in ("median", "low", "high"))
         time = f"{median:.0f} ({low:.0f} to {high:.0f})"
-        lines.append(f"| {record['rows']} | {record['contender']} | {time} | {record['peak_bytes'] / 2**20:.0f} |")
+        memory = "not counted" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:.0f}"
+        lines.append(f"| {record['rows']} | {record['contender']} | {time} | {memory} |")
     return "\n".join(lines)
 
 
@@ -170,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     for sequences in options.sequences:
         torch.compiler.reset()
-        records += measure(draw_rollouts(sequences, options.length, width, VOCABULARY, device), device, rounds)
+        rollouts = draw_rollouts(sequences, options.length, width, VOCABULARY, device)
+        records += measure(rollouts, losses(), device, rounds)
     print(times_table(records))
     print(f"wrote {write_json(result_name('policy', device), environment(device) | {'figures': records})}")
 

@@ -25,6 +25,7 @@ from benchmarks import (
     heads,
     kernels,
     loss,
+    policy,
     sampler,
     scaling,
     small,
@@ -230,6 +231,17 @@ def test_the_trained_head_is_measured_and_the_notes_say_what_the_json_says(monke
     monkeypatch.setitem(trained_head.LOSSES, "wrong", lambda problem: 1.1 * trained_head.trl_loss(problem))
     with pytest.raises(AssertionError, match="wrong"):
         trained_head.measure(cases[0], CPU, 60, 16)
+
+
+def test_every_policy_loss_is_measured_and_one_that_disagrees_is_not():
+    torch.manual_seed(0)
+    rollouts = policy.draw_rollouts(2, 12, 16, 60, CPU)
+    contenders = {name: loss for name, loss in policy.losses().items() if name != policy.COMPILED}
+    records = policy.measure(rollouts, contenders, CPU, rounds=2)
+    assert policy.times_table(records).count("24 |") == len(contenders) == 5
+    contenders["wrong"] = lambda rollouts: 1.1 * policy.ours(rollouts)
+    with pytest.raises(AssertionError, match="wrong"):
+        policy.measure(rollouts, contenders, CPU, rounds=2)
 
 
 def test_small_problems_are_measured_and_the_notes_say_what_the_json_says():
