@@ -30,9 +30,10 @@ def run(
     results = []
     for name in models:
         model = load_to_sample(replace(model_arguments, model=name))
-        for prompts in prompt_sets:
+        for prompts, length in prompt_sets:
             for label, settings in samplers.items():
                 cell = Cell(name or "shipped", prompts.name, label)
+                settings = replace(settings, max_new_tokens=settings.max_new_tokens or length)
                 results.append(evaluate(model, prompts, settings, config, cell, engine))
     if None in results:
         return  # the first process writes the results
@@ -47,7 +48,7 @@ def run(
         base, tuned = arguments.compare
         comparisons = [
             compare(Cell(base, prompts.name, label), Cell(tuned, prompts.name, label), folder)
-            for prompts in prompt_sets
+            for prompts, _ in prompt_sets
             for label in samplers
         ]
         write_json(folder / "comparison.json", {"base": base, "tuned": tuned, "comparisons": comparisons})
@@ -60,19 +61,18 @@ def run(
     print(f"{folder}: results.json, results.md, results.png; the responses in a folder for each cell")
 
 
-def read_prompt_sets(arguments: EvaluateArguments) -> list[PromptSet]:
-    """The tasks', then the files' prompts."""
+def read_prompt_sets(arguments: EvaluateArguments) -> list[tuple[PromptSet, int | None]]:
+    """The tasks', then the files' prompts, each with the tokens of its responses if the task knows them."""
     sets = []
-    for name in arguments.tasks or []:
-        sets.append(
-            make_task(name).prompt_set(arguments.num_prompts or 500, arguments.split or "test", arguments.prompt_seed)
-        )
+    for task in map(make_task, arguments.tasks or []):
+        prompts = task.prompt_set(arguments.num_prompts or 500, arguments.split or "test", arguments.prompt_seed)
+        sets.append((prompts, task.response_length))
     for source in arguments.prompts or []:
         prompts = read(arguments, source, default_split="test")
-        sets.append(prompts.first(arguments.num_prompts) if arguments.num_prompts else prompts)
+        sets.append((prompts.first(arguments.num_prompts) if arguments.num_prompts else prompts, None))
     if not sets:
         raise ValueError("prompts=None, tasks=None: give at least one prompt set")
-    names = [prompts.name for prompts in sets]
+    names = [prompts.name for prompts, _ in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"prompts={arguments.prompts}: two sets have the same name; rename a file")
     return sets

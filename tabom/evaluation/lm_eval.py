@@ -91,6 +91,10 @@ class TabomLM(TemplateLM):
                 mask_token_id=mask_token_id,
             )
             pretrained.model.to(self.state.device)
+        elif block_size is not None or mask_token_id is not None:
+            raise ValueError(
+                f"block_size={block_size}, mask_token_id={mask_token_id} with a loaded model: give them to tabom.load"
+            )
         self.model = pretrained
         self.tokenizer = pretrained.tokenizer
         self._device = pretrained.device

@@ -35,6 +35,9 @@ def replay(model: DiffusionModel, trajectory: Trajectory) -> Replay:
     if model.block_size is not None:
         order = [step for block in blocks for step in own_steps(order[block])]
     steps = torch.tensor(order)
+    if steps.max() < 0:  # nothing was ever unmasked
+        nothing = torch.zeros(0, len(order), device=model.device)
+        return Replay(steps.to(model.device), nothing.bool(), nothing)
     masked = (steps < 0) | (steps >= torch.arange(int(steps.max()) + 1)[:, None])
     entropy = softmax_entropy(response_logits(model, prompt, response, masked, masked))
     steps, masked = steps.to(model.device), masked.to(model.device)
@@ -52,7 +55,7 @@ def order_accuracy(model: DiffusionModel, trajectories: Sequence[Trajectory]) ->
     """The share of pairs of masked positions whose earlier one has the lower entropy, for each trajectory.
 
     The pairs before all steps of a trajectory are counted together. With block-causal attention they are pairs inside a
-    block.
+    block. A trajectory without a pair, whose blocks are decoded in one step each, has NaN.
     """
     scores = []
     for trajectory in trajectories:

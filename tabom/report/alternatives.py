@@ -33,7 +33,7 @@ def replay_tokens(model: DiffusionModel, trajectory: Trajectory, count: int = 3)
     entropy, probability = torch.zeros(len(order)), torch.zeros(len(order))
     alternatives: list[list] = [[] for _ in order]
     steps = order[order >= 0].unique()
-    for moments in steps.split(STEPS_PER_FORWARD):
+    for moments in steps.split(STEPS_PER_FORWARD) if len(steps) else ():
         masked = (order < 0) | (order >= moments[:, None])
         unmasked = order == moments[:, None]
         position = unmasked.nonzero(as_tuple=True)[1]

@@ -45,8 +45,9 @@ def fused_linear_logprobs(
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
         weight: (V, D) of the head, in the dtype of `hidden`; the whole head.
         labels: (N,) int64, `ignore_index` = a row whose log-probability is 0, with a gradient of 0.
-        logit_scale: 1 / temperature gives the log-probabilities and entropies of the tempered distribution.
-        bias, softcap, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
+        logit_scale, softcap: as in `fused_linear_tabom_loss`. For log-probabilities and entropies at a temperature,
+            divide both by it.
+        bias, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
 
     Returns:
         `(logprobs, entropy)`, each (N,) nats in fp32 (fp64 for fp64).

@@ -21,8 +21,8 @@ class PolicyLoss(NamedTuple):
     """The loss, and what it is made of, detached.
 
     `loss`, `policy`, `kl` and `rank` are scalars; the last two are 0 where their weight is. `logprobs` and `entropy`
-    are those of the rows, (N,) nats; the log-probability is 0 where the label is ignored. The ratio of a row is
-    exp(logprobs - old_logprobs).
+    are those of the rows, (N,) nats; the log-probability is 0 where the label is ignored. The ratio of a row with a
+    label is exp(logprobs - old_logprobs).
     """
 
     loss: Tensor
@@ -37,11 +37,11 @@ def fused_linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
-    clip: float | tuple[float, float] = 0.2,
+    clip: float | Sequence[float] = 0.2,
     ref_logprobs: Tensor | None = None,
     kl_weight: float = 0.0,
     entropy_weight: float = 0.0,
@@ -73,23 +73,27 @@ def fused_linear_policy_loss(
 
     (PPO, arXiv 1707.06347, Eq. 7, with the KL estimator of GRPO, arXiv 2402.03300, Eq. 4), plus `rank_weight` times the
     rank loss of `tabom_loss`. Loss and gradients are computed together, a chunk of rows at a time: 4 N V D FLOP with a
-    frozen head, 6 N V D with a trained one. Backward scales the gradients by the upstream gradient.
+    frozen head, 6 N V D with a trained one. Backward scales the gradients by the upstream gradient. r and exp(d) are
+    bounded by exp(80), which fp32 can hold, and have no gradient beyond it.
 
     Args:
         hidden: (N, D) hidden states of the rows, fp32, fp64 or half precision.
         weight: (V, D) of the head, in the dtype of `hidden`.
         labels: (N,) int64, the tokens that were chosen; `ignore_index` = a row without a policy loss, KL and bonus.
-        old_logprobs: (N,) nats, floating point, of the labels under the policy that chose them.
+        old_logprobs: (N,) nats, floating point, of the labels under the policy that chose them; None if that is this
+            policy, whose ratios are 1.
         advantages: (N,) floating point.
         cu_seqlens, steps: see `tabom_loss`; needed for a ranking only.
-        clip: how far the ratio may be from 1, or the distances below and above 1 (DAPO, arXiv 2503.14476).
+        clip: how far the ratio may be from 1, or the distances below and above 1 (DAPO, arXiv 2503.14476); inf does not
+            clip.
         ref_logprobs: (N,) nats, floating point, of the labels under the reference.
         kl_weight, entropy_weight: 0 switches the term off.
         rank_weight, form, margin, temperature, num_sequences, sequence_weights: see `tabom_loss`.
         token_weights: (N,) floating point, scales each row (1 / tokens of its response in GRPO); default: 1.
         num_tokens: what the sum over the rows is divided by; default: the rows with a label.
-        logit_scale: 1 / temperature of the sampler makes log p that of the tempered distribution.
-        bias, lengths, tp_group, softcap, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
+        logit_scale, softcap: as in `fused_linear_tabom_loss`. To make log p that of the distribution at the temperature
+            of the sampler, divide both by the temperature.
+        bias, lengths, tp_group, max_chunk_rows, fp32_logits, backend: see `fused_linear_tabom_loss`.
 
     Returns:
         A `PolicyLoss` in fp32 (fp64 for fp64).
@@ -108,10 +112,12 @@ def fused_linear_policy_loss(
     arguments.check(*head.shape, hidden.device)
     if lengths is not None:
         check_lengths(lengths, cu_seqlens, head.shape[0])
+    if advantages is None:
+        raise TypeError("advantages: expected a tensor of floating point, got None")
     for name, rows in (("old_logprobs", old_logprobs), ("advantages", advantages), ("ref_logprobs", ref_logprobs)):
         check_weights(name, rows, head.shape[0], hidden.device)
-    below, above = clip if isinstance(clip, tuple) else (clip, clip)
-    for name, value in (("clip", below), ("clip", above), ("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
+    below, above = distances_of(clip)
+    for name, value in (("kl_weight", kl_weight), ("entropy_weight", entropy_weight)):
         check_scalar(name, value, *NOT_NEGATIVE)
     if (kl_weight == 0) != (ref_logprobs is None):
         raise ValueError(
@@ -131,7 +137,7 @@ def fused_linear_policy_loss(
     labels, temperature, (weights, *rank_tensors) = row_loss_inputs(arguments, hidden, backend)
     nothing = weights.new_empty(0)
     row_tensors = [
-        *(weights, old_logprobs, advantages, lowest, highest),
+        *(weights, nothing if old_logprobs is None else old_logprobs, advantages, lowest, highest),
         *((nothing, nothing) if ref_logprobs is None else (ref_logprobs, weights * kl_weight)),
         nothing if entropy_weight == 0 else weights * entropy_weight,
         *rank_tensors,
@@ -144,10 +150,19 @@ def fused_linear_policy_loss(
     return PolicyLoss(loss, terms[0], kl.detach(), rank.detach(), -cross_entropy, entropy)
 
 
+def distances_of(clip: float | Sequence[float]) -> tuple[float, float]:
+    """How far a ratio may be below and above 1."""
+    distances = [clip, clip] if isinstance(clip, int | float) else clip
+    is_pair = isinstance(distances, Sequence) and len(distances) == 2
+    if not is_pair or not all(isinstance(x, int | float) and x >= 0 for x in distances):
+        raise ValueError(f"clip={clip!r}: expected a number of at least 0, or two of them")
+    return distances[0], distances[1]
+
+
 def reference_policy_loss(
     logits: Tensor,
     arguments: TabomArguments,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     lowest: float,
     highest: float,
@@ -158,6 +173,7 @@ def reference_policy_loss(
     """The loss of the same arguments in naive PyTorch, under autograd."""
     ce, entropy = reference.cross_entropy_with_entropy(logits, arguments.labels, arguments.ignore_index)
     weights = arguments.token_shares(ce.dtype)
+    old_logprobs = -ce.detach() if old_logprobs is None else old_logprobs
     ratio = (-ce - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
     policy = -(weights * torch.minimum(ratio * advantages, ratio.clamp(lowest, highest) * advantages)).sum()
     kl = torch.zeros_like(policy)

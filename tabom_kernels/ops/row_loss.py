@@ -134,7 +134,7 @@ class PolicyRowLoss:
     Args:
         form, backend, temperature: see `Ranking`.
         weights: (N,) weight of each row, divided by the number of tokens, 0 for an ignored row.
-        old_logprobs, advantages: (N,) the log-probabilities of the policy that acted, and A.
+        old_logprobs, advantages: (N,) the log-probabilities of the policy that acted, or (0,) if it is this one, and A.
         lowest, highest: of the ratio.
         ref_logprobs, kl_weights: (N,), or (0,) without a KL.
         entropy_weights: (N,), or (0,) without a bonus.
@@ -159,26 +159,29 @@ class PolicyRowLoss:
         self.weights, self.old_logprobs, self.advantages = weights, old_logprobs, advantages
         self.lowest, self.highest = lowest, highest
         self.ref_logprobs, self.kl_weights, self.entropy_weights = ref_logprobs, kl_weights, entropy_weights
-        self.has_kl, self.has_bonus = (x.shape[0] == weights.shape[0] for x in (kl_weights, entropy_weights))
+        optional = (old_logprobs, kl_weights, entropy_weights)
+        self.has_old, self.has_kl, self.has_bonus = (x.shape[0] == weights.shape[0] for x in optional)
         self.ranking = Ranking(form, backend, temperature, *ranking) if ranking else None
         self.cu_seqlens = self.ranking.cu_seqlens if ranking else None
         self.number_of_terms = 4 if ranking else 3
 
     def __call__(self, chunk: Chunk, cross_entropy: Tensor, entropy: Tensor) -> RowGradients:
         """See `RowLoss`."""
-        weights, old_logprobs, advantages = (
-            take_rows(x, chunk.rows) for x in (self.weights, self.old_logprobs, self.advantages)
-        )
-        ratio = (-cross_entropy - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+        weights, advantages = take_rows(self.weights, chunk.rows), take_rows(self.advantages, chunk.rows)
+        old_logprobs = take_rows(self.old_logprobs, chunk.rows) if self.has_old else -cross_entropy
+        log_ratio = -cross_entropy - old_logprobs
+        ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         gain, clipped_gain = ratio * advantages, ratio.clamp(self.lowest, self.highest) * advantages
         terms = [-(weights * torch.minimum(gain, clipped_gain)).sum()]
-        by_ce, by_entropy, by_temperature = weights * gain.where(gain <= clipped_gain, 0.0), None, None
+        is_active = (gain <= clipped_gain) & (log_ratio <= MAX_LOG_RATIO)
+        by_ce, by_entropy, by_temperature = weights * gain.where(is_active, 0.0), None, None
         if self.has_kl:
             kl_weights = take_rows(self.kl_weights, chunk.rows)
-            d = (take_rows(self.ref_logprobs, chunk.rows) + cross_entropy).clamp(max=MAX_LOG_RATIO)
+            log_ratio = take_rows(self.ref_logprobs, chunk.rows) + cross_entropy
+            d = log_ratio.clamp(max=MAX_LOG_RATIO)
             relative = d.expm1()
             terms.append((kl_weights * (relative - d)).sum())
-            by_ce = by_ce + kl_weights * relative
+            by_ce = by_ce + kl_weights * relative.where(log_ratio <= MAX_LOG_RATIO, 0.0)
         else:
             terms.append(torch.zeros_like(terms[0]))
         if self.has_bonus:

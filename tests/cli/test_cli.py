@@ -334,6 +334,14 @@ def test_evaluate_and_compare(capsys, tmp_path, model_folder):
     assert "'stps' is none of" in capsys.readouterr().err
 
 
+def test_evaluate_answers_a_task_at_its_length(tmp_path):
+    """The model's own default of 4 tokens could solve no sudoku."""
+    command = ["--model", "shipped", "--tasks", "sudoku", "addition", "--num_prompts", "4"]
+    assert run("evaluate", *command, "--output_dir", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["prompts"]: result["steps"]["mean"] for result in results} == {"sudoku": 16, "addition": 4}
+
+
 PUBLISHED = {  # learning rate, rank weight, margin, methods
     "dream_prm12k": (2e-5, 1.0, 0.1, ["entropy"]),
     "dream_ling_coder": (1e-4, 2.0, 0.1, ["entropy"]),

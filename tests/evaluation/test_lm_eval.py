@@ -231,4 +231,6 @@ def test_wrong_arguments(seed):
         TabomLM(model, polcy="x")
     with pytest.raises(ValueError, match="expected nelbo or trajectory"):
         TabomLM(model, likelihood="exact")
+    with pytest.raises(ValueError, match="block_size=4, mask_token_id=None with a loaded model"):
+        TabomLM(model, block_size=4)
     assert TabomLM(model, tokens_per_step=2).sampler == SamplerConfig(tokens_per_step=2)

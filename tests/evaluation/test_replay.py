@@ -158,6 +158,13 @@ def test_tds_is_over_the_steps_of_blocks(block_model, rng):
         assert replayed_tds(block_model, [trajectory]) == pytest.approx([np.mean(variances)], rel=1e-4, abs=1e-9)
 
 
+def test_a_record_of_which_nothing_was_unmasked_has_no_order(block_model, model):
+    trajectory = Trajectory("1+2=", "", [5, 6, 7], [-1, -1, -1])
+    for each in (block_model, model):
+        assert np.isnan(order_accuracy(each, [trajectory])).all() and replayed_tds(each, [trajectory]) == [0]
+        assert replay_tokens(each, trajectory)["probability"] == [0, 0, 0]
+
+
 def test_replayed_tokens_are_seen_with_their_blocks(block_model, rng):
     for trajectory in make_block_trajectories(block_model, rng):
         found = replay_tokens(block_model, trajectory)["probability"]

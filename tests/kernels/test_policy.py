@@ -136,6 +136,50 @@ def test_without_an_advantage_a_ratio_may_be_anything(rng, backend):
     assert all(x.isfinite().all() for x in result) and all(x.abs().max() == 0 for x in result[6:])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("old, other, advantage", [(-200.0, None, -1.0), (0.0, 100.0, 1.0)])
+def test_a_ratio_beyond_fp32_is_bounded_and_has_no_gradient(rng, backend, old, other, advantage):
+    head = draw_head(torch.float32)
+    rows = torch.ones(ROWS)
+    batch = {"labels": torch.zeros(ROWS, dtype=torch.int64), "old_logprobs": old * rows, "advantages": advantage * rows}
+    if other is not None:
+        batch |= {"ref_logprobs": other * rows, "kl_weight": 1.0, "advantages": 0 * rows}
+    result = loss_and_gradients(head, batch, backend=backend)
+    assert result[0] > 1e34 and all(x.isfinite().all() for x in result)
+    assert all(x.abs().max() < 1 for x in result[6:])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("max_chunk_rows", [None, 7])
+def test_without_old_logprobs_every_ratio_is_one(rng, backend, max_chunk_rows):
+    head = draw_head(torch.float32)
+    batch = draw_actions(head, TERMS["policy"])
+    logprobs, _ = fused_linear_logprobs(**head, labels=batch["labels"], backend=backend)
+    options = {"max_chunk_rows": max_chunk_rows, "backend": backend}
+    ours, theirs = (loss_and_gradients(head, batch | {"old_logprobs": x}, **options) for x in (None, logprobs.detach()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_without_a_clip_the_ratio_itself_counts(rng, backend):
+    head = draw_head()
+    batch = draw_actions(head, TERMS["policy"])
+    result = fused_linear_policy_loss(**head, **batch, clip=[torch.inf, torch.inf], backend=backend)
+    is_used = batch["labels"] >= 0
+    gains = (result.logprobs - batch["old_logprobs"]).exp() * batch["advantages"] * batch["token_weights"]
+    torch.testing.assert_close(result.loss, -gains[is_used].sum() / is_used.sum())
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_logprobs_at_a_temperature_of_soft_capped_logits(rng, backend):
+    head, labels, tau, cap = draw_head(), torch.randint(COLUMNS, (ROWS,)), 0.5, 3.0
+    logits = cap * torch.tanh(F.linear(*head.values()) / cap)
+    exact = (logits / tau).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    ours, _ = fused_linear_logprobs(**head, labels=labels, logit_scale=1 / tau, softcap=cap / tau, backend=backend)
+    torch.testing.assert_close(ours, exact)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_frozen_head_gets_no_gradient_and_no_buffer(rng, monkeypatch, backend):
     head = draw_head(torch.float32)
@@ -174,8 +218,12 @@ def test_both_compile_to_one_graph(rng, backend):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"clip": -0.1}, ValueError, "clip=-0.1: expected 0 or above"),
-        ({"clip": (0.2, -1.0)}, ValueError, "clip=-1.0"),
+        ({"clip": -0.1}, ValueError, "clip=-0.1: expected a number of at least 0"),
+        ({"clip": (0.2, -1.0)}, ValueError, r"clip=\(0.2, -1.0\)"),
+        ({"clip": [0.2, 0.3, 0.4]}, ValueError, r"clip=\[0.2, 0.3, 0.4\]: expected a number of at least 0, or two"),
+        ({"clip": None}, ValueError, "clip=None"),
+        ({"clip": torch.nan}, ValueError, "clip=nan"),
+        ({"advantages": None}, TypeError, "advantages: expected a tensor of floating point, got None"),
         ({"kl_weight": 0.1}, ValueError, "kl_weight=0.1 without ref_logprobs"),
         ({"ref_logprobs": torch.zeros(ROWS)}, ValueError, "kl_weight=0.0 with ref_logprobs"),
         ({"entropy_weight": -1.0}, ValueError, "entropy_weight=-1.0"),
