@@ -106,6 +106,15 @@ def unmask_kernel(
 
 
 @triton.jit
+def first_arrival(times):
+    """The index of the smallest time.
+
+    NaN counts as infinity: comparisons with it are false both ways, so threads could end up with different indices.
+    """
+    return tl.argmin(tl.where(times == times, times, float("inf")), 0)
+
+
+@triton.jit
 def choose_kernel(
     logits,
     partials,
@@ -148,13 +157,13 @@ def choose_kernel(
         m_chunk = tl.load(partials + row * 3 * CHUNKS + segment * SEGMENT // CHUNK, segment < SEGMENTS, other=LOWEST)
         weight = tl.load(weights + row * SEGMENTS + segment, segment < SEGMENTS, other=0.0)
         weight *= exp2((tl.maximum(m_chunk, LOWEST) - highest) * scale)
-        segment = tl.argmin(exponential_noise(key, -segment) / weight, 0)
+        segment = first_arrival(exponential_noise(key, -segment) / weight)
         column = segment * SEGMENT + tl.arange(0, SEGMENT)
         z = load_logits(row_start, column, column_stride, column < COLUMNS)
         weight = exp2((z - highest) * scale)
         if thresholds is not None:
             weight = tl.where(z >= tl.load(thresholds + row), weight, 0.0)
-        chosen = segment * SEGMENT + tl.argmin(exponential_noise(key, column + 1) / weight, 0)
+        chosen = segment * SEGMENT + first_arrival(exponential_noise(key, column + 1) / weight)
     chosen = tl.minimum(chosen, COLUMNS - 1).to(tl.int64)  # a row of NaN has no best token, but needs a valid one
     z = tl.load(row_start + chosen * column_stride).to(tl.float32)
     tl.store(token + row, chosen)
