@@ -26,3 +26,20 @@ def test_one_line_in_your_own_loop(rng):
     names = {"model": model, "input_ids": input_ids}
     exec(patched, names)
     torch.testing.assert_close(names["loss"], model(input_ids=input_ids, labels=input_ids).loss)
+
+
+def test_the_policy_loss_of_the_page_runs(rng):
+    text = (Path(__file__).parents[1] / "docs" / "loss.md").read_text()
+    [policy] = re.findall(
+        r"```python\n(.*?)```", text.partition("## A policy loss")[2].partition("\n## ")[0], re.DOTALL
+    )
+    hidden, lm_head = torch.randn(7, 16), torch.nn.Linear(16, 30, bias=False)
+    labels, advantages, temperature = torch.randint(30, (7,)), torch.randn(7), 0.7
+    logits = lm_head(hidden) / temperature
+    logprobs = -F.cross_entropy(logits, labels, reduction="none").detach()
+    names = {"old_logprobs": logprobs, "ref_logprobs": logprobs - 0.1, "advantages": advantages}
+    names |= {"hidden": hidden, "lm_head": lm_head, "labels": labels, "temperature": temperature}
+    exec(policy, names)
+    kl = 0.04 * (torch.tensor(-0.1).exp() + 0.1 - 1)
+    torch.testing.assert_close(names["result"].loss, kl - advantages.mean())
+    assert lm_head.weight.grad.isfinite().all()
