@@ -242,6 +242,8 @@ def test_every_policy_loss_is_measured_and_one_that_disagrees_is_not():
     contenders["wrong"] = lambda rollouts: 1.1 * policy.ours(rollouts)
     with pytest.raises(AssertionError, match="wrong"):
         policy.measure(rollouts, contenders, CPU, rounds=2)
+    figures = json.loads(Path("benchmarks/results/policy-cpu.json").read_text())["figures"]
+    assert policy.times_table(figures) in Path("benchmarks/NOTES.md").read_text()
 
 
 def test_small_problems_are_measured_and_the_notes_say_what_the_json_says():
