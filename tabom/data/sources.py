@@ -193,14 +193,6 @@ def present(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if value is not None}
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Pairs of line number (from 1) and JSON object, or the error that this line gives; blank lines are left out.
-
-    Whatever the bytes are, nothing else is raised.
-    """
-    return ((number, parse_json_object(line)) for number, _, line in read_lines(path))
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
     """Lines that are not blank: their number (from 1), the byte where they start, and no more of them than needed.
 

@@ -1,13 +1,11 @@
 """Decodes prompt sets and counts right responses. Every measure is an array of scores in [0, 1], one per prompt."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
 from tabom.data.encoding import encode_prompt
 from tabom.data.prompts import PromptSet
-from tabom.evaluation.metrics import pass_at_k
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.completions import Completion, decode_response
 from tabom.sampling.config import SamplerConfig
@@ -36,19 +34,3 @@ def grade(model: DiffusionModel, prompts: PromptSet, completions: Sequence[Compl
 def accuracy(model: DiffusionModel, prompts: PromptSet, config: SamplerConfig) -> np.ndarray:
     """1 where the response is right, 0 elsewhere."""
     return grade(model, prompts, complete(model, prompts, config))
-
-
-def sampled_pass_at(
-    ks: Sequence[int],
-    model: DiffusionModel,
-    prompts: PromptSet,
-    config: SamplerConfig,
-    on_sample: Callable[[], None] = lambda: None,
-) -> dict[int, np.ndarray]:
-    """Estimates of pass@k for each of `ks`, from max(ks) samples a prompt with seeds seed, seed + 1, ..."""
-    samples = max(ks)
-    right = np.zeros(len(prompts.prompts), dtype=int)
-    for repeat in range(samples):
-        right += accuracy(model, prompts, replace(config, seed=config.seed + repeat)).astype(int)
-        on_sample()
-    return {k: pass_at_k(right, samples, k) for k in ks}
