@@ -65,6 +65,12 @@ def numbers(record: dict[str, Any], field: str, count: int) -> list[float]:
     return [float(value) for value in values]
 
 
+def number_or_none(record: dict[str, Any], field: str) -> float | None:
+    """A field that is a finite number, else None: other programs may mean something else by its name."""
+    value = record.get(field)
+    return float(value) if is_finite_number(value) else None
+
+
 def is_finite_number(value: Any) -> bool:
     """Whether a JSON value is a number that a float holds."""
     if type(value) is int:

@@ -49,7 +49,7 @@ ANSWER_FIELDS = ("answer", "ground_truth_answer", "solution", "answerKey", "answ
 
 CAPITALISED = ("Problem", "Question", "Solution", "Answer", "Body")  # AIME's and SVAMP's
 
-OWN_FIELDS = ("id", "method", "data_source", "cache", "correct", "why")
+OWN_FIELDS = ("id", "method", "data_source", "cache", "correct", "why", "group")
 """Fields of a trajectory and its verdict whose text is about the record."""
 
 

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+REJECTED = ".rejected"
+"""What `tabom collect` appends to the name of its output for the file of wrong responses."""
 
 MAX_LINE = 2**24
 """The most bytes of a line of JSON."""
@@ -28,11 +31,16 @@ Placed = tuple[str, dict[str, Any] | ValueError]
 
 
 class JsonLines:
-    """The records of a JSONL file by index, without blank lines. Only offsets are held in memory."""
+    """The records of a JSONL file by index, without blank lines. Only offsets are held in memory.
+
+    A file of wrong responses (`.rejected`, see `tabom.data.store.TrajectoryFile`) begins with a line of settings, which
+    is no record.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         lines = ((number, start, len(line)) for number, start, line in read_lines(path))
+        lines = islice(lines, 1 if path.suffix == REJECTED else 0, None)
         self.lines = np.fromiter(chain.from_iterable(lines), dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:

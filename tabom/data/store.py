@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from tabom.data.json_files import Append, Record, appending, drop_torn_line, finished_lines, read_json, write_json
-from tabom.data.sources import MAX_LINE, parse_json_object
+from tabom.data.sources import MAX_LINE, REJECTED, parse_json_object
 
 Verdicts = dict[str, bool | None]
 """The verdict of each finished record by its id: true, false, or null if nobody could check it."""
@@ -167,7 +167,7 @@ class TrajectoryFile(Store):
         lock = output.with_name(output.name + ".lock")
         super().__init__(f"output={output}", "collect", "choose another output, or --overwrite", lock)
         self.output, self.overwrite = output, overwrite
-        self.rejected = output.with_name(output.name + ".rejected")
+        self.rejected = output.with_name(output.name + REJECTED)
 
     def settings(self) -> Record:
         """The first line of the file of wrong responses."""

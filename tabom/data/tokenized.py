@@ -34,6 +34,7 @@ class TokenizedTrajectory:
     decoding_order: list[int]
     non_ltr_positions: list[int] | None
     entropy: list[float] | None
+    logprob: list[float] | None = None
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> "TokenizedTrajectory":
@@ -52,12 +53,16 @@ FEATURES = Features(
         "decoding_order": List(Value("int64")),
         "non_ltr_positions": List(Value("int32")),
         "entropy": List(Value("float64")),
+        "logprob": List(Value("float64")),
+        "temperature": Value("float64"),
+        "reward": Value("float64"),
+        "group": Value("string"),
         "method": Value("string"),
         "data_source": Value("string"),
         "digest": Value("binary"),
     }
 )
-"""Columns of a tokenized table: a `TokenizedTrajectory`, its digest and its origin."""
+"""Columns of a tokenized table: a `TokenizedTrajectory`, what else a policy loss needs, its origin and its digest."""
 
 PROGRESS_BAR_RECORDS = 10_000
 """With fewer records no progress bar is shown, because they are tokenized in seconds."""
@@ -127,10 +132,11 @@ class Tokenization:
             decoding_order=record.decoding_order,
             non_ltr_positions=record.non_ltr_positions,
             entropy=record.entropy,
+            logprob=record.logprob,
         )
         check_prompt(len(tokenized.prompt_token_ids), self.logits_shift)
-        origin = {"method": record.method, "data_source": record.data_source}
-        return {**vars(tokenized), **origin, "digest": tokenized.digest(), "unused": unused}
+        others = {name: getattr(record, name) for name in ("temperature", "reward", "group", "method", "data_source")}
+        return {**vars(tokenized), **others, "digest": tokenized.digest(), "unused": unused}
 
     def fingerprint(self) -> str:
         """A hash that changes when the settings or the code that makes rows change."""

@@ -1,5 +1,7 @@
 """The trajectory record: an answer and the order in which its tokens were unmasked, one JSON object a line."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tabom.data.encoding import Prompt, encode_response
-from tabom.data.fields import RecordError, integers, numbers, optional_text
+from tabom.data.fields import RecordError, integers, number_or_none, numbers, optional_text
 from tabom.data.shapes import parse_prompt, parse_response, unused_fields, warn_of_unused
 from tabom.data.sources import read_records
 
@@ -27,6 +29,10 @@ class Trajectory:
     left. `method` names the way the response was made, `data_source` the origin of the prompt. `entropy` (nats) is that
     of each token when it was unmasked. `cache` names the cache of the decoding (None: no cache, the decoding was
     exact).
+
+    A policy loss needs four more: `logprob` (nats), of each token when it was unmasked, under
+    softmax(logits / temperature) without top-k and top-p; that `temperature`; the `reward` of the response; and its
+    `group`, a name for all responses to the same prompt.
     """
 
     prompt: Prompt
@@ -38,6 +44,10 @@ class Trajectory:
     data_source: str | None = None
     entropy: list[float] | None = None
     cache: str | None = None
+    logprob: list[float] | None = None
+    temperature: float | None = None
+    reward: float | None = None
+    group: str | None = None
 
     def to_record(self) -> dict[str, Any]:
         """A JSON object of the fields that are set; conversations are written as `messages`."""
@@ -78,6 +88,10 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
     if non_ltr is not None:
         non_ltr = integers(record, "non_ltr_positions", 0, len(token_ids))
     entropy = numbers(record, "entropy", len(token_ids)) if record.get("entropy") is not None else None
+    # Other programs write a number for the whole response under this name.
+    logprob = numbers(record, "logprob", len(token_ids)) if isinstance(record.get("logprob"), list) else None
+    if logprob is not None and max(logprob) > 0:
+        raise RecordError("logprob", f"{max(logprob)}; expected logarithms of probabilities, at most 0")
     return Trajectory(
         prompt=prompt,
         response=response,
@@ -88,7 +102,23 @@ def parse_trajectory(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase,
         data_source=optional_text(record, "data_source"),
         entropy=entropy,
         cache=record.get("cache"),
+        logprob=logprob,
+        temperature=number_or_none(record, "temperature"),
+        reward=parse_reward(record),
+        group=record["group"] if isinstance(record.get("group"), str) else prompt_group(prompt),
     )
+
+
+def parse_reward(record: dict[str, Any]) -> float | None:
+    """The reward of a response; of a record that has none, 1 or 0 for its verdict `correct`; None without either."""
+    if record.get("reward") is None and isinstance(record.get("correct"), bool):
+        return float(record["correct"])
+    return number_or_none(record, "reward")
+
+
+def prompt_group(prompt: Prompt) -> str:
+    """The name of the group of all responses to a prompt: a hash of its text or messages."""
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_trajectories(
@@ -164,13 +194,14 @@ def fit_response(trajectory: Trajectory, length: int, pad_token_id: int | None =
     """
     missing = max(length - len(trajectory.response_token_ids), 0) if pad_token_id is not None else 0
     next_step = max(trajectory.decoding_order) + 1
-    positions, entropy = trajectory.non_ltr_positions, trajectory.entropy
+    positions, entropy, logprob = trajectory.non_ltr_positions, trajectory.entropy, trajectory.logprob
     return replace(
         trajectory,
         response_token_ids=trajectory.response_token_ids[:length] + [pad_token_id] * missing,
         decoding_order=trajectory.decoding_order[:length] + list(range(next_step, next_step + missing)),
         non_ltr_positions=None if positions is None else [position for position in positions if position < length],
         entropy=None if entropy is None else entropy[:length] + [0.0] * missing,
+        logprob=None if logprob is None else logprob[:length] + [0.0] * missing,
     )
 
 

@@ -17,8 +17,9 @@ from tabom.data.encoding import encode_prompt
 from tabom.data.json_files import Append
 from tabom.data.prompts import PromptSet
 from tabom.data.store import TrajectoryFile
-from tabom.data.trajectories import Trajectory, non_ltr_positions
+from tabom.data.trajectories import Trajectory, non_ltr_positions, prompt_group
 from tabom.data.verifiers import Verifier, as_verifier
+from tabom.data.verifiers.verdict import Verdict
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.sampling.answerable import check_prompts
 from tabom.sampling.completions import (
@@ -144,9 +145,7 @@ def make_attempts(
             ]
             judged = prompts.verdicts([index for (index, _), _ in finished], [each.response for each in trajectories])
             append(
-                {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict()}
-                | ({"given_up": True} if completion.given_up else {})
-                | ({"edits": completion.edits} if completion.edits else {})
+                attempt_record(attempt, completion, trajectory, verdict, sampler)
                 for (attempt, completion), trajectory, verdict in zip(finished, trajectories, judged, strict=True)
             )
             cost = cost_of(completion for _, completion in finished)
@@ -231,8 +230,24 @@ def to_trajectory(
         method=PUBLISHED_METHODS.get(policy, policy),
         data_source=prompts.name,
         entropy=[float(f"{nats:.4g}") for nats in completion.entropy],
+        logprob=completion.logprob and [float(f"{nats:.5g}") for nats in completion.logprob],
         cache=cache,
     )
+
+
+def attempt_record(
+    attempt: Attempt, completion: Completion, trajectory: Trajectory, verdict: Verdict, sampler: SamplerConfig
+) -> dict[str, Any]:
+    """What is written of an attempt: the trajectory, the verdict, and what a policy loss needs of both."""
+    record = {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict(), "reward": verdict.reward}
+    record["group"] = prompt_group(trajectory.prompt)
+    if completion.logprob is not None:
+        record["temperature"] = sampler.temperature
+    if completion.given_up:
+        record["given_up"] = True
+    if completion.edits:
+        record["edits"] = completion.edits
+    return record
 
 
 def attempt_id(index: int, repeat: int) -> str:

@@ -18,7 +18,8 @@ class Completion(NamedTuple):
 
     `positions` is the cost of the decoding: the rows that went through the model's body. `given_up` is True if the
     decoding was ended early because the response could no longer be right. `edits` is how many decided tokens were
-    replaced, each of which has the step of its last change.
+    replaced, each of which has the step of its last change. `logprob` (nats) is the log-probability of each token when
+    it was drawn, at the sampler's temperature; None at temperature 0.
     """
 
     token_ids: list[int]
@@ -27,6 +28,7 @@ class Completion(NamedTuple):
     positions: int
     given_up: bool = False
     edits: int = 0
+    logprob: list[float] | None = None
 
 
 def response_length(model: DiffusionModel, config: SamplerConfig) -> int:

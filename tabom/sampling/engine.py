@@ -108,7 +108,7 @@ class Engine:
         self.compiled = None if engine.compile == "none" else CompiledLayers(model.model, engine.compile)
         self.cache = RowCache(model.model.config.num_hidden_layers) if keeps else None
         self.slots: list[Slot] = []
-        self.state = State(*torch.zeros(3, 0, 0, dtype=torch.int64), *torch.zeros(5, 0, dtype=torch.int64))
+        self.state = State(*torch.zeros(4, 0, 0, dtype=torch.int64), *torch.zeros(5, 0, dtype=torch.int64))
         self.edits = POLICIES[config.policy].edits
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
@@ -157,7 +157,7 @@ class Engine:
         fresh = State(
             torch.full((count, longest), self.model.mask_token_id),
             torch.full((count, longest), -1),
-            torch.zeros(count, longest),
+            *torch.zeros(2, count, longest),
             *torch.zeros(2, count, dtype=torch.int64),
             torch.tensor([slot.unmasking[0] for slot in admitted], dtype=torch.int64),
             *torch.zeros(2, count, dtype=torch.int64),
@@ -211,11 +211,15 @@ class Engine:
         tokens = torch.where(chosen, token, state.tokens)
         order = torch.where(chosen, state.step[:, None], state.order)
         entropy = torch.where(chosen, candidates.entropy, state.entropy)
+        logprob = state.logprob
+        if candidates.logprob is not None:
+            logprob = torch.where(chosen, candidates.logprob, logprob)
         layout.input_ids.scatter_(0, layout.rows.flatten(), tokens.flatten())
         self.state = State(
             tokens,
             order,
             entropy,
+            logprob,
             state.block + block_ends,
             torch.where(block_ends, 0, index),
             state.step + stride,
@@ -313,14 +317,17 @@ class Engine:
         if not finished:
             return []
         which = torch.tensor(finished, device=self.model.device)
-        tokens, order, entropy = (values[which] for values in self.state[:3])
+        tokens, order, *certainties = (values[which] for values in self.state[:4])
         tokens = tokens.masked_fill(order < 0, self.model.pad_token_id)
-        columns = tokens.tolist(), order.tolist(), entropy.tolist()
+        columns = tokens.tolist(), order.tolist(), *(values.tolist() for values in certainties)
         completions = []
         for i, edits, *rows in zip(finished, self.state.edits[which].tolist(), *columns, strict=True):
             slot = self.slots[i]
-            columns = (row[: slot.blocks.length] for row in rows)
-            completions.append(Completion(*columns, slot.positions, slot.given_up, edits))
+            token_ids, steps, entropy, logprob = (row[: slot.blocks.length] for row in rows)
+            cost = (slot.positions, slot.given_up, edits)
+            completions.append(
+                Completion(token_ids, steps, entropy, *cost, logprob if self.config.temperature > 0 else None)
+            )
         return completions
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tabom.sampling.config import PolicySettings, SamplerConfig
-from tabom_kernels import mix_keys, unmask_statistics
+from tabom_kernels import cross_entropy_with_entropy, mix_keys, unmask_statistics
 from tabom_kernels.noise import uniform_noise
 from tabom_kernels.ops.sampling import filter_logits
 
@@ -27,6 +27,7 @@ class Candidates(NamedTuple):
     margin: Tensor  # best minus second best probability
     entropy: Tensor  # nats
     uniform: Tensor  # random numbers in (0, 1)
+    logprob: Tensor | None = None  # of the token, nats, at the temperature it is drawn with; None if it is not drawn
 
 
 class Step(NamedTuple):
@@ -256,6 +257,7 @@ def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: Sample
         keys: (N,) keys of the random numbers.
     """
     temperature, top_k, top_p = config.temperature, config.top_k, config.top_p
+    model_logits = logits
     changes_distribution = temperature > 0 or top_k is not None or top_p is not None
     if POLICIES[config.policy].on_draw_distribution and changes_distribution:
         logits = filter_logits(filter_logits(logits, temperature=temperature or 1.0, top_p=top_p), top_k=top_k)
@@ -265,8 +267,17 @@ def read_candidates(logits: Tensor, masked: Tensor, keys: Tensor, config: Sample
     def on_grid(values: Tensor) -> Tensor:
         return values.new_zeros(masked.shape).masked_scatter_(masked, values)
 
+    logprob = None
+    if config.temperature > 0:
+        logprob = on_grid(token_logprobs(model_logits, statistics.token, config.temperature))
     token, *certainties = map(on_grid, statistics)
-    return token, Candidates(masked, *certainties, on_grid(uniform_noise(mix_keys(keys, 1))))
+    return token, Candidates(masked, *certainties, on_grid(uniform_noise(mix_keys(keys, 1))), logprob)
+
+
+def token_logprobs(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
+    """(N,) log-probability (nats) of a token (N,) under softmax(logits / temperature), without top-k and top-p."""
+    logits = logits if temperature == 1 else logits / temperature
+    return -cross_entropy_with_entropy(logits, token)[0]
 
 
 def choose(candidates: Candidates, step: Step, settings: PolicySettings) -> Tensor:

@@ -49,6 +49,7 @@ class State(NamedTuple):
     tokens: Tensor  # (S, T) int64
     order: Tensor  # (S, T) int64, -1 where masked
     entropy: Tensor  # (S, T) nats
+    logprob: Tensor  # (S, T) nats, of the tokens that were drawn
     block: Tensor  # (S,) int64, index of the active block
     index: Tensor  # (S,) int64, of the step, among the steps of the block that unmask something
     step: Tensor  # (S,) int64, of all blocks, counting steps that unmask nothing

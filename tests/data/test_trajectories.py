@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -82,12 +83,28 @@ def test_without_ids_and_order_the_response_is_tokenized_and_decodes_left_to_rig
 def test_what_is_written_reads_back():
     for prompt in ("q", MESSAGES):
         trajectory = Trajectory(prompt, "abc", IDS, [1, 0, 2], [1], "entropy", "sorting", [0.5, 0, 2.0])
+        trajectory = replace(trajectory, logprob=[-0.5, 0.0, -2.0], temperature=0.7, reward=0.25, group="q1")
         assert parse(json.loads(json.dumps(trajectory.to_record()))) == trajectory
+
+
+def test_a_record_without_reward_or_group_has_them_from_its_verdict_and_prompt():
+    """Old records, and those of other programs, which mean something else by these names."""
+    old = {"prompt": "q", "response": "abc", "correct": False}
+    assert parse(old).reward == 0 and parse(old | {"correct": True}).reward == 1
+    assert parse(old | {"correct": None}).reward is None and parse(old | {"reward": 0.3}).reward == 0.3
+    other = parse(
+        {"prompt": "r", "response": "abc", "reward": "good", "group": 3, "temperature": "hot", "logprob": -9.0}
+    )
+    assert (other.reward, other.temperature, other.logprob) == (None, None, None)
+    assert parse(old).group == parse(old | {"response": "x"}).group != other.group
+    assert parse(old | {"group": "g"}).group == "g"
 
 
 BROKEN = [
     ('{"prompt": "q", ', "not valid JSON"),
     ("[1]", "expected a JSON object"),
+    ('{"prompt": "q", "response": "abc", "logprob": [-1.0]}', "'logprob': has 1 numbers for 3 response tokens"),
+    ('{"prompt": "q", "response": "abc", "logprob": [-1.0, 0.5, 0]}', "'logprob': 0.5; expected logarithms"),
     ('{"response": "abc"}', "'prompt': missing"),
     ('{"prompt": "q"}', "'response': missing"),
     ('{"prompt": 3, "response": "abc"}', "'prompt': expected text"),

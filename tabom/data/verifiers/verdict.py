@@ -17,6 +17,11 @@ class Verdict(NamedTuple):
     correct: bool | None
     why: str
 
+    @property
+    def reward(self) -> float | None:
+        """1 for a right response, 0 for a wrong one, None where nobody could tell."""
+        return None if self.correct is None else float(self.correct)
+
 
 Check = Callable[[Prompt, Answer, str], "Verdict | bool"]
 """A function of (prompt, answer, response); a plain truth value will do."""
