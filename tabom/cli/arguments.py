@@ -105,8 +105,8 @@ class Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
-        if field.type == int | str:  # HfArgumentParser would accept only integers
-            field.type = str
+        if field.type in (int | str, int | str | None):  # HfArgumentParser would accept only integers
+            field.type = str if field.type == int | str else str | None
         HfArgumentParser._parse_dataclass_field(parser, field)
 
     def add_others(self, fields: Mapping[str, Field], show: bool) -> None:

@@ -222,6 +222,10 @@ class DataArguments:
     method: list[str] | None = field(
         default=None, metadata={"help": "Keep only the records of these methods. Default, and `all`: every record."}
     )
+    with_rejected: bool = field(
+        default=False,
+        metadata={"help": "Also read `<data>.rejected`, the wrong responses of collect; for --objective policy."},
+    )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip lines that do not parse."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})

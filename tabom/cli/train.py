@@ -4,13 +4,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from tabom.cli.commands import DataArguments, ModelArguments
 from tabom.cli.model import load_model
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
-from tabom.data.sources import open_records
+from tabom.data.sources import REJECTED, open_records
 from tabom.data.tokenized import tokenize
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
@@ -32,6 +32,11 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
         raise ValueError(
             "adapt=True with use_peft=True: an adapter does not train the new mask token; train all weights, or adapt "
             "and save the model first (tabom.load)"
+        )
+    if arguments.with_rejected and config.objective != "policy":
+        raise ValueError(
+            f"with_rejected=True with objective={config.objective!r}: it would learn the wrong responses like right "
+            "ones; only policy learns from both"
         )
     set_seed(config.seed)
     if arguments.random_weights:
@@ -106,20 +111,23 @@ def read_eval_prompts(config: TabomConfig) -> PromptSet | None:
 def read_data(
     source: str, split: str | None, arguments: DataArguments, diffusion_model: DiffusionModel, config: TabomConfig
 ) -> Dataset:
-    """The trajectories of a source, tokenized; prints how many there are and how many were left out."""
-    with config.main_process_first(desc="tokenizing"):  # the other processes read them from the cache
-        table, invalid = tokenize(
-            source,
-            diffusion_model.tokenizer,
-            diffusion_model.model.config.vocab_size,
-            split=split,
-            config_name=arguments.config_name,
-            method=arguments.method,
-            skip_invalid=arguments.skip_invalid,
-            **config.tokenizing_settings(diffusion_model),
-        )
-    print(f"{source}: {len(table)} trajectories, {invalid} invalid lines left out")
-    return table
+    """The trajectories of a source, and its rejected ones if asked for, tokenized; prints how many there are."""
+    tables = []
+    for each in (source, source + REJECTED) if arguments.with_rejected else (source,):
+        with config.main_process_first(desc="tokenizing"):  # the other processes read them from the cache
+            table, invalid = tokenize(
+                each,
+                diffusion_model.tokenizer,
+                diffusion_model.model.config.vocab_size,
+                split=split,
+                config_name=arguments.config_name,
+                method=arguments.method,
+                skip_invalid=arguments.skip_invalid,
+                **config.tokenizing_settings(diffusion_model),
+            )
+        print(f"{each}: {len(table)} trajectories, {invalid} invalid lines left out")
+        tables.append(table)
+    return concatenate_datasets(tables)
 
 
 def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:

@@ -42,8 +42,9 @@ class TokenizedTrajectory:
         return cls(**{each.name: row[each.name] for each in fields(cls)})
 
     def digest(self) -> bytes:
-        """A hash of the whole content, 8 bytes."""
-        return hashlib.sha256(json.dumps(list(vars(self).values())).encode()).digest()[:8]
+        """A hash of the whole content, 8 bytes; without log-probabilities it is what it was before there were any."""
+        content = list(vars(self).values())
+        return hashlib.sha256(json.dumps(content if self.logprob else content[:-1]).encode()).digest()[:8]
 
 
 FEATURES = Features(

@@ -78,11 +78,11 @@ class ShuffledPairs(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
-        prompt, response, target = self.dataset[key]
-        steps = target.steps.copy()
+        example = self.dataset[key]
+        steps = example.target.steps.copy()
         ranked = steps >= 0
         steps[ranked] = example_rng(self.dataset.seed + 1, *key).permutation(steps[ranked])
-        return prompt, response, target._replace(steps=steps)
+        return example._replace(target=example.target._replace(steps=steps))
 
     def has_targets(self) -> bool:
         """Unchanged, because shuffling keeps all labels."""

@@ -20,5 +20,4 @@ def split_into_blocks(trajectory: TokenizedTrajectory, block_size: int) -> Itera
             decoding_order=own_steps(trajectory.decoding_order[block]),
             non_ltr_positions=non_ltr and [i - block.start for i in non_ltr if block.start <= i < block.stop],
             entropy=trajectory.entropy and trajectory.entropy[block],
-            logprob=trajectory.logprob and trajectory.logprob[block],
         )

@@ -1,5 +1,6 @@
 """Makes the batches that the model's forward takes, from examples."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,15 @@ class TrajectoryCollator:
     `is_noisy` (B, L), the sequences of `cu_seqlens` are the blocks, and `sequence_weights` scales the rank loss of each
     such that a record counts once, however many of its blocks have a pair.
 
+    With a `temperature` the batch is one of the objective `policy`: it also holds `advantages` and, unless
+    `has_ratios` is False, `old_logprobs` (N,), the `sampling_temperature`, and the `mask_token_id`, which is never
+    sampled.
+
     Args:
         logit_rows: maps the rows of tokens to those of their logits; `DiffusionModel.logit_rows`.
         block_size: the model's.
         first_token_logits: where the shifted logits of the first token of a block stand, see `lay_out`.
+        temperature: at which the responses were sampled.
     """
 
     def __init__(
@@ -44,27 +50,35 @@ class TrajectoryCollator:
         logit_rows: LogitRows,
         block_size: int | None = None,
         first_token_logits: FirstTokenLogits = "clean",
+        temperature: float | None = None,
+        has_ratios: bool = True,
     ) -> None:
         self.mask_token_id = mask_token_id
         self.pad_token_id = pad_token_id
         self.logit_rows = logit_rows
         self.block_size = block_size
         self.first_token_logits = first_token_logits
+        self.temperature, self.has_ratios = temperature, has_ratios
 
     def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
         examples = [example or empty_example() for example in examples]
-        layouts = [self.lay_out(*example) for example in examples]
+        layouts = [self.lay_out(each.prompt, each.response, each.target) for each in examples]
         length = max(len(layout.inputs["input_ids"]) for layout in layouts)
-        packed: dict[str, list[np.ndarray]] = {"rows": [], "labels": [], "steps": [], "token_weights": []}
+        packed: dict[str, list[np.ndarray]] = defaultdict(list)
         lengths: list[int] = []
         records: list[int] = []  # of the sequences of the rank loss
 
-        for b, ((_, response, target), layout) in enumerate(zip(examples, layouts, strict=True)):
+        for b, (example, layout) in enumerate(zip(examples, layouts, strict=True)):
+            target = example.target
             needed = np.flatnonzero(target.supervised | (target.steps >= 0))
             packed["rows"].append(b * length + layout.logit_rows[needed])
-            packed["labels"].append(np.where(target.supervised, response, IGNORE_INDEX)[needed])
+            packed["labels"].append(np.where(target.supervised, example.response, IGNORE_INDEX)[needed])
             packed["steps"].append(target.steps[needed])
             packed["token_weights"].append(target.token_weights[needed])
+            if self.temperature is not None:
+                packed["advantages"].append(np.full(len(needed), example.advantage, dtype=np.float32))
+                if self.has_ratios:
+                    packed["old_logprobs"].append(np.array(example.logprob, dtype=np.float32)[needed])
             sequences = layout.blocks.max(initial=0) + 1
             lengths += np.bincount(layout.blocks[needed], minlength=sequences).tolist()
             records += [b] * sequences
@@ -76,11 +90,13 @@ class TrajectoryCollator:
         if self.block_size is not None:
             weights = 1 / np.maximum(sequences_with_pairs, 1, dtype=np.float32)
             batch["sequence_weights"] = torch.from_numpy(weights[records])
+        if self.temperature is not None:
+            batch |= {"sampling_temperature": self.temperature, "mask_token_id": self.mask_token_id}
         return {
             **self.pad([layout.inputs for layout in layouts], length),
             **batch,
             "lengths": lengths,
-            "num_tokens": torch.tensor(sum(target.num_tokens for *_, target in examples)),
+            "num_tokens": torch.tensor(sum(example.target.num_tokens for example in examples)),
             "num_sequences": torch.tensor(np.count_nonzero(sequences_with_pairs)),
         }
 

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from tabom.data.encoding import check_prompt
 from tabom.data.tokenized import Tokenization, TokenizedTrajectory, tokenize
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.training.advantages import group_advantages, sampling_temperature, with_rewards
 from tabom.training.config import TabomConfig
 from tabom.training.objectives import Example, ObjectiveSettings, make_examples
+from tabom.training.settings import has_ratios
 from tabom.training.stream import TrajectoryStream
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,13 @@ class TrajectoryDataset(Dataset):
         **options: Any,
     ) -> None:
         self.table, _ = tokenize(source, tokenizer, **options)
+        self.temperature: float | None = None
+        if settings.objective == "policy" and len(self.table):
+            self.table = with_rewards(self.table)
+            needs_logprobs = has_ratios(settings.supervised_window, settings.window_unit)
+            self.temperature = sampling_temperature(self.table, needs_logprobs)
+            rewards, groups = np.array(self.table["reward"]), np.array(self.table["group"])
+            self.advantages = group_advantages(rewards, groups, settings.scale_rewards)
         self.rows = self.table.select_columns([each.name for each in fields(TokenizedTrajectory)])
         self.settings = settings
         self.seed = seed
@@ -70,7 +79,8 @@ class TrajectoryDataset(Dataset):
             if index == FILLER:
                 examples.append(None)
             else:
-                examples += make_examples(next(trajectories), self.settings, self.seed, epoch, index)
+                advantage = float(self.advantages[index]) if self.settings.objective == "policy" else 0.0
+                examples += make_examples(next(trajectories), self.settings, self.seed, epoch, index, advantage)
         return examples
 
     @property
@@ -93,7 +103,7 @@ class TrajectoryDataset(Dataset):
     def has_targets(self) -> bool:
         """Whether any record has a token to learn. Draws several epochs, because a cut may fall between two steps."""
         keys = ((epoch, index) for epoch in range(8) for index in range(len(self)))
-        return any(target.supervised.any() for key in keys for *_, target in self.__getitems__([key]))
+        return any(target.supervised.any() for key in keys for _, _, target, *_ in self.__getitems__([key]))
 
     @cached_property
     def digest(self) -> str:
@@ -149,6 +159,20 @@ class ExampleReader:
         """The examples to train on; a stream starts anew when it ends."""
         return self.read("train_dataset", source, None)
 
+    def sampling_temperature(self, *sources: Any) -> float | None:
+        """The temperature at which the responses of these data sets were sampled; None but for the objective `policy`.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if self.args.objective != "policy":
+            return None
+        together = [each for source in sources for each in (source.values() if isinstance(source, dict) else [source])]
+        found = {each.temperature for each in together if each is not None and len(each)}
+        if len(found) > 1:
+            raise ValueError(f"eval_dataset: sampled at another temperature than train_dataset, {sorted(found)}")
+        return next(iter(found), None)
+
     def evaluate(self, source: Any, name: str = "eval_dataset") -> Examples | dict[str, Examples] | None:
         """The examples to evaluate; of each data set if there are several, by name."""
         if isinstance(source, Mapping):
@@ -174,6 +198,11 @@ class ExampleReader:
                 raise ValueError(
                     f"dataloader_num_workers={self.args.dataloader_num_workers} with a streaming {name}: each worker "
                     "would read the whole stream; expected 0"
+                )
+            if settings.objective == "policy":
+                raise ValueError(
+                    f"objective='policy' with a streaming {name}: an advantage compares the responses of a group, "
+                    "which must be read together; expected a data set or a list of records"
                 )
             if settings.complementary_masks or settings.every_cut:
                 option = "complementary_masks" if settings.complementary_masks else "every_cut"

@@ -9,7 +9,7 @@ import numpy as np
 from tabom.data.tokenized import TokenizedTrajectory
 from tabom.data.trajectories import Trajectory
 from tabom.training.blocks import split_into_blocks
-from tabom.training.settings import REPLAYED, DrawnPer, Objective
+from tabom.training.settings import REPLAYED, DrawnPer, Objective, ScaleRewards
 from tabom.training.windows import WindowSize, WindowUnit, break_ties, draw_cut, example_rng, last_cut, window_at
 
 Replayable = Trajectory | TokenizedTrajectory
@@ -39,6 +39,8 @@ class ObjectiveSettings:
     complementary_masks: bool = False
     drawn_per: DrawnPer = "block"
     every_cut: bool = False
+    scale_rewards: ScaleRewards = "group"
+    rank_weight: float = 0.0
     block_size: int | None = None
 
 
@@ -56,27 +58,42 @@ class Target(NamedTuple):
     num_tokens: int
 
 
-Example = tuple[list[int], list[int], Target]
-"""Prompt token ids, response token ids, and the target."""
+class Example(NamedTuple):
+    """Prompt token ids, response token ids, the target, and with the objective `policy` what its loss needs.
+
+    `advantage` is that of the response, and `logprob` (nats) that of each token when it was sampled.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    target: Target
+    advantage: float = 0.0
+    logprob: list[float] | None = None
 
 
 def make_examples(
-    trajectory: TokenizedTrajectory, settings: ObjectiveSettings, seed: int, epoch: int, index: int
+    trajectory: TokenizedTrajectory,
+    settings: ObjectiveSettings,
+    seed: int,
+    epoch: int,
+    index: int,
+    advantage: float = 0.0,
 ) -> list[Example]:
     """The examples of a record in an epoch, which are in one batch."""
     targets = make_targets(trajectory, settings, example_rng(seed, epoch, index))
-    return [(trajectory.prompt_token_ids, trajectory.response_token_ids, target) for target in targets]
+    if settings.objective == "policy" and (advantage <= 0 or settings.rank_weight == 0):
+        # Only the order of good responses is learnt.
+        targets = [target._replace(steps=np.full_like(target.steps, -1)) for target in targets]
+    prompt, response = trajectory.prompt_token_ids, trajectory.response_token_ids
+    return [Example(prompt, response, target, advantage, trajectory.logprob) for target in targets]
 
 
 def empty_example() -> Example:
     """The example of a filler: one masked token without a label."""
     nowhere = np.zeros(1, dtype=bool)
     weights = np.ones(1, dtype=np.float32)
-    return (
-        [],
-        [0],
-        Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0),
-    )
+    target = Target(masked=~nowhere, supervised=nowhere, steps=np.array([-1]), token_weights=weights, num_tokens=0)
+    return Example([], [0], target, logprob=[0.0])
 
 
 def make_target(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
@@ -110,7 +127,7 @@ def make_targets(trajectory: Replayable, settings: ObjectiveSettings, rng: np.ra
 def draw_target(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random.Generator) -> Target:
     """Draws the target of a whole response or of one block.
 
-    `tabom` and `window` replay the decoding at a random cut (`replayed`); the others mask at random
+    `tabom`, `window` and `policy` replay the decoding at a random cut (`replayed`); the others mask at random
     (`randomly_masked`). Any of them may be ranked: `tabom` is `window` with a `rank_weight`.
     """
     if settings.objective in REPLAYED:

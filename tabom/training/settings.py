@@ -8,11 +8,12 @@ from tabom.sampling.config import check_at_least
 from tabom.training.renamed import accept_old_names
 from tabom.training.windows import WindowSize, WindowUnit
 
-Objective = Literal["tabom", "window", "nelbo", "nelbo_exact", "fixed_ratio", "random_ratio"]
+Objective = Literal["tabom", "window", "nelbo", "nelbo_exact", "fixed_ratio", "random_ratio", "policy"]
+ScaleRewards = Literal["group", "none"]
 DrawnPer = Literal["block", "response"]
 FirstTokenLogits = Literal["clean", "noisy"]
 
-REPLAYED = ("tabom", "window")
+REPLAYED = ("tabom", "window", "policy")
 """Objectives that replay the decoding; the others mask at random."""
 
 WITH_OBJECTIVES = {
@@ -21,6 +22,9 @@ WITH_OBJECTIVES = {
     "complementary_masks": ("nelbo", "nelbo_exact", "fixed_ratio", "random_ratio"),
     "drawn_per": ("nelbo", "nelbo_exact", "fixed_ratio", "random_ratio"),
     "every_cut": REPLAYED,
+    "epsilon": ("policy",),
+    "epsilon_high": ("policy",),
+    "scale_rewards": ("policy",),
 }
 """Settings that have an effect with these objectives only."""
 
@@ -42,11 +46,16 @@ class TabomSettings:
         metadata={
             "help": "tabom: window cross-entropy and ranking. window: without the ranking. nelbo: each token masked "
             "with probability t, weight 1/t. nelbo_exact: k of T tokens masked, weight T/k. fixed_ratio: a fixed share "
-            "masked. random_ratio: each token with probability t, equal weights."
+            "masked. random_ratio: each token with probability t, equal weights. policy: learn from right and wrong "
+            "responses by their rewards."
         },
     )
-    supervised_window: int | str = field(
-        default="all", metadata={"help": "M: steps (or tokens) after the cut that have a cross-entropy, or `all`."}
+    supervised_window: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "M: steps (or tokens) after the cut that have a cross-entropy, or `all`. Default: 1 for policy, "
+            "`all` for the other objectives."
+        },
     )
     rank_window: int | str = field(
         default="all",
@@ -68,6 +77,19 @@ class TabomSettings:
     mask_ratio: float = field(default=0.5, metadata={"help": "Share of tokens that fixed_ratio masks."})
     min_mask_rate: float = field(default=0.0, metadata={"help": "The lowest t of nelbo and random_ratio."})
     max_mask_rate: float = field(default=1.0, metadata={"help": "The highest t of nelbo and random_ratio."})
+    epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Policy: the ratio of probabilities is clipped to 1 - epsilon and 1 + epsilon. Default: 0.2."
+        },
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Policy: the upper limit is 1 + epsilon_high instead."}
+    )
+    scale_rewards: ScaleRewards = field(
+        default="group",
+        metadata={"help": "Policy: divide advantages by the standard deviation of the group's rewards, or by none."},
+    )
     complementary_masks: bool = field(
         default=False,
         metadata={"help": "Learn each record twice in a batch, the second time with the other tokens masked."},
@@ -157,6 +179,8 @@ class TabomSettings:
     )
 
     def __post_init__(self) -> None:
+        if self.supervised_window is None:
+            self.supervised_window = 1 if self.objective == "policy" else "all"
         self.supervised_window = window_size("supervised_window", self.supervised_window)
         self.rank_window = window_size("rank_window", self.rank_window)
         if self.rank_weight is None:
@@ -169,6 +193,8 @@ class TabomSettings:
             value = getattr(self, each.name)
             if isinstance(value, float) and not isfinite(value):
                 raise ValueError(f"{each.name}={value}: expected a finite number")
+        if self.objective == "policy":
+            self.check_policy()
         if not 0 <= self.min_mask_rate <= self.max_mask_rate <= 1:
             raise ValueError(
                 f"min_mask_rate={self.min_mask_rate} with max_mask_rate={self.max_mask_rate}: expected shares in "
@@ -191,6 +217,27 @@ class TabomSettings:
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: expected a share in (0, 1]")
 
+    def check_policy(self) -> None:
+        """Raises a ValueError for settings that a policy loss cannot have, or that have no effect on it."""
+        for name in ("epsilon", "epsilon_high"):
+            check_at_least(name, getattr(self, name), 0)
+            if getattr(self, name) is not None and not has_ratios(self.supervised_window, self.window_unit):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with supervised_window={self.supervised_window!r} and "
+                    f"window_unit={self.window_unit!r}: the recorded log-probabilities are of one step each, so only "
+                    "supervised_window=1 in steps has ratios to clip; leave it out"
+                )
+        if not self.fused_linear:
+            raise ValueError(
+                "fused_linear=False with objective='policy': its loss is computed in the head; leave it out"
+            )
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far a ratio may be below and above 1."""
+        below = 0.2 if self.epsilon is None else self.epsilon
+        return below, below if self.epsilon_high is None else self.epsilon_high
+
     @property
     def loss_settings(self) -> dict[str, Any]:
         """The settings that `add_loss_to_forward` takes, under the names of `tabom_kernels`."""
@@ -201,6 +248,7 @@ class TabomSettings:
             "temperature": self.rank_temperature,
             "backend": self.loss_backend,
             "fused_linear": self.fused_linear,
+            **({"clip": self.clip} if self.objective == "policy" else {}),
         }
 
     def changed(self, name: str) -> Any:
@@ -226,6 +274,11 @@ class TabomSettings:
             )
         if self.first_token_logits == "noisy" and logits_shift == 0:
             raise ValueError("first_token_logits='noisy': the logits of this model are not shifted; leave it out")
+
+
+def has_ratios(supervised_window: WindowSize, window_unit: WindowUnit) -> bool:
+    """Whether a policy loss has ratios to the recorded log-probabilities, each of which is that of a single step."""
+    return supervised_window == 1 and window_unit == "steps"
 
 
 def window_size(name: str, value: int | str) -> WindowSize:

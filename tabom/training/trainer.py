@@ -32,6 +32,7 @@ from tabom.training.forward import LossOutput, add_loss_to_forward
 from tabom.training.loss_terms import LossTerms
 from tabom.training.nan_checks import check_step
 from tabom.training.saving import CheckpointingTrainer
+from tabom.training.settings import has_ratios
 from tabom.training.stream import TrajectoryStream
 
 Records = datasets.Dataset | datasets.IterableDataset | IterableDataset | Sequence[dict[str, Any] | Trajectory]
@@ -63,7 +64,9 @@ class TabomTrainer(CheckpointingTrainer):
     Both denominators of the loss are counted over the global batch (all micro-batches of a step, all ranks), so
     gradient accumulation and data parallelism do not change it, unless `loss_average` says otherwise. Logs
     `cross_entropy` and `rank` (nats), and on the logging step itself `entropy` (mean over the rows of the loss, nats)
-    and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy).
+    and `order_accuracy` (share of the pairs in the rank window whose earlier position has the lower entropy). With the
+    objective `policy` it logs `policy` in place of the cross-entropy, and `ratio`, `clip_share` and `kl` (see
+    `LossTerms.add_ratios`).
 
     Args:
         model: a name or folder, a `DiffusionModel` from `tabom.load` (for another dtype or attention), or a model of
@@ -142,6 +145,8 @@ class TabomTrainer(CheckpointingTrainer):
             )
         if eval_prompts is not None:
             check_prompts(diffusion_model, eval_prompts)
+        train_dataset = self._reader.train(train_dataset)
+        eval_dataset = self._reader.evaluate([] if eval_dataset is None and eval_prompts is not None else eval_dataset)
 
         super().__init__(
             model=model,
@@ -152,11 +157,11 @@ class TabomTrainer(CheckpointingTrainer):
                 diffusion_model.logit_rows,
                 diffusion_model.block_size,
                 args.first_token_logits,
+                self._reader.sampling_temperature(train_dataset, eval_dataset),
+                has_ratios(args.supervised_window, args.window_unit),
             ),
-            train_dataset=self._reader.train(train_dataset),
-            eval_dataset=self._reader.evaluate(
-                [] if eval_dataset is None and eval_prompts is not None else eval_dataset
-            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
@@ -294,6 +299,8 @@ class TabomTrainer(CheckpointingTrainer):
         if model.training:
             self._losses.append(output.loss.detach())
             self._loss_terms.add_loss(output, share, 1 / self.current_gradient_accumulation_steps)
+            if "old_logprobs" in inputs:
+                self._loss_terms.add_ratios(output.logprobs, inputs, self.args.clip)
         if will_log:
             self._loss_terms.add_entropy(output.entropy, inputs["steps"], inputs["cu_seqlens"])
         loss = output.loss * share  # the loss is the sum of these over micro-batches and ranks

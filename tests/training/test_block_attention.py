@@ -18,7 +18,7 @@ from tabom.models.attention import attention_rule, block_bias, block_mask
 from tabom.models.diffusion_model import LogitRows
 from tabom.training.collator import TrajectoryCollator
 from tabom.training.forward import add_loss_to_forward
-from tabom.training.objectives import Target
+from tabom.training.objectives import Example, Target
 from tests.models.block_causal import SETTINGS, block_causal_model
 from tests.training.test_blocks import collate, config, make_trajectories, train
 
@@ -36,7 +36,7 @@ def layout_of(sizes, block_size):
     for prompt, response in sizes:
         steps = np.arange(response)
         target = Target(np.ones(response, bool), np.ones(response, bool), steps, np.ones(response), response)
-        examples.append(([5] * prompt, [6] * response, target))
+        examples.append(Example([5] * prompt, [6] * response, target))
     batch = TrajectoryCollator(1, 0, LogitRows(0), block_size)(examples)
     return batch["position_ids"], batch["is_noisy"], batch["attention_mask"]
 

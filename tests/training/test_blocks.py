@@ -19,7 +19,7 @@ from tabom.training.collator import TrajectoryCollator
 from tabom.training.examples import TrajectoryDataset
 from tabom.training.forward import add_loss_to_forward
 from tabom.training.head import HeadStatus
-from tabom.training.objectives import ObjectiveSettings, Target, make_target, make_targets
+from tabom.training.objectives import Example, ObjectiveSettings, Target, make_target, make_targets
 from tabom_kernels import count_ordered_pairs
 from tests.models.block_causal import block_causal_model
 from tests.training.test_trainer import StopAt, assert_same, config, train, weights
@@ -75,9 +75,9 @@ def logits_behind_clean_blocks(model, prompt, response, masked, block):
 
 def loss_block_by_block(model, examples, rank_weight):
     """The loss from its formulas: one forward a block, one response after the other."""
-    tokens = sum(target.num_tokens for *_, target in examples)
+    tokens = sum(target.num_tokens for _, _, target, *_ in examples)
     cross_entropy, ranks = 0.0, []
-    for prompt, response, target in examples:
+    for prompt, response, target, *_ in examples:
         of_blocks = []
         for block in range(len(prompt) // model.block_size, -(-(len(prompt) + len(response)) // model.block_size)):
             logits = logits_behind_clean_blocks(model, prompt, response, target.masked, block)
@@ -149,7 +149,7 @@ def test_prompts_are_answered_while_a_block_causal_model_trains(tmp_path, rng):
 def test_positions_of_a_batch():
     """612 positions for a prompt of 100 and a response of 256: one clean copy, and one noisy copy of the response."""
     target = Target(np.ones(256, bool), np.ones(256, bool), np.arange(256), np.ones(256, np.float32), 256)
-    batch = TrajectoryCollator(1, 0, LogitRows(0), block_size=4)([([5] * 100, [6] * 256, target)])
+    batch = TrajectoryCollator(1, 0, LogitRows(0), block_size=4)([Example([5] * 100, [6] * 256, target)])
     assert batch["input_ids"].shape == batch["position_ids"].shape == batch["is_noisy"].shape == (1, 612)
     assert batch["position_ids"][0].tolist() == [*range(356), *range(100, 356)]
     assert batch["lengths"] == [4] * 64
@@ -323,7 +323,7 @@ def test_complementary_masks_mask_each_token_once(rng, seed, objective, block_si
             {"min_mask_rate": 0.1},
             "^min_mask_rate=0.1 with objective='tabom': it has an effect with nelbo, random_ratio",
         ),
-        ({"objective": "nelbo", "every_cut": True}, "^every_cut=True with objective='nelbo': .* tabom, window only"),
+        ({"objective": "nelbo", "every_cut": True}, "^every_cut=True with objective='nelbo': .* tabom, window, policy only"),
         (
             {"objective": "nelbo", "min_mask_rate": 0.9, "max_mask_rate": 0.1},
             "^min_mask_rate=0.9 with max_mask_rate=0.1",

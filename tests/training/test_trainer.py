@@ -98,7 +98,7 @@ def test_the_batch_says_what_each_row_is(model, rng, objective):
     flat = batch["input_ids"].flatten()
     assert (flat[batch["rows"]] == model.mask_token_id).all(), "only masked positions are asked for"
     assert (batch["attention_mask"].flatten()[batch["rows"]] == 1).all()
-    for b, (prompt, response, target) in enumerate(examples):
+    for b, (prompt, response, target, *_) in enumerate(examples):
         rows = slice(*batch["cu_seqlens"][b : b + 2].tolist())
         positions = (batch["rows"][rows] - b * length - len(prompt)).tolist()
         assert positions == [i for i in range(len(response)) if target.supervised[i] or target.steps[i] >= 0]
@@ -296,7 +296,7 @@ def test_nelbo_with_ranking_is_its_cross_entropy_and_the_hinge_over_all_masked_p
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits.double()
     total, tokens, ranks = 0.0, 0, []
-    for (prompt, response, target), trajectory, rows in zip(examples, trajectories, logits, strict=True):
+    for (prompt, response, target, *_), trajectory, rows in zip(examples, trajectories, logits, strict=True):
         log_p = rows[len(prompt) : len(prompt) + len(response)].log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         masked, order = target.masked.nonzero()[0], trajectory.decoding_order
@@ -511,7 +511,7 @@ def test_records_that_the_model_has_no_positions_for(tmp_path, rng, caplog, padd
         max_response_length=args.max_response_length,
         pad_token_id=0 if padded else None,
     )
-    longest = max(len(prompt) + len(response) for prompt, response, _ in (dataset[0, i] for i in range(len(dataset))))
+    longest = max(len(prompt) + len(response) for prompt, response, *_ in (dataset[0, i] for i in range(len(dataset))))
     for positions, said in ((longest, False), (longest - 1, True)):
         caplog.clear()
         network = random_model(0, max_position_embeddings=positions)
