@@ -2,8 +2,7 @@
 
 from tabom.cli.commands import ModelArguments, PromptArguments
 from tabom.cli.model import load_to_sample
-from tabom.cli.prompts import read
-from tabom.lab.tasks import make_task
+from tabom.cli.prompts import read, read_task
 from tabom.sampling.answerable import empty_prompts
 from tabom.sampling.collect import check_samples, collect
 from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
@@ -21,11 +20,7 @@ def run(
         raise ValueError(f"task={arguments.task!r}, prompts={arguments.prompts!r}: give exactly one of them")
     check_samples(config.samples_per_prompt, sampler)
     if arguments.task is not None:
-        if arguments.split not in (None, "train", "test"):
-            raise ValueError(f"split={arguments.split!r}: a task has the splits train and test")
-        task = make_task(arguments.task, **({"givens": arguments.givens} if arguments.task == "sudoku" else {}))
-        prompts = task.prompt_set(arguments.num_prompts, arguments.split or "train", arguments.prompt_seed)
-        sampler.max_new_tokens = sampler.max_new_tokens or task.response_length
+        prompts, sampler = read_task(arguments, sampler, arguments.split or "train")
     else:
         prompts = read(arguments, arguments.prompts, default_split="train")
     model = load_to_sample(model_arguments)

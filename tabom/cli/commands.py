@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from tabom.data.sources import READERS
 from tabom.evaluation.config import EvaluateConfig
 from tabom.lab.config import PlanConfig, PretrainConfig, QuickstartConfig, StudyConfig
+from tabom.rounds.config import ImproveConfig
 from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig, check_at_least
 from tabom.training.settings import TabomSettings
 
@@ -203,7 +204,7 @@ class ReportArguments:
 
 @dataclass
 class DataArguments:
-    """What is learnt from, and whether by an adapter."""
+    """What is learnt from."""
 
     data: str | None = field(
         default=None,
@@ -227,13 +228,6 @@ class DataArguments:
         metadata={"help": "Also read `<data>.rejected`, the wrong responses of collect; for --objective policy."},
     )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip lines that do not parse."})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Layers that get an adapter."}
-    )
     random_weights: bool = field(
         default=False,
         metadata={"help": "Dry run: the model's architecture with random weights, on made-up data, to see its cost."},
@@ -241,10 +235,26 @@ class DataArguments:
     scale: Literal["full", "tiny"] = field(default="full", metadata={"help": "Size of the dry run's model."})
 
     def __post_init__(self) -> None:
-        for name in ("early_stopping_patience", "lora_r", "lora_alpha"):
-            check_at_least(name, getattr(self, name), 1)
+        check_at_least("early_stopping_patience", self.early_stopping_patience, 1)
         for name in ("data", "eval_data"):
             check_file(name, getattr(self, name))
+
+
+@dataclass
+class AdapterArguments:
+    """Whether an adapter is trained."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Layers that get an adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: expected a share in [0, 1)")
 
@@ -288,11 +298,18 @@ COMMANDS = {
         (ReportArguments, ModelArguments),
         "One self-contained HTML file: tabom report RUN_OR_FILE... -o report.html",
     ),
-    "train": Command("train", (DataArguments, ModelArguments, TabomSettings), "Post-train on trajectories.", True),
+    "train": Command(
+        "train", (DataArguments, AdapterArguments, ModelArguments, TabomSettings), "Post-train on trajectories.", True
+    ),
+    "improve": Command(
+        "improve",
+        (PromptArguments, ModelArguments, EngineConfig, ImproveConfig, AdapterArguments, TabomSettings),
+        "Rounds: answer prompts with the current weights, judge the answers, and train on them.",
+    ),
     "merge": Command("merge", (MergeArguments,), "Merge an adapter into its base: a model that loads without either."),
     "plan": Command(
         "plan",
-        (PlanConfig, DataArguments, ModelArguments, TabomSettings),
+        (PlanConfig, AdapterArguments, ModelArguments, TabomSettings),
         "What a whole run computes, part by part.",
         True,
     ),

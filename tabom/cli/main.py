@@ -20,6 +20,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
   report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
+  improve       rounds: answer prompts, judge the answers, train on them, again
   merge         an adapter and its base become one model, which loads everywhere
   plan          what a whole run computes, part by part; --recipe NAME --prompts N --gpus N
   quickstart    the whole path on the model that ships with the package, in some three minutes
@@ -31,6 +32,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 GOES_ON = {
     "collect": "the same command goes on where it stopped",
     "evaluate": "the same command goes on where it stopped",
+    "improve": "the same command goes on where it stopped",
     "train": "the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
 }
 """How to continue after Ctrl-C, by command."""

@@ -3,18 +3,18 @@
 from rich.console import Console
 from rich.table import Table
 
-from tabom.cli.commands import DataArguments, ModelArguments
+from tabom.cli.commands import AdapterArguments, ModelArguments
 from tabom.lab.config import PlanConfig
 from tabom.lab.plan import architecture, plan
 from tabom.training.config import TabomConfig
 
 
-def run(config: PlanConfig, data: DataArguments, model_arguments: ModelArguments, training: TabomConfig) -> None:
+def run(config: PlanConfig, adapter: AdapterArguments, model_arguments: ModelArguments, training: TabomConfig) -> None:
     """Prints FLOP and predicted GPU hours of every part, by the plain loop, exact, and with the block cache."""
     window = training.supervised_window if isinstance(training.supervised_window, int) else config.response
     model = architecture(model_arguments.model)
     plans = {
-        how: plan(model, config, how, training.num_train_epochs, min(window, config.response), data.use_peft)
+        how: plan(model, config, how, training.num_train_epochs, min(window, config.response), adapter.use_peft)
         for how in ("plain", "exact", "block cache")
     }
     table = Table(

@@ -1,10 +1,13 @@
 """Reads the prompts and the verifier that the arguments of a command name."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tabom.cli.commands import ReadingArguments
+from tabom.cli.commands import PromptArguments, ReadingArguments
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
+from tabom.lab.tasks import make_task
+from tabom.sampling.config import SamplerConfig
 
 
 def read(arguments: ReadingArguments, source: str, default_split: str) -> PromptSet:
@@ -25,6 +28,15 @@ def read(arguments: ReadingArguments, source: str, default_split: str) -> Prompt
     if invalid:
         print(f"{source}: {invalid} invalid lines left out")
     return prompts
+
+
+def read_task(arguments: PromptArguments, sampler: SamplerConfig, split: str) -> tuple[PromptSet, SamplerConfig]:
+    """The prompts of a task of the lab, and the sampler with the length of its responses."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: a task has the splits train and test")
+    task = make_task(arguments.task, **({"givens": arguments.givens} if arguments.task == "sudoku" else {}))
+    prompts = task.prompt_set(arguments.num_prompts, split, arguments.prompt_seed)
+    return prompts, replace(sampler, max_new_tokens=sampler.max_new_tokens or task.response_length)
 
 
 def verifier_settings(arguments: ReadingArguments) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from tabom.cli.commands import DataArguments, ModelArguments
+from tabom.cli.commands import AdapterArguments, DataArguments, ModelArguments
 from tabom.cli.model import load_model
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
 from tabom.data.sources import REJECTED, open_records
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:
+def run(
+    arguments: DataArguments, adapter: AdapterArguments, model_arguments: ModelArguments, config: TabomConfig
+) -> None:
     """Trains and saves a model, or makes the dry run of `--random-weights`."""
     if (arguments.data is None) != arguments.random_weights:
         raise ValueError(
             f"data={arguments.data!r}, random_weights={arguments.random_weights}: give exactly one of them"
         )
-    if model_arguments.adapt and arguments.use_peft:
+    if model_arguments.adapt and adapter.use_peft:
         raise ValueError(
             "adapt=True with use_peft=True: an adapter does not train the new mask token; train all weights, or adapt "
             "and save the model first (tabom.load)"
@@ -40,7 +42,7 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
         )
     set_seed(config.seed)
     if arguments.random_weights:
-        random_weights_run(arguments, model_arguments, config)
+        random_weights_run(arguments, adapter, model_arguments, config)
         return
     callbacks = check_evaluation(arguments, config)
     check_data(arguments, config)
@@ -56,7 +58,7 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
         eval_sampler=parse_sampler(config.eval_sampler, SamplerConfig()) if config.eval_sampler else None,
         callbacks=callbacks,
         processing_class=diffusion_model.tokenizer,
-        peft_config=lora_config(arguments) if arguments.use_peft else None,
+        peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
@@ -130,7 +132,9 @@ def read_data(
     return concatenate_datasets(tables)
 
 
-def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments, config: TabomConfig) -> None:
+def random_weights_run(
+    arguments: DataArguments, adapter: AdapterArguments, model_arguments: ModelArguments, config: TabomConfig
+) -> None:
     """The dry run of `--random-weights`."""
     if arguments.scale == "full" and config.device.type == "cpu":
         raise ValueError("random_weights=True with scale='full': no GPU; --scale tiny runs on a CPU")
@@ -142,22 +146,22 @@ def random_weights_run(arguments: DataArguments, model_arguments: ModelArguments
         config.device,
     )
     peft_config = None
-    if arguments.use_peft and find_spec("peft"):
-        peft_config = lora_config(arguments)
-    elif arguments.use_peft:
-        layers = arguments.lora_target_modules
+    if adapter.use_peft and find_spec("peft"):
+        peft_config = lora_config(adapter)
+    elif adapter.use_peft:
+        layers = adapter.lora_target_modules
         print(f"peft is not installed: {', '.join(layers)} are trained themselves, in place of an adapter on them")
         train_only(diffusion_model.model, layers)
     dry_run(diffusion_model, config, peft_config)
 
 
-def lora_config(arguments: DataArguments) -> "LoraConfig":
+def lora_config(adapter: AdapterArguments) -> "LoraConfig":
     """The adapter that `--use_peft` asks for."""
     from peft import LoraConfig
 
     return LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.lora_target_modules,
     )

@@ -240,7 +240,7 @@ def attempt_record(
 ) -> dict[str, Any]:
     """What is written of an attempt: the trajectory, the verdict, and what a policy loss needs of both."""
     record = {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict(), "reward": verdict.reward}
-    record["group"] = prompt_group(trajectory.prompt)
+    record |= {"group": prompt_group(trajectory.prompt), "positions": completion.positions}
     if completion.logprob is not None:
         record["temperature"] = sampler.temperature
     if completion.given_up:

@@ -218,6 +218,21 @@ class TabomTrainer(CheckpointingTrainer):
             )
         return super().train(resume_from_checkpoint, **kwargs)
 
+    def train_on(self, train_dataset: Records, output_dir: str, seed: int) -> list[dict[str, float]]:
+        """Trains the weights as they are on other data, with a new optimizer and schedule; returns the log.
+
+        A training of the same data in `output_dir` that was interrupted goes on from its newest checkpoint.
+        """
+        own = {name: getattr(self.args, name) for name in ("output_dir", "seed")}
+        self.args.output_dir, self.args.seed = output_dir, seed
+        self.train_dataset = self._reader.train(train_dataset)
+        self.data_collator.temperature = self._reader.sampling_temperature(self.train_dataset)
+        self.optimizer = None
+        self.train(resume_from_checkpoint="auto")
+        for name, value in own.items():
+            setattr(self.args, name, value)
+        return self.state.log_history
+
     def _describe_run(self) -> dict[str, Any]:
         """All that decides the weights, as JSON values, the same on every rank and for any number of ranks."""
         adapters = getattr(self.model, "peft_config", {})
@@ -232,6 +247,7 @@ class TabomTrainer(CheckpointingTrainer):
         shuffle = self.args.train_sampling_strategy != "sequential"
         together = self._together(self._train_batch_size)
         self._sampler = EpochSampler(len(self.train_dataset), self.args.seed, shuffle, together)
+        self.remove_callback(FollowEpoch)  # of an earlier training
         self.add_callback(FollowEpoch(self._sampler))
         return self._sampler
 

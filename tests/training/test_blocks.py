@@ -323,7 +323,10 @@ def test_complementary_masks_mask_each_token_once(rng, seed, objective, block_si
             {"min_mask_rate": 0.1},
             "^min_mask_rate=0.1 with objective='tabom': it has an effect with nelbo, random_ratio",
         ),
-        ({"objective": "nelbo", "every_cut": True}, "^every_cut=True with objective='nelbo': .* tabom, window, policy only"),
+        (
+            {"objective": "nelbo", "every_cut": True},
+            "^every_cut=True with objective='nelbo': .* tabom, window, policy only",
+        ),
         (
             {"objective": "nelbo", "min_mask_rate": 0.9, "max_mask_rate": 0.1},
             "^min_mask_rate=0.9 with max_mask_rate=0.1",
