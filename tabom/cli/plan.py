@@ -20,7 +20,7 @@ def run(config: PlanConfig, data: DataArguments, model_arguments: ModelArguments
     table = Table(
         "part",
         *(f"{how}: {what}" for how in plans for what in ("FLOP", "H100 h")),
-        title=f"{model_arguments.model}, {config.prompts} prompts: predicted, not measured",
+        title=f"{model_arguments.model}, {config.num_prompts} prompts: predicted, not measured",
     )
     for parts in zip(*plans.values(), strict=True):
         cells = [cell for part in parts for cell in (f"{part.flop:.1e}", f"{part.hours(config):.1f}")]

@@ -49,11 +49,16 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         limit: the most trajectories of each file or cell.
 
     Raises:
+        FileNotFoundError: an input does not exist.
         ValueError: a folder of neither kind, or a file or one of its lines that does not parse.
     """
     found = Gathered()
     for name in inputs:
         path = Path(name)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: no such file or folder; give trajectories, or a run's or evaluation's folder"
+            )
         if not path.is_dir():
             output = path.with_suffix("") if path.suffix == ".rejected" else path
             settings = TrajectoryFile(output).settings()
@@ -65,7 +70,7 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         if (path / "results.json").exists():
             found.results += read_json(path / "results.json", list, TORN_RESULTS)
         if (path / "comparison.json").exists():
-            found.comparisons += read_json(path / "comparison.json", dict, TORN_RESULTS)["comparisons"]
+            found.comparisons += read_json(path / "comparison.json", list, TORN_RESULTS)
         cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
         for cell in cells:
             responses = ResponseFolder(cell)

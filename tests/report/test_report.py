@@ -91,8 +91,8 @@ def test_the_page_knows_the_blocks_of_each_token(tmp_path):
 def test_everything_is_found(tmp_path, capsys):
     """Answers and tables of an evaluation, the log of a training run, a file of collect and its rejected answers."""
     evaluated, run, collected = tmp_path / "evaluated", tmp_path / "run", tmp_path / "t.jsonl"
-    sampler = ["--tasks", "addition", "--num_prompts", "4", "--samplers", "tokens_per_step=1,max_new_tokens=4"]
-    compared = ["--compare", str(SHIPPED_PATH), str(SHIPPED_PATH), "--models", str(SHIPPED_PATH)]
+    sampler = ["--task", "addition", "--num_prompts", "4", "--samplers", "tokens_per_step=1,max_new_tokens=4"]
+    compared = ["--model", str(SHIPPED_PATH), "shipped-block"]
     assert main(["evaluate", *sampler, *compared, "--output_dir", str(evaluated)]) == 0
     assert main(["collect", "--task", "subtraction", "--num_prompts", "12", "--output", str(collected)]) == 0
     run.mkdir()
