@@ -181,10 +181,6 @@ class ExportArguments:
     )
     push_to: str | None = field(default=None, metadata={"help": "Hub name of a data set to push to."})
 
-    def __post_init__(self) -> None:
-        for source in self.data:
-            check_file("data", source)
-
 
 @dataclass
 class MergeArguments:
