@@ -65,7 +65,7 @@ gpu-models:
 	$(PYTHON) -m benchmarks.scaling
 	$(PYTHON) -m benchmarks.sampler
 	$(PYTHON) -m benchmarks.trainer
-	$(PYTHON) -m tabom train --recipe dream_prm12k --random-weights --max-steps 3
+	$(PYTHON) -m tabom train --recipe dream_prm12k --dry_run --max_steps 3
 
 # The mark is touched only once all is installed, so an interrupted set-up is taken up again.
 # torch comes first: once its pinned version is there, nothing pulls another build.

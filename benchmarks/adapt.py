@@ -68,7 +68,7 @@ def measure() -> dict[str, Any]:
             for cell in json.loads((FOLDER / "runs/evaluation/results.json").read_text())
             if cell["sampler"] == "tokens_per_step=1"
         },
-        "comparisons": json.loads((FOLDER / "runs/evaluation/comparison.json").read_text())["comparisons"],
+        "comparisons": json.loads((FOLDER / "runs/evaluation/comparison.json").read_text())[0]["comparisons"],
     }
 
 

@@ -105,7 +105,7 @@ def test_the_page_from_a_gsm8k_file_to_an_evaluated_adapter(tmp_path, monkeypatc
     assert len(records) > 30 and all(record["correct"] is True and "equals" in record["why"] for record in records)
     assert Path("runs/llada-gsm8k/adapter_model.safetensors").exists()
     assert "eval_accuracy" in Path("runs/llada-gsm8k/README.md").read_text()
-    comparison = json.loads(Path("runs/evaluation/comparison.json").read_text())["comparisons"]
+    comparison = json.loads(Path("runs/evaluation/comparison.json").read_text())[0]["comparisons"]
     assert {each["prompts"]: each["problems"] for each in comparison} == {"gsm8k_test.jsonl": 16, "math500.jsonl": 6}
     assert all(each["base"]["mean"] > 0.4 for each in comparison), "the lab's model knows sums"
     assert Path("runs/report.html").stat().st_size > 10_000

@@ -30,13 +30,11 @@ hf_argparser = load_module("transformers", "hf_argparser")
 HfArgumentParser, string_to_bool = hf_argparser.HfArgumentParser, hf_argparser.string_to_bool
 """transformers' parser, without the import of transformers, which takes most of a second."""
 
+OUTPUTS = ("output", "output_dir")
+"""Where a command writes, a file or a folder; `-o` in every command."""
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 """YAML files that ship with the package, for `--recipe`."""
-
-TRAINING_ARGUMENTS = """Every field of transformers' TrainingArguments is taken as well, such as --output_dir,
---num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,
---eval_strategy, --save_steps and --report_to; --help_all lists them all."""
-"""Below the help of a command that trains."""
 
 
 def parse_arguments(
@@ -46,6 +44,8 @@ def parse_arguments(
     description: str,
     takes_recipe: bool = False,
     other_fields: Mapping[str, Field] | None = None,
+    hidden: Sequence[type] = (),
+    epilog: str | None = None,
 ) -> tuple:
     """Returns an instance of each dataclass. The command line overrides the YAML file, which overrides the recipe.
 
@@ -53,18 +53,28 @@ def parse_arguments(
         takes_recipe: `--recipe NAME` reads a YAML file of the package.
         other_fields: fields of a dataclass that is not imported. Their names, numbers and choices are checked; the
             rest is left to a later call with this dataclass. `--help_all` lists them, `--help` does not.
+        hidden: dataclasses whose fields `--help_all` lists and `--help` does not.
+        epilog: what `--help` says of the fields that it does not list.
 
     Raises:
         ValueError: the file is not a mapping, or has a field that no dataclass knows.
         SystemExit: the command line is wrong (the parser has printed why).
     """
     usage = f"{prog} [--config FILE.yaml]{' [--recipe NAME]' if takes_recipe else ''} [--FIELD VALUE ...]"
-    parser = Parser(dataclass_types, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    show_all = "--help_all" in argv
+    parser = Parser(
+        dataclass_types,
+        prog=prog,
+        usage=usage,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=Formatter,
+        hidden=() if show_all else hidden,
+    )
     if other_fields is not None:
-        show_all = "--help_all" in argv
         parser.add_others(other_fields, show_all)
         parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
-        parser.epilog = None if show_all else TRAINING_ARGUMENTS
+        parser.epilog = None if show_all else epilog
     parser.add_argument("--config", metavar="FILE.yaml", help="Fields and their values; the command line wins.")
     files = {"config": parser.parse_option("--config", argv)}
     if takes_recipe:
@@ -82,31 +92,81 @@ def parse_arguments(
             apply_config(parser, fields)
     if takes_training_settings:
         argv = options_under_new_names(argv)
+    parser.check_known_options(argv)
     *instances, _files, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        options = [name for name in parser._option_string_actions if name.startswith("--")]
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion(unknown[0].partition('=')[0], options)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(instances)
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help with one name and one default for each option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`-o, --output TEXT`: without the spelling with dashes."""
+        names = [name for name in action.option_strings if name[:2] != "--"]
+        names += [name for name in action.option_strings if name[:2] == "--"][:1]
+        value = (
+            "" if action.nargs == 0 else f" {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
+        return ", ".join(names) + ("" if action.type is string_to_bool else value)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """What kind of value an option takes."""
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """The help, with the default unless the help says it or there is none."""
+        says = action.help or ""
+        if action.required:
+            return f"{says} Required."
+        has_default = not any(action.default is each for each in (None, False, argparse.SUPPRESS))
+        if not has_default or "Default" in says or action.nargs == 0:
+            return says
+        return f"{says} Default: %(default)s."
 
 
 class Parser(HfArgumentParser):
     """A parser whose errors are one line, without the usage, which has a hundred fields."""
 
+    def __init__(self, dataclass_types: Sequence[type], hidden: Sequence[type] = (), **options: Any) -> None:
+        self.hidden = hidden
+        super().__init__(dataclass_types, **options)
+
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        """Adds the fields of a dataclass as a group with the title of its docstring."""
+        """Adds the fields of a dataclass as a group with the title of its docstring; `output` is `-o` too."""
         group = self.add_argument_group((dtype.__doc__ or dtype.__name__).partition("\n")[0].rstrip("."))
         types = get_type_hints(dtype)
-        for field in dataclasses.fields(dtype):
+        own = vars(dtype).get("__annotations__", {})
+        for field in sorted(
+            dataclasses.fields(dtype), key=lambda field: field.name not in own
+        ):  # before inherited ones
             if field.init:
                 field.type = types[field.name]
                 self._parse_dataclass_field(group, field)
+        for action in group._group_actions:
+            if dtype in self.hidden or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
+
+    def check_known_options(self, argv: Sequence[str]) -> None:
+        """Ends with an error for an option that there is not, before one that is missing is asked for."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in argv:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                self.error(f"unrecognized argument: {name}{suggestion(name, known)}")
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: dataclasses.Field) -> None:
         if field.type in (int | str, int | str | None):  # HfArgumentParser would accept only integers
             field.type = str if field.type == int | str else str | None
+        if field.name in OUTPUTS:
+            field.metadata = {**field.metadata, "aliases": "-o"}
         HfArgumentParser._parse_dataclass_field(parser, field)
 
     def add_others(self, fields: Mapping[str, Field], show: bool) -> None:
@@ -122,6 +182,7 @@ class Parser(HfArgumentParser):
                 options += [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
             group.add_argument(
                 *dict.fromkeys(options),
+                *(["-o"] if name in OUTPUTS else []),
                 default=field.default,
                 type=types.get(field.annotation.partition(" | ")[0], str),
                 nargs="?" if "bool" in field.annotation else field.nargs,

@@ -3,17 +3,17 @@
 from tabom.cli.commands import ModelArguments, PromptArguments
 from tabom.cli.model import load_to_sample
 from tabom.cli.prompts import read, read_task
-from tabom.sampling.answerable import empty_prompts
+from tabom.sampling.answerable import empty_prompts, remarks_on
 from tabom.sampling.collect import check_samples, collect
 from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
 
 
 def run(
     arguments: PromptArguments,
+    config: CollectConfig,
     model_arguments: ModelArguments,
     sampler: SamplerConfig,
     engine: EngineConfig,
-    config: CollectConfig,
 ) -> None:
     """Makes the attempts and prints how many were right."""
     if (arguments.task is None) == (arguments.prompts is None):
@@ -27,6 +27,8 @@ def run(
     if arguments.skip_invalid and (empty := empty_prompts(model, prompts)):
         prompts = prompts.without(empty)
         print(f"{prompts.name}: {len(empty)} prompts without a token left out, which this model cannot answer")
+    for remark in remarks_on(model, prompts, config.max_prompt_length):
+        print(remark)
     report = collect(model, prompts, sampler, config, engine)
     if report is None:
         return  # only the first process prints

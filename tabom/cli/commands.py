@@ -9,7 +9,7 @@ from tabom.data.sources import READERS
 from tabom.evaluation.config import EvaluateConfig
 from tabom.lab.config import PlanConfig, PretrainConfig, QuickstartConfig, StudyConfig
 from tabom.rounds.config import ImproveConfig
-from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig, check_at_least
+from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig, check_at_least, check_output_file
 from tabom.training.settings import TabomSettings
 
 
@@ -46,6 +46,19 @@ class ModelArguments:
     )
     mask_token_id: int | None = field(default=None, metadata={"help": "Where config.json does not say it."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+@dataclass
+class ModelsArguments(ModelArguments):
+    """Which models."""
+
+    model: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders or hub names; the first is the base that the others are compared with. Default: the tiny "
+            "model that ships with the package."
+        },
+    )
 
 
 @dataclass
@@ -89,6 +102,10 @@ class ReadingArguments:
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip records that do not parse."})
 
     def __post_init__(self) -> None:
+        if self.prompt_template is not None and not Path(self.prompt_template).is_file():
+            raise FileNotFoundError(f"prompt_template={self.prompt_template}: no such file")
+        if self.verifier == "regex" and self.answer_pattern is None:
+            raise ValueError("verifier='regex': give --answer_pattern, a pattern whose one group is the answer")
         if self.verifier_timeout is not None and not self.verifier_timeout > 0:
             raise ValueError(f"verifier_timeout={self.verifier_timeout}: expected above 0 seconds")
 
@@ -121,6 +138,7 @@ class GenerateArguments:
     """What is answered and how it is shown."""
 
     prompt: list[str] = field(metadata={"help": "One or more prompts."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Opens every conversation."})
     animate: bool = field(default=False, metadata={"help": "Show the tokens appear, step by step."})
     color_by: Literal["step", "certainty"] = field(
         default="step", metadata={"help": "What the colours of the animation mean."}
@@ -131,11 +149,10 @@ class GenerateArguments:
 class EvaluateArguments(ReadingArguments):
     """What is evaluated on what."""
 
-    models: list[str] | None = field(default=None, metadata={"help": "Folders or hub names. Default: that of --model."})
     prompts: list[str] | None = field(
         default=None, metadata={"help": "JSONL, JSON, Parquet or CSV files, folders of `datasets`, or hub names."}
     )
-    tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of the lab, on held-out prompts."})
+    task: list[str] | None = field(default=None, metadata={"help": "Tasks of the lab, on held-out prompts."})
     num_prompts: int | None = field(
         default=None, metadata={"help": "The first so many of each prompt set; of a task 500 by default."}
     )
@@ -144,17 +161,12 @@ class EvaluateArguments(ReadingArguments):
         default=None,
         metadata={"help": "Settings as field=value,field=value, each a column of its own, on top of the others given."},
     )
-    compare: list[str] | None = field(
-        default=None, metadata={"help": "Two models, base and tuned: evaluates both and compares them in pairs."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for source in self.prompts or []:
             check_file("prompts", source)
         check_at_least("num_prompts", self.num_prompts, 1)
-        if self.compare is not None and len(self.compare) != 2:
-            raise ValueError(f"compare={self.compare}: expected two models, base and tuned")
 
 
 @dataclass
@@ -187,10 +199,11 @@ class MergeArguments:
 class ReportArguments:
     """What is reported."""
 
-    inputs: list[str] = field(
-        metadata={"help": "Files of trajectories, folders of training runs or evaluations; --inputs may be left out."}
+    inputs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files of trajectories, folders of training runs or evaluations; --inputs may be left out."},
     )
-    output: str = field(default="report.html", metadata={"help": "The file, also -o."})
+    output: str = field(default="report.html", metadata={"help": "HTML file."})
     title: str = field(default="TABOM report", metadata={"help": "Heading of the page."})
     limit: int = field(default=200, metadata={"help": "Responses of each file or cell."})
     replay: bool = field(
@@ -200,6 +213,9 @@ class ReportArguments:
 
     def __post_init__(self) -> None:
         check_at_least("limit", self.limit, 1)
+        check_output_file("output", self.output)
+        if not self.inputs:
+            raise ValueError("nothing to report: give trajectories, or a run's or evaluation's folder, before -o")
 
 
 @dataclass
@@ -228,9 +244,9 @@ class DataArguments:
         metadata={"help": "Also read `<data>.rejected`, the wrong responses of collect; for --objective policy."},
     )
     skip_invalid: bool = field(default=False, metadata={"help": "Count and skip lines that do not parse."})
-    random_weights: bool = field(
+    dry_run: bool = field(
         default=False,
-        metadata={"help": "Dry run: the model's architecture with random weights, on made-up data, to see its cost."},
+        metadata={"help": "Train the model's architecture with random weights, on made-up data, to see its cost."},
     )
     scale: Literal["full", "tiny"] = field(default="full", metadata={"help": "Size of the dry run's model."})
 
@@ -276,7 +292,16 @@ class Command(NamedTuple):
     types: tuple[type, ...]
     description: str
     takes_recipe: bool = False
+    hidden: tuple[type, ...] = ()  # fields that --help leaves out
+    epilog: str | None = None  # what --help says of them
 
+
+TRAINING_ARGUMENTS = """Every field of transformers' TrainingArguments is taken as well, such as --output_dir,
+--num_train_epochs, --max_steps, --learning_rate, --per_device_train_batch_size, --gradient_accumulation_steps, --bf16,
+--eval_strategy, --save_steps and --report_to; --help_all lists them all."""
+
+PLAN_ARGUMENTS = """Every field of `tabom train` is taken as well, so that a recipe fits; --model, --use_peft,
+--num_train_epochs and --supervised_window decide the cost. --help_all lists them all."""
 
 COMMANDS = {
     "generate": Command(
@@ -284,12 +309,12 @@ COMMANDS = {
     ),
     "collect": Command(
         "collect",
-        (PromptArguments, ModelArguments, SamplerConfig, EngineConfig, CollectConfig),
+        (PromptArguments, CollectConfig, ModelArguments, SamplerConfig, EngineConfig),
         "Answer a prompt set and keep the right answers with their decoding order.",
     ),
     "evaluate": Command(
         "evaluate",
-        (EvaluateArguments, ModelArguments, SamplerConfig, EngineConfig, EvaluateConfig),
+        (EvaluateArguments, EvaluateConfig, ModelsArguments, SamplerConfig, EngineConfig),
         "Answer prompt sets with one or several models and measure the answers; every answer is kept.",
     ),
     "export": Command("export", (ExportArguments,), "Trajectories in other formats."),
@@ -299,19 +324,26 @@ COMMANDS = {
         "One self-contained HTML file: tabom report RUN_OR_FILE... -o report.html",
     ),
     "train": Command(
-        "train", (DataArguments, AdapterArguments, ModelArguments, TabomSettings), "Post-train on trajectories.", True
+        "train",
+        (DataArguments, AdapterArguments, ModelArguments, TabomSettings),
+        "Post-train on trajectories.",
+        takes_recipe=True,
+        epilog=TRAINING_ARGUMENTS,
     ),
     "improve": Command(
         "improve",
         (PromptArguments, ModelArguments, EngineConfig, ImproveConfig, AdapterArguments, TabomSettings),
         "Rounds: answer prompts with the current weights, judge the answers, and train on them.",
+        epilog=TRAINING_ARGUMENTS,
     ),
     "merge": Command("merge", (MergeArguments,), "Merge an adapter into its base: a model that loads without either."),
     "plan": Command(
         "plan",
-        (PlanConfig, AdapterArguments, ModelArguments, TabomSettings),
+        (PlanConfig, DataArguments, AdapterArguments, ModelArguments, TabomSettings),
         "What a whole run computes, part by part.",
-        True,
+        takes_recipe=True,
+        hidden=(DataArguments, AdapterArguments, ModelArguments, TabomSettings),
+        epilog=PLAN_ARGUMENTS,
     ),
     "quickstart": Command("quickstart", (QuickstartConfig,), "The whole path, small."),
     "lab pretrain": Command("lab_pretrain", (PretrainConfig,), "Pre-train a model like those of the package."),

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from tabom.cli.commands import ExportArguments
+from tabom.cli.commands import ExportArguments, check_file
 from tabom.data.json_files import to_json
 from tabom.data.sources import READERS, read_records
 
@@ -20,6 +20,8 @@ Record = dict[str, Any]
 def run(arguments: ExportArguments) -> None:
     """Reads all records, writes and pushes them."""
     to = chosen_format(arguments)
+    for source in arguments.data:
+        check_file("data", source)
     records = [record for source in arguments.data for record in valid(source)]
     if not any(records):
         raise ValueError(f"data={arguments.data}: no record to export")

@@ -16,14 +16,14 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
 
   generate      answer prompts; --animate shows the tokens appear
   collect       answer a prompt set and keep the right answers with their decoding order
-  evaluate      measure models on prompt sets; --compare BASE TUNED
+  evaluate      measure models on prompt sets; --model BASE TUNED compares them
   export        trajectories as Parquet, CSV, JSON lines or a data set of the hub
   report        one HTML page of responses, training curves and evaluations
   train         post-train on trajectories; --recipe NAME as published
   improve       rounds: answer prompts, judge the answers, train on them, again
   merge         an adapter and its base become one model, which loads everywhere
-  plan          what a whole run computes, part by part; --recipe NAME --prompts N --gpus N
-  quickstart    the whole path on the model that ships with the package, in some three minutes
+  plan          what a whole run computes, part by part; --recipe NAME --num_prompts N --gpus N
+  quickstart    the whole path on the model that ships with the package, in a few minutes
   lab pretrain  make that model again, from nothing
   lab study     the objectives compared: a grid of runs, a table, two pictures
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tabom {name}: error: needs {package}; pip install 'tabom[{EXTRAS[package]}]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(printable(f"tabom {name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
+        print(printable(f"tabom {name}: error: {message_of(error)}"), file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"tabom {name}: error: {error}", file=sys.stderr)
@@ -98,8 +98,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     from tabom.cli.arguments import parse_arguments
     from tabom.cli.training_arguments import training_fields
 
-    _, types, description, takes_recipe = COMMANDS[name]
-    options = {"prog": f"tabom {name}", "description": description, "takes_recipe": takes_recipe}
+    _, types, *rest = COMMANDS[name]
+    options = dict(zip(("description", "takes_recipe", "hidden", "epilog"), rest, strict=True), prog=f"tabom {name}")
     if name == "report":
         argv = name_inputs(argv)
     if types[-1] is not TabomSettings:
@@ -108,6 +108,13 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     from tabom.training.config import TabomConfig
 
     return parse_arguments((*types[:-1], TabomConfig), argv, **options)
+
+
+def message_of(error: ValueError | OSError) -> str:
+    """The message of an error in one line; of an error of the system the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split())
 
 
 def no_connection() -> type[Exception]:

@@ -3,13 +3,19 @@
 from rich.console import Console
 from rich.table import Table
 
-from tabom.cli.commands import AdapterArguments, ModelArguments
+from tabom.cli.commands import AdapterArguments, DataArguments, ModelArguments
 from tabom.lab.config import PlanConfig
 from tabom.lab.plan import architecture, plan
 from tabom.training.config import TabomConfig
 
 
-def run(config: PlanConfig, adapter: AdapterArguments, model_arguments: ModelArguments, training: TabomConfig) -> None:
+def run(
+    config: PlanConfig,
+    data: DataArguments,
+    adapter: AdapterArguments,
+    model_arguments: ModelArguments,
+    training: TabomConfig,
+) -> None:
     """Prints FLOP and predicted GPU hours of every part, by the plain loop, exact, and with the block cache."""
     window = training.supervised_window if isinstance(training.supervised_window, int) else config.response
     model = architecture(model_arguments.model)
@@ -20,7 +26,7 @@ def run(config: PlanConfig, adapter: AdapterArguments, model_arguments: ModelArg
     table = Table(
         "part",
         *(f"{how}: {what}" for how in plans for what in ("FLOP", "H100 h")),
-        title=f"{model_arguments.model}, {config.prompts} prompts: predicted, not measured",
+        title=f"{model_arguments.model}, {config.num_prompts} prompts: predicted, not measured",
     )
     for parts in zip(*plans.values(), strict=True):
         cells = [cell for part in parts for cell in (f"{part.flop:.1e}", f"{part.hours(config):.1f}")]

@@ -1,14 +1,16 @@
 """`tabom train`: post-trains on trajectories."""
 
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from tabom.cli.commands import AdapterArguments, DataArguments, ModelArguments
 from tabom.cli.model import load_model
+from tabom.data.progress import Lines
 from tabom.data.prompts import PromptReader, PromptSet, read_prompts
 from tabom.data.sources import REJECTED, open_records
 from tabom.data.tokenized import tokenize
@@ -25,11 +27,9 @@ if TYPE_CHECKING:
 def run(
     arguments: DataArguments, adapter: AdapterArguments, model_arguments: ModelArguments, config: TabomConfig
 ) -> None:
-    """Trains and saves a model, or makes the dry run of `--random-weights`."""
-    if (arguments.data is None) != arguments.random_weights:
-        raise ValueError(
-            f"data={arguments.data!r}, random_weights={arguments.random_weights}: give exactly one of them"
-        )
+    """Trains and saves a model, or makes the dry run of `--dry_run`."""
+    if (arguments.data is None) != arguments.dry_run:
+        raise ValueError(f"data={arguments.data!r}, dry_run={arguments.dry_run}: give exactly one of them")
     if model_arguments.adapt and adapter.use_peft:
         raise ValueError(
             "adapt=True with use_peft=True: an adapter does not train the new mask token; train all weights, or adapt "
@@ -41,10 +41,13 @@ def run(
             "ones; only policy learns from both"
         )
     set_seed(config.seed)
-    if arguments.random_weights:
-        random_weights_run(arguments, adapter, model_arguments, config)
+    if arguments.dry_run:
+        dry_run_of(arguments, adapter, model_arguments, config)
         return
     callbacks = check_evaluation(arguments, config)
+    if not sys.stderr.isatty() and not config.disable_tqdm:
+        config.disable_tqdm = True
+        callbacks.append(ProgressLines())
     check_data(arguments, config)
     eval_prompts = read_eval_prompts(config)
     diffusion_model = load_model(model_arguments)
@@ -66,6 +69,17 @@ def run(
     trainer.save_state()  # the training curves of `tabom report`, also where no checkpoint is kept
     trainer.create_model_card()
     print(f"saved to {config.output_dir}" + (f", pushed to {trainer.hub_model_id}" if config.push_to_hub else ""))
+
+
+class ProgressLines(TrainerCallback):
+    """Says every half minute how far the training is, where a bar would fill a log file."""
+
+    def on_train_begin(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.lines = Lines(state.max_steps, begun_with=state.global_step)
+
+    def on_step_end(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.is_world_process_zero:
+            self.lines.show(state.global_step, "training steps")
 
 
 def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:
@@ -132,12 +146,12 @@ def read_data(
     return concatenate_datasets(tables)
 
 
-def random_weights_run(
+def dry_run_of(
     arguments: DataArguments, adapter: AdapterArguments, model_arguments: ModelArguments, config: TabomConfig
 ) -> None:
-    """The dry run of `--random-weights`."""
+    """The dry run of `--dry_run`."""
     if arguments.scale == "full" and config.device.type == "cpu":
-        raise ValueError("random_weights=True with scale='full': no GPU; --scale tiny runs on a CPU")
+        raise ValueError("dry_run=True with scale='full': no GPU; --scale tiny runs on a CPU")
     diffusion_model = random_model(
         model_arguments.model,
         arguments.scale,

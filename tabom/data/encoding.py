@@ -69,6 +69,15 @@ def check_prompt(length: int, logits_shift: int) -> None:
         )
 
 
+def has_unknown_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> bool:
+    """Whether token ids hold the unknown token, which stands for text that the vocabulary does not have.
+
+    Tokenizers whose unknown token ends or pads texts too know all texts.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None)
+    return tokenizer.unk_token_id not in others and tokenizer.unk_token_id in token_ids
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
     """Token ids of a response, with the tokens that the chat template puts after it.
 

@@ -234,7 +234,7 @@ def read_prompts(
             unused.update(unused_fields(record, items[-1].prompt, items[-1].answer))
         except ValueError as error:
             if not skip_invalid:
-                raise ValueError(f"{source}, {place}: {error} (--skip-invalid leaves such lines out)") from error
+                raise ValueError(f"{source}, {place}: {error} (--skip_invalid leaves such lines out)") from error
             invalid += 1
             continue
         untested += has_tests(record) and not is_tests(items[-1].answer)

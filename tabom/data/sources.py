@@ -162,13 +162,29 @@ def load_table(path: Path, name: str, split: str | None, config_name: str | None
     if path.suffix in READERS:
         return load_file(path, READERS[path.suffix])
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    tables = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, config_name, split=split)
+    tables = datasets.load_from_disk(str(path)) if saved else load_from_hub(name, split, config_name)
     if not isinstance(tables, datasets.DatasetDict):
         return Table(tables)
     chosen = split or (next(iter(tables)) if len(tables) == 1 else default_split)
     if chosen not in tables:
         raise ValueError(f"{name}, split={split!r}: expected one of {', '.join(tables)}")
     return Table(tables[chosen], None if split else chosen)
+
+
+def load_from_hub(name: str, split: str | None, config_name: str | None) -> Any:
+    """The data set of a folder of data files or of a name of the hub.
+
+    Raises:
+        FileNotFoundError: neither a folder here nor a data set that the hub gives.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config_name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name}: expected a file, a folder, or a data set that the hub gives (hub: {' '.join(str(error).split())})"
+        ) from error
 
 
 def load_file(path: Path, name: str) -> Table:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,13 @@ from datasets.utils import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from tabom.data.encoding import check_prompt, encode_prompt
+from tabom.data.encoding import check_prompt, encode_prompt, has_unknown_text
 from tabom.data.shapes import unused_fields, warn_of_unused
 from tabom.data.sources import BATCH, Listed, Records, open_records
+from tabom.data.text import printable
 from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,16 @@ FEATURES = Features(
 PROGRESS_BAR_RECORDS = 10_000
 """With fewer records no progress bar is shown, because they are tokenized in seconds."""
 
-NOTES = {"invalid": Value("bool"), "unused": List(Value("string"))}
-"""Further columns of a table in the cache, which has a row for every record: whether it is invalid, and its fields with
-text that is not used. The rows of invalid records and of other methods are empty.
+NOTES = {
+    "invalid": Value("bool"),
+    "unused": List(Value("string")),
+    "prompt cut": Value("bool"),
+    "response cut": Value("bool"),
+    "unknown text": Value("bool"),
+}
+"""Further columns of a table in the cache, which has a row for every record: whether it is invalid, its fields with
+text that is not used, what of it was cut, and whether it has text that the vocabulary does not have. The rows of
+invalid records and of other methods are empty.
 """
 
 
@@ -119,9 +130,18 @@ class Tokenization:
             trajectory = parse_trajectory(record, self.tokenizer, self.vocab_size)
             unused = unused_fields(record, trajectory.prompt, trajectory.response)
             record = trajectory
+        whole = encode_prompt(self.tokenizer, record.prompt)
+        notes = {
+            "prompt cut": self.max_prompt_length is not None and len(whole) > self.max_prompt_length,
+            "response cut": self.max_response_length is not None
+            and len(record.response_token_ids) > self.max_response_length,
+            "unknown text": has_unknown_text(self.tokenizer, [*whole, *record.response_token_ids]),
+        }
         if self.max_response_length is not None:
             record = fit_response(record, self.max_response_length, self.pad_token_id)
-        prompt_token_ids = encode_prompt(self.tokenizer, record.prompt, self.max_prompt_length)
+        prompt_token_ids = whole
+        if notes["prompt cut"]:
+            prompt_token_ids = encode_prompt(self.tokenizer, record.prompt, self.max_prompt_length)
         if self.block_padding is not None:
             block_size, pad_token_id = self.block_padding
             length = len(record.response_token_ids)
@@ -137,7 +157,7 @@ class Tokenization:
         )
         check_prompt(len(tokenized.prompt_token_ids), self.logits_shift)
         others = {name: getattr(record, name) for name in ("temperature", "reward", "group", "method", "data_source")}
-        return {**vars(tokenized), **others, "digest": tokenized.digest(), "unused": unused}
+        return {**vars(tokenized), **others, "digest": tokenized.digest(), "unused": unused, **notes}
 
     def fingerprint(self) -> str:
         """A hash that changes when the settings or the code that makes rows change."""
@@ -201,8 +221,22 @@ def tokenize(
     if not len(kept) and not isinstance(records, Listed):
         others = Counter(each["method"] for each in table if not each["invalid"])
         raise none_left(source, method, others, invalid)
+    warn_of_notes(source, table, tokenization)
     warn_of_unused(source, set(pc.list_flatten(table.data.column("unused")).unique().to_pylist()))
     return table.select(kept).remove_columns(list(NOTES)), invalid
+
+
+def warn_of_notes(source: Any, table: datasets.Dataset, tokenization: Tokenization) -> None:
+    """Says how many prompts and responses were cut, and how many records have text that the vocabulary does not."""
+    name = f"{source}: " if isinstance(source, str | Path) else ""
+    limits = {
+        "prompt cut": f"prompts cut to max_prompt_length={tokenization.max_prompt_length} tokens",
+        "response cut": f"responses cut to max_response_length={tokenization.max_response_length} tokens",
+        "unknown text": "records with text that the model's vocabulary does not have",
+    }
+    for column, words in limits.items():
+        if count := pc.sum(table.data.column(column)).as_py():
+            logger.warning(printable(f"{name}{count} of {len(table)} {words}"))
 
 
 def make_table(records: Records, tokenization: Tokenization, source: Any, num_proc: int | None) -> datasets.Dataset:

@@ -175,7 +175,7 @@ def is_of(method: Sequence[str] | None, record: dict[str, Any]) -> bool:
 def misplaced(source: Any, place: str, error: ValueError) -> ValueError:
     """An error with the place of the record in front."""
     if isinstance(source, str | Path):
-        return ValueError(f"{source}, {place}: {error} (--skip-invalid leaves such lines out)")
+        return ValueError(f"{source}, {place}: {error} (--skip_invalid leaves such lines out)")
     return ValueError(f"{place}: {error}")
 
 

@@ -15,6 +15,17 @@ WEAK_TASK_NAMES = ("subtraction", "sudoku")
 """Tasks on which the base has a low accuracy; `tabom.lab.experiment` defines them."""
 
 
+def check_sizes(config: Any) -> None:
+    """Raises a ValueError for a number of things that is below 1, or a list of none."""
+    for name, value in vars(config).items():
+        if name in ("processes", "batch_size", "attempts", "max_steps") or name.startswith("num_"):
+            least = 0 if name == "num_adaptive_problems" else 1
+            for each in value if isinstance(value, list) else [value]:
+                check_at_least(name, each, least)
+        if name != "path_steps" and value == []:
+            raise ValueError(f"{name}: expected at least one value")
+
+
 class Method(NamedTuple):
     """A training method of the study: settings of the trainer and the kind of data."""
 
@@ -44,7 +55,7 @@ METHODS = {
 
 @dataclass
 class QuickstartConfig:
-    """Sizes of the quickstart; the defaults take some five minutes of CPU, on two cores under three."""
+    """Sizes of the quickstart."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where everything is written."})
     model: str = field(default=SHIPPED, metadata={"help": "The base: a folder, or the model of the package."})
@@ -56,8 +67,11 @@ class QuickstartConfig:
     max_steps: int = field(default=300, metadata={"help": "Training steps of each method."})
     batch_size: int = field(default=32, metadata={"help": "Trajectories a training step."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of each method."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Of prompts, cuts and batches."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of prompts, cuts and batches."})
     processes: int = field(default=2, metadata={"help": "Training runs at a time, one thread each."})
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
 
 @dataclass
@@ -82,8 +96,8 @@ class StudyConfig:
     """The grid, and the sizes of a run."""
 
     output_dir: str = field(default="runs/study", metadata={"help": "Where results.jsonl grows."})
-    bases: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "Models: shipped, or folders."})
-    tasks: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": "subtraction, sudoku."})
+    model: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "The bases: shipped, or folders."})
+    task: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": "subtraction, sudoku."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "Objectives; the base is measured in any case."}
     )
@@ -109,7 +123,8 @@ class StudyConfig:
     num_replayed: int = field(default=100, metadata={"help": "Trajectories replayed for pair order and TDS."})
 
     def __post_init__(self) -> None:
-        for name, known in (("tasks", WEAK_TASK_NAMES), ("methods", METHODS)):
+        check_sizes(self)
+        for name, known in (("task", WEAK_TASK_NAMES), ("methods", METHODS)):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name}={value!r}: expected some of {', '.join(known)}")
@@ -119,13 +134,13 @@ class StudyConfig:
 class PlanConfig:
     """The size of a run; lengths are means over prompts, in tokens."""
 
-    prompts: int = field(default=12000, metadata={"help": "Prompts answered once each to collect trajectories."})
+    num_prompts: int = field(default=12000, metadata={"help": "Prompts answered once each to collect trajectories."})
     gpus: int = field(default=8, metadata={"help": "GPUs that share the work."})
     longest_prompt: int = field(default=256, metadata={"help": "What a fixed batch is padded to."})
     mean_prompt: int = field(default=120, metadata={"help": "Mean length of a prompt."})
     response: int = field(default=256, metadata={"help": "Length of a response; one token is decided a step."})
     mean_answer: int = field(default=150, metadata={"help": "Mean steps until all before the end is decided."})
-    block: int = field(default=32, metadata={"help": "Block length, for the block cache."})
+    block_length: int = field(default=32, metadata={"help": "Of the block cache, tokens."})
     right: float = field(default=0.425, metadata={"help": "Share of the answers that verification keeps."})
     evaluated: int = field(default=2000, metadata={"help": "Answers made for evaluation, base and tuned together."})
     efficiency: float = field(default=0.4, metadata={"help": "Share of the H100's bf16 rate that is reached; a guess."})
@@ -134,10 +149,11 @@ class PlanConfig:
         for name in ("right", "efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share in (0, 1]")
-        for name in ("prompts", "gpus", "mean_prompt", "response", "block", "evaluated"):
+        for name in ("num_prompts", "gpus", "mean_prompt", "response", "block_length", "evaluated"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if not self.block <= self.response or not 1 <= self.mean_answer <= self.response:
+        if not self.block_length <= self.response or not 1 <= self.mean_answer <= self.response:
             raise ValueError(
-                f"block={self.block}, mean_answer={self.mean_answer}: expected at most response={self.response}"
+                f"block_length={self.block_length}, mean_answer={self.mean_answer}: expected at most "
+                f"response={self.response}"
             )

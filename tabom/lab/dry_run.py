@@ -1,4 +1,4 @@
-"""`tabom train --random-weights`: times a recipe's training steps on made-up data.
+"""`tabom train --dry_run`: times a recipe's training steps on made-up data.
 
 The architecture is the real one, at real size or scaled down; nothing is downloaded. The answers are meaningless, the
 times and the memory are those of a real run.
@@ -24,6 +24,7 @@ from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
 from tabom.models.families import FAMILIES, native_config
 from tabom.models.layout import forward_of_blocks
+from tabom.models.loading import check_is_there, path_of
 from tabom.training.config import TabomConfig
 from tabom.training.released import released_loss
 from tabom.training.trainer import TabomTrainer
@@ -139,10 +140,14 @@ def random_model(
     Raises:
         ValueError: another family.
     """
-    settings = PUBLISHED.get(name) or (PreTrainedConfig.get_config_dict(name)[0] if name else {})
+    settings = PUBLISHED.get(name)
+    if settings is None and name is not None:
+        check_is_there(name)
+        settings = PreTrainedConfig.get_config_dict(path_of(name))[0]
+    settings = settings or {}
     if settings.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"random_weights with model={name}: expected {', '.join(PUBLISHED)}, or a folder whose config.json has "
+            f"model={name}: expected {', '.join(PUBLISHED)}, or a folder whose config.json has "
             f"a model_type of {' or '.join(FAMILIES)}"
         )
     config = native_config(settings)

@@ -74,14 +74,14 @@ def decode(name: str, model: Architecture, config: PlanConfig, answers: int, how
         steps, length = config.mean_answer, config.mean_prompt + config.response
         positions = steps * length
         if how == "block cache":
-            positions = steps / config.block * (length + (config.block - 1) * (config.block + 1))
-    read = steps * (config.block + 1) / 2  # masked positions of the active block, on average
+            positions = steps / config.block_length * (length + (config.block_length - 1) * (config.block_length + 1))
+    read = steps * (config.block_length + 1) / 2  # masked positions of the active block, on average
     return Part(name, answers * positions, answers * model.forward(positions, length, read))
 
 
 def train(model: Architecture, config: PlanConfig, epochs: float, window: int, is_adapter: bool) -> Part:
     """Training on every kept response once an epoch, with `window` rows of each in the head."""
-    sequences = config.prompts * config.right * epochs
+    sequences = config.num_prompts * config.right * epochs
     length = config.longest_prompt + config.response
     forward = model.forward(length, length, window)
     return Part("train", sequences * length, sequences * forward * (2 if is_adapter else 3))
@@ -90,7 +90,7 @@ def train(model: Architecture, config: PlanConfig, epochs: float, window: int, i
 def plan(model: Architecture, config: PlanConfig, how: str, epochs: float, window: int, is_adapter: bool) -> list[Part]:
     """All parts of a run; verification runs on the CPU."""
     return [
-        decode("collect", model, config, config.prompts, how),
+        decode("collect", model, config, config.num_prompts, how),
         Part("verify", 0, 0),
         train(model, config, epochs, window, is_adapter),
         decode("evaluate", model, config, config.evaluated, how),

@@ -1,6 +1,6 @@
 """`tabom quickstart`: the whole path on the shipped model, from its first answers to a table of what training did.
 
-A small study (`tabom.lab.study`): one learning rate, eight attempts a prompt, two seeds.
+A small study (`tabom.lab.study`): one learning rate, eight attempts a prompt, one seed.
 """
 
 import hashlib
@@ -67,14 +67,13 @@ def as_study(config: QuickstartConfig) -> StudyConfig:
     shared |= {name: getattr(config, name) for name in ("num_other_problems", "num_pass_problems", "seeds")}
     return StudyConfig(
         **shared,
-        bases=[config.model],
+        model=[config.model],
         methods=list(METHODS),
         learning_rates=[config.learning_rate],
         attempts=[config.attempts],
         max_steps=config.max_steps,
-        path_steps=[config.max_steps // 2],
+        path_steps=[],
         batch_size=config.batch_size,
-        num_path_problems=min(25, config.num_other_problems),
         num_adaptive_problems=0,
         processes=config.processes,
         save_models=True,

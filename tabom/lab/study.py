@@ -78,10 +78,10 @@ SIZES = tuple(each.name for each in fields(Run))[6:]
 def grid(config: StudyConfig) -> Iterator[Run]:
     """The runs in order: the bases, then all methods of one seed, so that an unfinished study compares all methods."""
     sizes = {name: getattr(config, name) for name in SIZES} | {"path_steps": tuple(config.path_steps)}
-    for base, task in product(config.bases, config.tasks):
+    for base, task in product(config.model, config.task):
         yield Run(**sizes, base=base, task=task, method=BASE, learning_rate=0.0, attempts=0, seed=0)
     for base, task, attempts, seed, learning_rate, method in product(
-        config.bases, config.tasks, config.attempts, config.seeds, config.learning_rates, config.methods
+        config.model, config.task, config.attempts, config.seeds, config.learning_rates, config.methods
     ):
         point = {"method": method, "learning_rate": learning_rate, "attempts": attempts, "seed": seed}
         yield Run(**sizes, base=base, task=task, **point)

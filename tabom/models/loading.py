@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -74,8 +75,8 @@ def load(
         ValueError: the weights are pickled, some are missing or have another shape than the config says, the family is
             not known, the model attends causally, or no mask token is known.
     """
-    model_name_or_path = path_of(model_name_or_path)
     check_is_there(model_name_or_path)
+    model_name_or_path = path_of(model_name_or_path)
     path = Path(model_name_or_path)
     check_files(path)
     if path.is_dir():
@@ -137,18 +138,20 @@ def path_of(name: str | Path) -> str | Path:
 
 
 def check_is_there(name: str | Path, argument: str = "model") -> None:
-    """Refuses a path without a model, such as `runs/typo`, before the hub is asked for it as a name.
+    """Refuses what is neither a folder with a model nor the name of a model on the hub.
 
     Args:
         argument: name of the argument, for the error.
 
     Raises:
-        FileNotFoundError: `name` has the form of a path, or its first folder is here, and no model is there.
+        FileNotFoundError: `name` has the form of a path, or its first folder is here, and no model is there; or it is
+            a name, and the hub does not give a model of this name.
     """
-    path = Path(name)
+    path = Path(path_of(name))
     is_path = path.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/", "~"))
     if not is_path and (path.parent == Path() or not path.parent.is_dir()):
-        return  # a name of the hub
+        check_hub_has(str(name), argument)
+        return
     if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         return
     problem, folder = f"nothing of this name in {path.parent}", path.parent
@@ -158,6 +161,30 @@ def check_is_there(name: str | Path, argument: str = "model") -> None:
     similar = get_close_matches(path.name, beside, n=3) or beside[:3]
     hint = f"; there are {', '.join(similar)}" if similar else ""
     raise FileNotFoundError(f"{argument}={name}: {problem}{hint}")
+
+
+def check_hub_has(name: str, argument: str) -> None:
+    """Refuses a name that the hub does not give, with the names of models and folders here that are similar.
+
+    Raises:
+        FileNotFoundError: there is no such model, it is not public, or the hub cannot be reached and its files are not
+            in the cache.
+    """
+    if similar := get_close_matches(name, SHIPPED_PATHS, n=1, cutoff=0.8):
+        raise FileNotFoundError(f"{argument}={name}: no such model; did you mean {similar[0]!r}?")
+    try:
+        cached_file(name, "config.json")
+    except OSError as error:
+        is_here = not isinstance(error.__cause__, RepositoryNotFoundError | LocalEntryNotFoundError)
+        if is_here and find_adapter_config_file(name) is not None:
+            return
+        folders = [each.name for each in Path().iterdir() if each.is_dir()]
+        similar = get_close_matches(name, [*SHIPPED_PATHS, *folders], n=1)
+        hint = f"; did you mean {similar[0]!r}?" if similar else ""
+        raise FileNotFoundError(
+            f"{argument}={name}: expected a folder, {' or '.join(map(repr, SHIPPED_PATHS))}, or a name of the hub, "
+            f"which says: {' '.join(str(error).split()).partition('. ')[0]}{hint}"
+        ) from error
 
 
 def check_files(path: Path) -> None:
@@ -191,8 +218,8 @@ def is_masked_lm(settings: dict[str, Any]) -> bool:
 
 def load_tokenizer(model_name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` would give, without loading the model."""
-    model_name_or_path = path_of(model_name_or_path)
     check_is_there(model_name_or_path)
+    model_name_or_path = path_of(model_name_or_path)
     if find_adapter_config_file(model_name_or_path) is not None:
         model_name_or_path = read_adapter_config(model_name_or_path).base_model_name_or_path
     model_type = PreTrainedConfig.get_config_dict(model_name_or_path)[0].get("model_type")

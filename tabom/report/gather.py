@@ -13,6 +13,7 @@ from tabom.data.json_files import read_json
 from tabom.data.sources import read_records
 from tabom.data.store import ResponseFolder, TrajectoryFile
 from tabom.data.trajectories import Trajectory, parse_trajectory, response_blocks
+from tabom.evaluation.evaluate import Cell
 
 TORN_RESULTS = "run the `tabom evaluate` command again, which reuses all answers and writes the file anew"
 TORN_STATE = "delete the checkpoint that the file belongs to"
@@ -21,18 +22,23 @@ TORN_STATE = "delete the checkpoint that the file belongs to"
 
 @dataclass
 class Source:
-    """The records of one file or cell, and the settings that they were made with, empty where these are not known."""
+    """The records of one file or cell, and the settings that they were made with, empty where these are not known.
+
+    `role` is "base" or "tuned" where an evaluation compared the cell's model.
+    """
 
     name: str
     settings: dict[str, Any]
     records: list[dict[str, Any]]
+    role: str | None = None
 
 
 @dataclass
 class Gathered:
     """The data of a report.
 
-    `training` maps a run to the log entries of its trainer; `results` and `comparisons` are `tabom evaluate`'s.
+    `training` maps a run to the log entries of its trainer; `results` and `comparisons` are `tabom evaluate`'s: a
+    comparison names `base` and `tuned`, and has `comparisons`, one for each prompt set and sampler.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -49,11 +55,16 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         limit: the most trajectories of each file or cell.
 
     Raises:
+        FileNotFoundError: an input does not exist.
         ValueError: a folder of neither kind, or a file or one of its lines that does not parse.
     """
     found = Gathered()
     for name in inputs:
         path = Path(name)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{name}: no such file or folder; give trajectories, or a run's or evaluation's folder"
+            )
         if not path.is_dir():
             output = path.with_suffix("") if path.suffix == ".rejected" else path
             settings = TrajectoryFile(output).settings()
@@ -64,16 +75,30 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
             found.training[name] = read_json(states[-1], dict, TORN_STATE)["log_history"]
         if (path / "results.json").exists():
             found.results += read_json(path / "results.json", list, TORN_RESULTS)
+        roles: dict[Path, str] = {}
         if (path / "comparison.json").exists():
-            found.comparisons += read_json(path / "comparison.json", dict, TORN_RESULTS)["comparisons"]
+            comparisons = read_json(path / "comparison.json", list, TORN_RESULTS)
+            found.comparisons += comparisons
+            roles = roles_of_cells(comparisons, path)
         cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
         for cell in cells:
             responses = ResponseFolder(cell)
             records = list(islice(responses.records(), limit))
-            found.sources.append(Source(str(cell.relative_to(path)), responses.settings(), records))
+            name = " · ".join(cell.relative_to(path).parts)
+            found.sources.append(Source(name, responses.settings(), records, roles.get(cell)))
         if not states and not cells:
             raise ValueError(f"{name}: a folder without trainer_state.json, results.json or answers")
     return found
+
+
+def roles_of_cells(comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[Path, str]:
+    """Which folders of responses are those of a base, and which of a model that was compared with it."""
+    return {
+        Cell(comparison[role], each["prompts"], each["sampler"]).folder(folder): role
+        for comparison in comparisons
+        for each in comparison["comparisons"]
+        for role in ("tuned", "base")
+    }
 
 
 def with_response(path: Path) -> Iterator[dict[str, Any]]:
@@ -99,6 +124,7 @@ def describe_record(
     trajectory = parse_trajectory(record, tokenizer, len(tokenizer))
     shown = {
         "prompt": plain_text(trajectory),
+        "question": trajectory.prompt if isinstance(trajectory.prompt, str) else trajectory.prompt[-1]["content"],
         "tokens": token_texts(tokenizer, trajectory.response_token_ids),
         "steps": trajectory.decoding_order,
         "blocks": blocks_of_tokens(trajectory, tokenizer, settings),

@@ -38,6 +38,7 @@ def animate(
     length = response_length(model, config)
     blocks = config.plan(length, len(encoded), model.block_size)
     steps = blocks.count * blocks.steps
+    console.print(legend(color_by))
     with Live(console=console, auto_refresh=False) as live:
         for state in denoise(model, [encoded], length, config):
             live.update(render(model, prompt, state, steps, color_by), refresh=True)
@@ -56,11 +57,23 @@ def render(
     drawing.append(printable(prompt if isinstance(prompt, str) else prompt[-1]["content"]), style="dim")
     drawing.append(" ")
     most_uncertain = math.log(model.model.config.vocab_size)
-    order, entropy = state.decoding_order[0].tolist(), state.entropy[0].tolist()
-    for i, piece in enumerate(pieces(model.tokenizer, state.tokens[0].tolist(), order)):
+    tokens, order, entropy = (column[0].tolist() for column in state[:3])
+    ends = [i for i, token in enumerate(tokens) if order[i] >= 0 and token == model.eos_token_id]
+    end = min(ends, default=len(tokens))  # the text ends where the first end token stands
+    for i, piece in enumerate(pieces(model.tokenizer, tokens[:end], order[:end])):
         share = order[i] / max(steps - 1, 1) if color_by == "step" else math.sqrt(entropy[i] / most_uncertain)
         drawing.append(printable(piece), style="dim" if order[i] < 0 else f"bold {heat(share)}")
     return drawing
+
+
+def legend(color_by: Literal["step", "certainty"]) -> Text:
+    """What the colours mean."""
+    first, last = {"step": ("decided first", "decided last"), "certainty": ("certain", "uncertain")}[color_by]
+    shown = Text("· masked  ", style="dim")
+    shown.append(f"{first} ", style=heat(0))
+    for tenth in range(11):
+        shown.append("█", style=heat(tenth / 10))
+    return shown.append(f" {last}", style=heat(1))
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], order: Sequence[int]) -> Iterator[str]:

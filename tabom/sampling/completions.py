@@ -63,7 +63,7 @@ def check_positions(model: DiffusionModel, prompt_length: int, length: int) -> N
     if model.positions is not None and prompt_length + length > model.positions:
         raise ValueError(
             f"max_new_tokens={length}: with a prompt of {prompt_length} tokens more than the {model.positions} "
-            "positions of the model (max_position_embeddings); ask for fewer, or set max_prompt_length"
+            "positions of the model (max_position_embeddings); ask for fewer, or shorten the prompt"
         )
 
 

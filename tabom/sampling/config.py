@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
@@ -57,6 +58,12 @@ def check_at_least(name: str, value: float | None, least: int) -> None:
     """Raises a ValueError that names the setting, unless it is None."""
     if value is not None and not value >= least:  # NaN neither
         raise ValueError(f"{name}={value}: expected at least {least}")
+
+
+def check_output_file(name: str, value: str) -> None:
+    """Raises a ValueError if a file to be written is a folder."""
+    if Path(value).is_dir():
+        raise ValueError(f"{name}={value}: a folder; give the name of a file")
 
 
 @dataclass
@@ -236,7 +243,7 @@ class SamplerConfig(PolicySettings):
                     f"steps={steps}: expected at most {block_size}, so that every step of a block unmasks a token"
                 )
             return Blocks(math.ceil((given + length) / block_size), block_size, given, steps)
-        tokens = min(self.block_length or length, length)
+        tokens = self.block_length or length
         if length % tokens:
             raise ValueError(f"block_length={tokens}: expected a divisor of the response length {length}")
         count = length // tokens
@@ -266,6 +273,10 @@ def parse_sampler(text: str, base: SamplerConfig) -> SamplerConfig:
     return replace(base, **changes)
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+"""What a setting's type is called in an error."""
+
+
 def parse_value(name: str, text: str, annotation: Any) -> Any:
     """Parses the value of a setting in YAML syntax.
 
@@ -279,8 +290,8 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
     except yaml.YAMLError:
         value = text
     if value not in kinds and not isinstance(value, types):
-        expected = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(f"{name}={text}: expected one of {expected}")
+        expected = " or ".join(KINDS.get(kind, str(kind)) for kind in kinds)
+        raise ValueError(f"{name}={text}: expected {expected}")
     return value
 
 
@@ -333,5 +344,6 @@ class CollectConfig:
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
+        check_output_file("output", self.output)
         for name in ("samples_per_prompt", "max_prompt_length"):
             check_at_least(name, getattr(self, name), 1)

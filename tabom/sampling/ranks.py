@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
-from rich.progress import Progress
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous
+
+from tabom.data.progress import progress
 
 POLL_SECONDS = 0.2
 """Between two updates of the progress bar while the first process waits for the others."""
@@ -62,18 +63,23 @@ class Ranks:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Shows, on the first process, a bar of the work that all processes have finished.
+        """Shows, on the first process, how much all processes have finished.
 
-        Yields a function that adds to the finished work of this process and sets the title of the bar. At the end the
-        first process waits until all work is finished.
+        Yields a function that adds to the finished work of this process and sets the title that is shown. At the end
+        the first process waits until all work is finished.
         """
-        with Progress(disable=not self.is_first) as progress:
-            bar = progress.add_task(title, total=total)
+        if not self.is_first:
+            yield lambda finished, title: self.add("finished", finished)
+            return
+        with progress(title, total) as show:
+            shown = title
 
             def advance(finished: int, title: str) -> None:
-                progress.update(bar, completed=self.add("finished", finished), description=title)
+                nonlocal shown
+                shown = title
+                show(self.add("finished", finished), shown)
 
             yield advance
-            while self.is_first and (finished := self.add("finished", 0)) < total:
-                progress.update(bar, completed=finished)
+            while (finished := self.add("finished", 0)) < total:
+                show(finished, shown)
                 time.sleep(POLL_SECONDS)

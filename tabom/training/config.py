@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.config import check_at_least
 from tabom.training.objectives import ObjectiveSettings
 from tabom.training.renamed import accept_old_names
 from tabom.training.settings import TabomSettings
@@ -37,6 +38,7 @@ class TabomConfig(TabomSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if self.eval_prompts is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
+        self.check_numbers()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         TrainingArguments.__post_init__(self)
         TabomSettings.__post_init__(self)
@@ -46,6 +48,15 @@ class TabomConfig(TabomSettings, TrainingArguments):
                 raise ValueError(f"{each.name}={value}: expected a finite number")
         check_reporting(self.report_to)
         self.check_effects()
+
+    def check_numbers(self) -> None:
+        """Raises a ValueError for a number of transformers that is out of its range, before any work is done."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            check_at_least(name, getattr(self, name), 0)
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs}: expected above 0, or --max_steps")
 
     def check_effects(self) -> None:
         """Raises a ValueError for a setting of transformers that has no effect here, or the wrong one."""

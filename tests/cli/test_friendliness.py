@@ -5,13 +5,15 @@ import re
 import shutil
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from tabom.cli.arguments import TRAINING_ARGUMENTS
+from tabom.cli.commands import COMMANDS, TRAINING_ARGUMENTS
 from tabom.cli.main import main
 from tabom.models.loading import SHIPPED_PATH, load
 from tabom.sampling.animation import PARTIAL_CHARACTER, pieces
+from tabom.sampling.sampler import DecodingState
 from tests.conftest import random_model
 
 
@@ -64,7 +66,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
     for name in ("data", "model", "objective", "rank_weight", "eval_prompts"):
         assert f"  --{name}" in own
     for name in ("output_dir", "learning_rate", "report_to"):
-        assert f"  --{name}" in theirs
+        assert f"--{name} " in theirs
     assert not re.search(rf"^  --({'|'.join(TrainingArguments.__dataclass_fields__)})\b", own, re.MULTILINE)
     assert said.splitlines()[0].startswith("usage: tabom train [--config FILE.yaml]")
 
@@ -91,8 +93,8 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["collect", "--givens", "17"], "givens=17: expected 0 to 16"),
         (["evaluate", "--num_prompts", "0"], "num_prompts=0: expected at least 1"),
         (["evaluate", "--max_prompt_length", "0"], "max_prompt_length=0: expected at least 1"),
-        (["evaluate", "--samplers", "steps=abc"], "steps=abc: expected one of int, NoneType"),
-        (["evaluate", "--samplers", "top_p=[1"], "top_p=[1: expected one of float, NoneType"),
+        (["evaluate", "--samplers", "steps=abc"], "steps=abc: expected a whole number or null"),
+        (["evaluate", "--samplers", "top_p=[1"], "top_p=[1: expected a number or null"),
         (["evaluate", "--samplers", "threshold=7"], "threshold=7: expected a probability"),
         (["report", "{data}", "--limit", "0"], "limit=0: expected at least 1"),
         (["train", "--rank_weight", "-1"], "rank_weight=-1.0: expected at least 0"),
@@ -103,6 +105,24 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["train", "--eval_num_prompts", "0"], "eval_num_prompts=0: expected at least 1"),
         (["train", "--report_to", "wandb"], "report_to=wandb: not installed; pip install wandb"),
         (["train", "--report_to", "tensorboard"], "report_to=tensorboard: not installed; pip install tensorboard"),
+        (["train", "--learning_rate", "-1"], "learning_rate=-1.0: expected at least 0"),
+        (["train", "--per_device_train_batch_size", "0"], "per_device_train_batch_size=0: expected at least 1"),
+        (["train", "--num_train_epochs", "0"], "num_train_epochs=0.0: expected above 0, or --max_steps"),
+        (
+            ["generate", "--max_new_tokens", "4", "--block_length", "7"],
+            "block_length=7: expected a divisor of the response length 4",
+        ),
+        (["generate", "--system_prompt", "Be brief."], "system_prompt='Be brief.': this model's tokenizer has no chat"),
+        (["generate", "--model", "shiped"], "model=shiped: no such model; did you mean 'shipped'?"),
+        (["generate", "--model", "nobody"], "model=nobody: expected a folder, 'shipped' or 'shipped-block', or a name"),
+        (["evaluate", "--model", "shipped", "nobody"], "model=nobody: expected a folder"),
+        (["collect", "--verifier", "regex"], "verifier='regex': give --answer_pattern"),
+        (["collect", "--prompt_template", "{tmp}/no.txt"], "no.txt: no such file"),
+        (["collect", "--output", "{tmp}"], "output={tmp}: a folder; give the name of a file"),
+        (["report", "{data}", "-o", "{tmp}"], "output={tmp}: a folder; give the name of a file"),
+        (["report", "{tmp}/no"], "no: no such file or folder"),
+        (["report"], "nothing to report: give trajectories"),
+        (["quickstart", "--processes", "0"], "processes=0: expected at least 1"),
         (["train", "--config", "{tmp}/broken.yaml"], "broken.yaml: not valid YAML: "),
         (["train", "--model", "{tmp}/torn"], "model.safetensors is not whole"),
         (["generate", "--model", "{tmp}/torn"], "model.safetensors is not whole"),
@@ -110,25 +130,109 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
 )
 def test_a_wrong_value_is_one_line_that_names_it(capsys, monkeypatch, tmp_path, model_folder, data, arguments, message):
     monkeypatch.setattr("tabom.training.config.get_available_reporting_integrations", list)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "broken.yaml").write_text("rank_margin: [1,\nrank_loss: hinge\n")
     if "{tmp}/torn" in arguments:
         shutil.copytree(model_folder, tmp_path / "torn")
         weights = tmp_path / "torn" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:5000])
     filled = [argument.replace("{tmp}", str(tmp_path)).replace("{data}", str(data)) for argument in arguments]
-    if "--model" not in filled:
+    if "--model" not in filled and filled[0] != "quickstart":
         filled += ["--model", str(model_folder)]
     output = str(tmp_path / "out")
     filled += {
         "generate": ["--prompt", "1+2="],
-        "collect": ["--task", "addition", "--output", f"{output}.jsonl"],
-        "evaluate": ["--tasks", "addition", "--output_dir", output],
+        "collect": ["--task", "addition", *([] if "--output" in filled else ["--output", f"{output}.jsonl"])],
+        "evaluate": ["--task", "addition", "--output_dir", output],
         "train": ["--data", str(data), "--output_dir", output],
-        "report": ["-o", f"{output}.html"],
+        "report": [] if "-o" in filled else ["-o", f"{output}.html"],
+        "quickstart": ["--output_dir", output],
     }[filled[0]]
     assert run(*filled) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"tabom {filled[0]}: error: ") and message in error
+    assert error.startswith(f"tabom {filled[0]}: error: ") and message.replace("{tmp}", str(tmp_path)) in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_every_option_and_its_default_once(capsys, command):
+    assert run(*command.split(), "--help") == 0
+    said = capsys.readouterr().out
+    options = re.findall(r"^  (?:-\w, )?--(\w+)", said, re.MULTILINE)
+    assert len(options) == len(set(options)) and "(default: " not in said and "None" not in said
+    assert not re.search(r"^  .*--\w+-\w+", said, re.MULTILINE), "one spelling is enough"
+    for entry in re.split(r"^  (?=-)", said, flags=re.MULTILINE):
+        assert entry.count("Default: ") <= 1
+
+
+def test_help_begins_with_the_fields_of_the_command(capsys):
+    for command, first in (
+        ("collect", "task"),
+        ("evaluate", "prompts"),
+        ("generate", "prompt"),
+        ("plan", "num_prompts"),
+    ):
+        assert run(command, "--help") == 0
+        options = re.findall(r"^  (?:-\w, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert next(each for each in options if each not in ("help", "config", "recipe")) == first
+    assert run("plan", "--help") == 0
+    assert len(capsys.readouterr().out.splitlines()) < 50
+
+
+def test_what_is_cut_and_what_the_vocabulary_lacks_is_counted(capsys, caplog, tmp_path, model_folder, data):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "1+2=", "answer": "3"}\n{"prompt": "Ä=", "answer": "3"}\n')
+    common = ["--model", str(model_folder), "--max_prompt_length", "3"]
+    asked = [*common, "--prompts", str(prompts), "--max_new_tokens", "2"]
+    for command in (["collect", *asked, "-o", str(tmp_path / "t.jsonl")], ["evaluate", *asked, "-o", str(tmp_path)]):
+        assert run(*command) == 0
+        said = capsys.readouterr().out
+        assert "p.jsonl: 1 of 2 prompts cut to max_prompt_length=3 tokens" in said
+        assert "p.jsonl: 1 of 2 prompts with text that the model's vocabulary does not have" in said
+    assert run("generate", "--model", str(model_folder), "--prompt", "Ä=") == 0
+    assert "1 of 1 prompts with text that the model's vocabulary does not have" in capsys.readouterr().err
+    learnt = tmp_path / "learnt.jsonl"
+    learnt.write_text(data.read_text() + '{"prompt": "Ä=", "response": "01"}\n')
+    command = ["train", *common, "--data", str(learnt), "--max_response_length", "3", "--max_steps", "1"]
+    assert run(*command, "-o", str(tmp_path / "run"), "--report_to", "none") == 0
+    for words in (
+        "1 of 2 prompts cut to max_prompt_length=3 tokens",
+        "1 of 2 responses cut to max_response_length=3 tokens",
+        "1 of 2 records with text that the model's vocabulary does not have",
+    ):
+        assert f"{learnt}: {words}" in caplog.text
+
+
+def test_a_line_every_half_minute_where_there_is_no_terminal(capsys, monkeypatch, tmp_path, model_folder):
+    now = iter(range(0, 10_000_000, 16))  # seconds, at every look at the clock
+    monkeypatch.setattr("tabom.data.progress.time.monotonic", lambda: next(now))
+    command = ["--model", str(model_folder), "--task", "addition", "--num_prompts", "64", "--max_new_tokens", "2"]
+    assert run("collect", *command, "--output", str(tmp_path / "t.jsonl")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == [
+        "32 of 64 (50%) after 0:00:32, 0:00:32 left",
+        "64 of 64 (100%) after 0:01:04, 0:00:00 left",
+    ]
+    assert all(re.match(r"\d+\.\d% of \d+ right: ", line) for line in lines)
+    assert run("generate", "--model", str(model_folder), "--prompt", "1+2=", "--max_new_tokens", "4") == 0
+    assert "decoding: 2 of 4 (50%)" in capsys.readouterr().err
+
+
+def test_the_animation_ends_where_the_text_ends_and_says_what_its_colours_mean(capsys, monkeypatch, model_folder):
+    monkeypatch.setattr("tabom.sampling.animation.time.sleep", lambda seconds: None)
+    diffusion_model = load(model_folder)
+    end = diffusion_model.tokenizer.eos_token_id
+
+    def decoded(model, prompts, length, config):
+        """The last state of a decoding whose second token ends the text."""
+        tokens = torch.tensor([[5, end, 6, end]])
+        yield DecodingState(tokens, torch.arange(4)[None], torch.zeros(1, 4), torch.zeros(1, 4), 4)
+
+    monkeypatch.setattr("tabom.sampling.animation.denoise", decoded)
+    for option, words in (("step", ("decided first", "decided last")), ("certainty", ("certain", "uncertain"))):
+        assert run("generate", "--model", str(model_folder), "--prompt", "1+2=", "--animate", "--color_by", option) == 0
+        legend, *_, last = capsys.readouterr().out.strip().splitlines()
+        assert all(each in legend for each in words)
+        assert last.strip() == f"1+2= {diffusion_model.tokenizer.decode([5])}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])

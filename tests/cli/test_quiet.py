@@ -53,7 +53,7 @@ def said(tmp_path_factory):
         "merge --adapter adapter --output_dir merged",
         "generate --model adapter --prompt 1+1= --max_new_tokens 2",
         "collect --model merged --prompts sums.jsonl --max_new_tokens 2 --output own.jsonl",
-        "evaluate --compare adapted merged --prompts sums.jsonl --max_new_tokens 2 --output_dir evaluation",
+        "evaluate --model adapted merged --prompts sums.jsonl --max_new_tokens 2 --output_dir evaluation",
         "report evaluation adapter -o report.html",
     ]
     words = json.dumps([command.split() for command in commands])

@@ -87,7 +87,7 @@ def test_whatever_computes_refuses_it(shifted, run):
 def test_training_refuses_the_record_by_file_and_line_or_counts_it(shifted, tmp_path):
     path = write(tmp_path / "t.jsonl", [{"prompt": "1+1=", **RECORD}, {"prompt": "", **RECORD}])
     options = {"logits_shift": 1}
-    with pytest.raises(ValueError, match=rf"^{path}, line 2: {REFUSED}.*--skip-invalid leaves such lines out"):
+    with pytest.raises(ValueError, match=rf"^{path}, line 2: {REFUSED}.*--skip_invalid leaves such lines out"):
         tokenize(path, shifted.tokenizer, **options)
     table, invalid = tokenize(path, shifted.tokenizer, skip_invalid=True, **options)
     assert (len(table), invalid) == (1, 1)

@@ -223,7 +223,7 @@ def test_the_command_with_replaced_weights_and_with_torn_files(tmp_path, capsys)
         diffusion_model.model.save_pretrained(tmp_path / name)
         diffusion_model.tokenizer.save_pretrained(tmp_path / name)
     output, model = tmp_path / "e", str(tmp_path / "one")
-    settings = ["--tasks", "addition", "--num_prompts", "4", "--max_new_tokens", "2", "--compare", model, model]
+    settings = ["--task", "addition", "--num_prompts", "4", "--max_new_tokens", "2", "--model", model, "shipped"]
     evaluating = ["evaluate", *settings, "--output_dir", str(output)]
     reporting = ["report", str(output), "-o", str(tmp_path / "r.html"), "--model", model]
 

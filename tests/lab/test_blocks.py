@@ -108,7 +108,7 @@ def test_collect_then_train_then_evaluate(capsys, tmp_path):
     assert load(stopped).block_size == SIZE
 
     samplers = ["--samplers", "tokens_per_step=1", "tokens_per_step=2", "--output_dir", str(tmp_path / "e")]
-    evaluated = ["--compare", "shipped-block", str(stopped), "--tasks", "sudoku", "--num_prompts", "8"]
+    evaluated = ["--model", "shipped-block", str(stopped), "--task", "sudoku", "--num_prompts", "8"]
     assert main(["evaluate", *evaluated, *sudoku, *samplers]) == 0
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     found = [

@@ -54,14 +54,14 @@ def test_the_arithmetic_of_a_forward_is_what_a_counter_of_its_products_finds(tin
 @pytest.mark.parametrize("how, cache", [("exact", "none"), ("block cache", "block")])
 def test_the_plan_of_a_decoding_is_what_the_engine_computes(tiny, how, cache):
     model, folder = tiny
-    config = PlanConfig(mean_prompt=10, response=16, mean_answer=16, block=4)
+    config = PlanConfig(mean_prompt=10, response=16, mean_answer=16, block_length=4)
     completions = sample(model, [[5] * 10] * 3, SamplerConfig(max_new_tokens=16, block_length=4, cache=cache))
     assert decode("", architecture(folder), config, 3, how).positions == cost_of(completions).positions
 
 
 def test_a_run_at_the_papers_scale():
     """2.4e19 FLOP of collecting at 7e9 weights and 512 positions, some 40 times the training."""
-    model, config = architecture("Dream-org/Dream-v0-Instruct-7B"), PlanConfig(prompts=12000)
+    model, config = architecture("Dream-org/Dream-v0-Instruct-7B"), PlanConfig(num_prompts=12000)
     collect, verify, training, evaluate = plan(model, config, "plain", epochs=5, window=32, is_adapter=True)
     assert collect.positions == 12000 * 256 * 512 and collect.flop == pytest.approx(2.1e19, rel=0.05)
     assert evaluate.flop == pytest.approx(collect.flop / 6) and verify.flop == 0

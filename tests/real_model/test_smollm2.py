@@ -107,7 +107,7 @@ def tuned(folder, adapted, collected):
 def evaluation(folder, adapted, tuned):
     run(
         "evaluate",
-        compare=f"{adapted} {tuned}",
+        model=f"{adapted} {tuned}",
         prompts=str(folder / "prompts.jsonl"),
         num_prompts="2",
         max_new_tokens="8",
@@ -192,7 +192,7 @@ def test_trained_by_tabom_on_its_own_answers_it_loads_again(adapted, tuned):
 def test_evaluated_and_compared_with_the_model_it_came_from(evaluation, adapted, tuned):
     results = json.loads((evaluation / "results.json").read_text())
     assert [(each["model"], each["problems"]) for each in results] == [(str(adapted), 2), (str(tuned), 2)]
-    [comparison] = json.loads((evaluation / "comparison.json").read_text())["comparisons"]
+    [comparison] = json.loads((evaluation / "comparison.json").read_text())[0]["comparisons"]
     assert comparison["problems"] == 2
 
 

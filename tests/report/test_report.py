@@ -14,6 +14,8 @@ from tabom.cli.commands import name_inputs
 from tabom.cli.main import main
 from tabom.data.encoding import encode_prompt
 from tabom.data.trajectories import Trajectory
+from tabom.evaluation.compare import compare
+from tabom.evaluation.evaluate import Cell, summarise
 from tabom.evaluation.replay import replay
 from tabom.lab.model import character_tokenizer
 from tabom.models.loading import SHIPPED_PATH
@@ -91,8 +93,8 @@ def test_the_page_knows_the_blocks_of_each_token(tmp_path):
 def test_everything_is_found(tmp_path, capsys):
     """Answers and tables of an evaluation, the log of a training run, a file of collect and its rejected answers."""
     evaluated, run, collected = tmp_path / "evaluated", tmp_path / "run", tmp_path / "t.jsonl"
-    sampler = ["--tasks", "addition", "--num_prompts", "4", "--samplers", "tokens_per_step=1,max_new_tokens=4"]
-    compared = ["--compare", str(SHIPPED_PATH), str(SHIPPED_PATH), "--models", str(SHIPPED_PATH)]
+    sampler = ["--task", "addition", "--num_prompts", "4", "--samplers", "tokens_per_step=1,max_new_tokens=4"]
+    compared = ["--model", str(SHIPPED_PATH), "shipped-block"]
     assert main(["evaluate", *sampler, *compared, "--output_dir", str(evaluated)]) == 0
     assert main(["collect", "--task", "subtraction", "--num_prompts", "12", "--output", str(collected)]) == 0
     run.mkdir()
@@ -100,9 +102,9 @@ def test_everything_is_found(tmp_path, capsys):
     (run / "trainer_state.json").write_text(json.dumps({"log_history": log}).replace("null", "NaN"))
     rejected = collected.with_name("t.jsonl.rejected")
     found = gather(list(map(str, (evaluated, run, collected, rejected))), 200)
-    assert len(found.sources[0].records) == 4
-    assert sum(len(source.records) for source in found.sources[1:]) == 12
-    assert {source.settings["model"] for source in found.sources} == {str(SHIPPED_PATH)}
+    assert [(len(source.records), source.role) for source in found.sources[:2]] == [(4, "tuned"), (4, "base")]
+    assert sum(len(source.records) for source in found.sources[2:]) == 12
+    assert {source.settings["model"] for source in found.sources[1:]} == {str(SHIPPED_PATH)}
     assert found.training[str(run)] == log
     page = tmp_path / "r.html"
     assert main(["report", str(evaluated), str(run), str(collected), "--replay", "true", "-o", str(page)]) == 0
@@ -263,6 +265,89 @@ def test_two_models_side_by_side(open_report, tmp_path):
     assert set(differing) >= {0, 1} and max(differing) <= 3
     page.locator("#step").fill("5")
     assert masked(page) == 20
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A base and a tuned model under long paths on two prompt sets, with answers that were made up."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    base, tuned = (f"/a/rather/long/path/to/checkpoints/of/many/runs/{name}" for name in ("before", "after"))
+    results, comparisons = [], []
+    for prompts in ("gsm8k_test.jsonl", "math500.jsonl"):
+        for model, right in ((base, 0.5), (tuned, 0.75)):
+            cell = Cell(model, prompts, "tokens_per_step=1,policy=margin")
+            made = folder / "made.jsonl"
+            write_trajectories(made, 4, length=12)
+            records = [json.loads(line) | {"index": i} for i, line in enumerate(made.read_text().splitlines())]
+            for record in records:
+                record["correct"] = record["index"] < 4 * right
+                system = {"role": "system", "content": "You are a careful assistant."}
+                record["prompt"] = [system, {"role": "user", "content": f"{prompts}, question {record['index']}"}]
+                record |= {"pairs": 9, "in_order": 8, "tds": 0.0123456, "tokens": 12, "steps": 6, "positions": 99}
+                record["seconds"] = 0.1
+            place = cell.folder(folder)
+            place.mkdir(parents=True)
+            (place / "answers-0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            (place / "settings.json").write_text(json.dumps({"model": str(SHIPPED_PATH)}))
+            results.append({**cell._asdict(), **summarise(records)})
+        cells = [Cell(model, prompts, "tokens_per_step=1,policy=margin") for model in (base, tuned)]
+        comparisons.append(compare(*cells, folder))
+    made.unlink()
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "comparison.json").write_text(json.dumps([{"base": base, "tuned": tuned, "comparisons": comparisons}]))
+    return folder
+
+
+def test_the_summary_comes_first_and_says_how_much_better(open_report, evaluated):
+    page = open_report(evaluated)
+    assert page.locator("h2").all_text_contents() == ["Summary", "Responses, step by step", "Evaluation"]
+    assert page.locator("#summary h3").text_content() == "after (tuned) against before (base)"
+    assert page.locator(".change b").all_text_contents() == ["+25.0 ± 25.0"] * 2
+    assert page.locator(".bars").first.locator(".bar > span:last-child").all_text_contents() == [
+        "50.0 ± 28.9 %",
+        "75.0 ± 25.0 %",
+    ]
+    colours = page.locator(".track span").evaluate_all("all => all.map(bar => getComputedStyle(bar).backgroundColor)")
+    assert len(set(colours)) == 2 and colours[:2] * 2 == colours
+    dots = page.locator("#panels .dot").evaluate_all("all => all.map(dot => getComputedStyle(dot).backgroundColor)")
+    assert dots == colours[:2], "the same two colours beside the responses, base and tuned"
+
+
+def test_the_tables_say_what_the_command_line_says(open_report, evaluated):
+    page = open_report(evaluated)
+    retention = page.locator("td[data-label='retention, %']").all_text_contents()
+    assert retention == ["-", "150.0 ± 70.7"]
+    assert page.locator("td[data-label='TDS']").all_text_contents() == ["12.3"] * 4
+    heads = page.locator("#evaluation table").first.locator("th[scope=col]").all_text_contents()
+    assert "unverified" not in heads and not any(head.startswith("pass@") for head in heads)
+    assert page.locator("#evaluation tbody th").first.text_content() == "before"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut(open_report, evaluated, tmp_path, width):
+    """No text of the page stands outside of it, and no label of a chart outside of its chart."""
+    source = write_trajectories(tmp_path / "t.jsonl", 2, length=30)
+    page = open_report(evaluated, source, viewport={"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    outside = page.evaluate(
+        """() => [...document.querySelectorAll("td, th, p, h3, li, label, svg text")].filter((each) => {
+            const [inner, outer] = [each, each.closest("svg") || document.body].map((e) => e.getBoundingClientRect());
+            return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1);
+        }).map((each) => each.textContent)"""
+    )
+    assert outside == []
+    panels = page.locator("#panels > div").evaluate_all("all => all.map(panel => panel.clientWidth)")
+    charts = page.locator("#panels svg").evaluate_all("all => all.map(svg => svg.getBoundingClientRect().width)")
+    assert charts == panels, "a chart is as wide as its panel"
+
+
+def test_a_list_of_conversations_shows_what_was_asked(open_report, evaluated):
+    page = open_report(evaluated)
+    options = page.locator("#record option").all_text_contents()
+    assert options[0].endswith("gsm8k_test.jsonl, question 0") and not any("careful" in each for each in options)
+    assert "careful assistant" in page.locator("#prompt").text_content()
+    chosen = page.locator("#source").input_value()
+    assert page.locator(f"#beside option[value='{chosen}']").is_disabled()
 
 
 def test_a_thousand_responses_stay_fluid(open_report, tmp_path):

@@ -37,10 +37,12 @@ const lastStep = (record) => record.steps.reduce((most, step) => Math.max(most, 
 // --- one response -------------------------------------------------------------------------------------------------
 
 class Panel {
-  constructor(parent, name, record) {
+  constructor(parent, { name, role }, record) {
     this.record = record;
     this.total = lastStep(record);
-    element(parent, "h3", name);
+    const title = element(parent, "h3", null);
+    if (role) element(title, "span", null, { class: `dot ${role}`, title: role });
+    element(title, "span", name);
     const verdict = { true: "✓ right", false: "✗ wrong", null: "? unverified", unknown: "" }[record.correct];
     if (verdict) element(parent, "p", verdict.endsWith(record.why) ? verdict : `${verdict}: ${record.why}`);
     this.box = element(parent, "div", null, { class: "tokens", tabindex: "0", role: "group", "aria-label": `Response of ${name}` });
@@ -102,13 +104,14 @@ class Panel {
     }
     const most = Math.max(...places.map((i) => entropy[i]), 1e-9);
     const figure = element(parent, "figure", null);
-    const svg = element(figure, "svg", null, { viewBox: "0 0 400 160", role: "img", "aria-label": `Entropy against step; ${inverted} of ${pairs} pairs out of order` });
-    this.x = (step) => 40 + (350 * (step + 0.5)) / this.total;
+    const width = Math.max(figure.clientWidth, 300);
+    const svg = element(figure, "svg", null, { viewBox: `0 0 ${width} 160`, role: "img", "aria-label": `Entropy against step; ${inverted} of ${pairs} pairs out of order` });
+    this.x = (step) => 60 + ((width - 70) * (step + 0.5)) / this.total;
     const y = (value) => 135 - 120 * Math.sqrt(value / most);
-    element(svg, "path", null, { class: "axis", d: "M40 10V135H395" });
-    for (const value of [0, most / 4, most]) element(svg, "text", value.toPrecision(2), { x: 36, y: y(value) + 4, "text-anchor": "end" });
-    element(svg, "text", "step 1", { x: 40, y: 150 });
-    element(svg, "text", String(this.total), { x: 390, y: 150, "text-anchor": "end" });
+    element(svg, "path", null, { class: "axis", d: `M60 10V135H${width - 5}` });
+    for (const value of [0, most / 4, most]) element(svg, "text", short(value), { x: 56, y: y(value) + 4, "text-anchor": "end" });
+    element(svg, "text", "step 1", { x: 60, y: 150 });
+    element(svg, "text", String(this.total), { x: width - 10, y: 150, "text-anchor": "end" });
     for (const i of places) {
       const [cx, cy] = [this.x(steps[i]), y(entropy[i])];
       const mark = wrong.has(i)
@@ -144,10 +147,14 @@ class Viewer {
     this.panels = [];
     this.step = 0;
     this.timer = null;
-    sources.forEach((source, i) => element($("source"), "option", `${source.name} (${source.records.length})`, { value: i }));
+    sources.forEach((source, i) => element($("source"), "option", source.name, { value: i }));
     if ($("beside")) {
       element($("beside"), "option", "nothing", { value: "" });
       sources.forEach((source, i) => element($("beside"), "option", source.name, { value: i }));
+      const base = sources.findIndex((source) => source.role === "base");
+      const what = (source) => source.name.split(" · ").slice(1).join(" · ");
+      const tuned = sources.findIndex((source) => source.role === "tuned" && what(source) === what(sources[base]));
+      if (tuned >= 0) [$("source").value, $("beside").value] = [base, tuned];
     }
     for (const id of ["source", "verdict", "beside"]) $(id)?.addEventListener("change", () => this.list());
     $("find").addEventListener("input", () => this.list());
@@ -171,11 +178,15 @@ class Viewer {
     const words = $("find").value.toLowerCase();
     const fits = (record) => (verdict === "all" || String(record.correct) === verdict)
       && (!words || (record.prompt + "\n" + record.tokens.join("")).toLowerCase().includes(words));
+    if ($("beside")) {
+      for (const option of $("beside").options) option.disabled = option.value === $("source").value;
+      if ($("beside").selectedOptions[0].disabled) $("beside").value = "";
+    }
     const records = this.sources[$("source").value].records;
     const options = records.flatMap((record, i) => {
       if (!fits(record)) return [];
       const mark = { true: "✓ ", false: "✗ ", null: "? ", unknown: "" }[record.correct];
-      return [new Option(`${mark}${record.id ? record.id + " " : ""}${record.prompt.slice(-120).replace(/\s+/g, " ")}`, i)];
+      return [new Option(`${mark}${record.id ? record.id + " " : ""}${record.question.slice(-120).replace(/\s+/g, " ")}`, i)];
     });
     $("record").replaceChildren(...options);
     $("record").selectedIndex = options.length ? 0 : -1;
@@ -191,14 +202,15 @@ class Viewer {
     this.panels = [];
     $("prompt").textContent = record ? record.prompt : "No response fits.";
     if (record) {
-      this.add(source.name, record);
+      const shown = [[source, record]];
       const other = this.sources[$("beside")?.value || -1];
-      const same = other && other !== source && (other.records.find((each) => each.prompt === record.prompt && each.id === record.id)
+      const same = other && (other.records.find((each) => each.prompt === record.prompt && each.id === record.id)
         || other.records.find((each) => each.prompt === record.prompt));
-      if (same) {
-        this.add(other.name, same);
-        markDifferences(...this.panels);
-      } else if (other) element($("panels"), "p", `${other.name} has no response to this prompt.`);
+      if (same) shown.push([other, same]);
+      const places = shown.map(() => element($("panels"), "div", null)); // all of them first: they share the width
+      this.panels = shown.map((each, i) => new Panel(places[i], ...each));
+      if (same) markDifferences(...this.panels);
+      else if (other) element($("panels"), "p", `${other.name} has no response to this prompt.`);
     }
     this.total = Math.max(0, ...this.panels.map((panel) => panel.total));
     $("step").max = this.total;
@@ -207,10 +219,6 @@ class Viewer {
     if ($("colour").selectedOptions[0].disabled) $("colour").value = "step";
     this.colour();
     this.show(this.total);
-  }
-
-  add(name, record) {
-    this.panels.push(new Panel(element($("panels"), "div", null), name, record));
   }
 
   colour() {
@@ -285,14 +293,14 @@ function drawCurves(training) {
     if (points.length < 2) continue;
     const [xs, ys] = [points.map(([x]) => x), points.map(([, y]) => y)];
     const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-    const x = (value) => 52 + (340 * (value - x0)) / (x1 - x0 || 1);
+    const x = (value) => 64 + (328 * (value - x0)) / (x1 - x0 || 1);
     const y = (value) => 150 - (130 * (value - y0)) / (y1 - y0 || 1);
     const figure = element($("curves"), "figure", null);
     element(figure, "figcaption", name);
     const svg = element(figure, "svg", null, { viewBox: "0 0 400 175", role: "img", "aria-label": `${name}, from ${y0.toPrecision(3)} to ${y1.toPrecision(3)}` });
-    element(svg, "path", null, { class: "axis", d: "M52 15V150H395" });
-    for (const value of [y0, y1]) element(svg, "text", short(value), { x: 48, y: y(value) + 4, "text-anchor": "end" });
-    element(svg, "text", `step ${x0}`, { x: 52, y: 168 });
+    element(svg, "path", null, { class: "axis", d: "M64 15V150H395" });
+    for (const value of [y0, y1]) element(svg, "text", short(value), { x: 60, y: y(value) + 4, "text-anchor": "end" });
+    element(svg, "text", `step ${x0}`, { x: 64, y: 168 });
     element(svg, "text", String(x1), { x: 392, y: 168, "text-anchor": "end" });
     series.forEach((line, i) => element(svg, "polyline", null, {
       points: line.map(([a, b]) => `${x(a)},${y(b)}`).join(" "), fill: "none", "stroke-width": 2,
