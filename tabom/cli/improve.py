@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+from transformers import set_seed
+
 from tabom.cli.commands import AdapterArguments, ModelArguments, PromptArguments
 from tabom.cli.model import load_model
 from tabom.cli.prompts import read, read_task
-from tabom.cli.train import lora_config, read_eval_prompts
+from tabom.cli.train import lora_config, progress_callbacks, read_eval_prompts
 from tabom.models.loading import path_of
 from tabom.rounds.config import ImproveConfig
 from tabom.rounds.improve import Improvement
@@ -48,6 +50,7 @@ def run(
         if getattr(config, name) != 1:
             raise ValueError(f"{name}={getattr(config, name)} without eval_prompts: nothing is evaluated; give both")
 
+    set_seed(training.seed)
     base = model_arguments.model or "shipped"
     weights = newest_weights(training.output_dir)
     diffusion_model = load_model(model_arguments if weights is None else replace(model_arguments, model=str(weights)))
@@ -56,6 +59,7 @@ def run(
         model=diffusion_model.model,
         args=training,
         processing_class=diffusion_model.tokenizer,
+        callbacks=progress_callbacks(training),
         peft_config=lora_config(adapter) if adapter.use_peft and weights is None else None,
     )
     eval_sampler = (

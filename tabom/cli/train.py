@@ -45,9 +45,7 @@ def run(
         dry_run_of(arguments, adapter, model_arguments, config)
         return
     callbacks = check_evaluation(arguments, config)
-    if not sys.stderr.isatty() and not config.disable_tqdm:
-        config.disable_tqdm = True
-        callbacks.append(ProgressLines())
+    callbacks += progress_callbacks(config)
     check_data(arguments, config)
     eval_prompts = read_eval_prompts(config)
     diffusion_model = load_model(model_arguments)
@@ -69,6 +67,14 @@ def run(
     trainer.save_state()  # the training curves of `tabom report`, also where no checkpoint is kept
     trainer.create_model_card()
     print(f"saved to {config.output_dir}" + (f", pushed to {trainer.hub_model_id}" if config.push_to_hub else ""))
+
+
+def progress_callbacks(config: TabomConfig) -> list[TrainerCallback]:
+    """What shows the progress where the output is no terminal, in place of the bar."""
+    if sys.stderr.isatty() or config.disable_tqdm:
+        return []
+    config.disable_tqdm = True
+    return [ProgressLines()]
 
 
 class ProgressLines(TrainerCallback):

@@ -1,7 +1,7 @@
 """A model with its tokenizer and the conventions of its family, which all stages of the pipeline use."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -109,7 +109,7 @@ class DiffusionModel:
             ValueError: a weight is on the meta device, so it has no values here.
         """
         digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
+        for name, weight in sorted(saved_tensors(self.model)):
             if weight.is_meta:
                 raise ValueError(
                     f"weight {name} is on the meta device, where device_map leaves what it offloads: its values cannot "
@@ -118,6 +118,15 @@ class DiffusionModel:
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(sample_values(weight, FINGERPRINT_VALUES).view(torch.uint8).numpy().tobytes())
         return f"{self.model.dtype}, sha256 {digest.hexdigest()[:16]}".removeprefix("torch.")
+
+
+def saved_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The items of the model's state_dict. Making one would shard the weights that FSDP2 has put together."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def sample_values(tensor: Tensor, most: int) -> Tensor:

@@ -41,6 +41,6 @@ class ImproveConfig:
             raise ValueError(f"settled_weight={self.settled_weight}: expected a weight in (0, 1]")
         if self.settled_weight < 1 and self.prompts_per_round is None:
             raise ValueError(
-                f"settled_weight={self.settled_weight} without prompts_per_round: every round has all prompts, so none is "
-                "drawn; give both"
+                f"settled_weight={self.settled_weight} without prompts_per_round: every round has all prompts, so none "
+                "is drawn; give both"
             )

@@ -5,11 +5,14 @@ other one it learns from the right ones alone, which is expert iteration. The mo
 training and its decoding use the same weights. Optimizer and schedule begin anew in every round.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tabom.data.prompts import PromptSet
 from tabom.evaluation.config import EvaluateConfig
@@ -59,14 +62,14 @@ class Improvement:
         Round 0 is the base, which is evaluated only. Under torchrun or accelerate the processes share the responses.
 
         Raises:
-            ValueError: the folder was begun with other settings, the sampler is greedy, or the model is sharded.
+            ValueError: the folder was begun with other settings, the sampler is greedy, or DeepSpeed is set up.
         """
         check_samples(self.config.samples_per_prompt, self.sampler)
         trainer, output_dir = self.trainer, self.trainer.args.output_dir
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.is_deepspeed_enabled:
             raise ValueError(
-                "a model sharded by FSDP or DeepSpeed does not decode here, because its processes decode responses of "
-                "their own; start with DDP (torchrun), with --use_peft if the whole state does not fit"
+                "deepspeed: a model that it has sharded does not decode, because its processes decode responses of "
+                "their own; start with FSDP2 or DDP"
             )
         if trainer.is_world_process_zero():
             check_run(output_dir, self.settings())
@@ -90,10 +93,12 @@ class Improvement:
         training = self.trainer.args.run_settings(self.trainer.accelerator.num_processes)
         return {"prompts": self.prompts.fingerprint(), **own, **chosen, **training}
 
-    def model(self) -> DiffusionModel:
-        """The model with its current weights, ready to decode."""
+    @contextmanager
+    def model(self) -> Iterator[DiffusionModel]:
+        """The model with its current weights, ready to decode; those that FSDP2 has sharded are whole meanwhile."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-        return describe(model, self.trainer.processing_class)
+        with whole_weights(model):
+            yield describe(model, self.trainer.processing_class)
 
     def make_round(self, number: int, seed: int) -> Record:
         """Decodes, judges and trains; returns the figures of the round."""
@@ -104,7 +109,9 @@ class Improvement:
         samples = self.config.samples_per_prompt
         sampler = replace(self.sampler, seed=self.sampler.seed + (number - 1) * samples)
         folder.mkdir(parents=True, exist_ok=True)
-        collect(self.model(), prompts, sampler, CollectConfig(str(folder / "rollouts.jsonl"), samples), self.engine)
+        rollouts = CollectConfig(str(folder / "rollouts.jsonl"), samples)
+        with self.model() as model:
+            collect(model, prompts, sampler, rollouts, self.engine)
         trainer.accelerator.wait_for_everyone()  # the first process has then put the responses of all together
 
         rollouts = read_rollouts(folder)
@@ -149,12 +156,29 @@ class Improvement:
         for name, (sampler, samples) in samplers.items():
             cell = Cell(f"round {number}", self.eval_prompts.name, name)
             config = EvaluateConfig(folder, samples)
-            result = evaluate(self.model(), self.eval_prompts, sampler, config, cell, self.engine)
+            with self.model() as model:
+                result = evaluate(model, self.eval_prompts, sampler, config, cell, self.engine)
             if result is not None and name == "greedy":
                 found["accuracy"] = result["accuracy"]
             elif result is not None:
                 found["pass_at"] = {k: result["pass_at"][k] for k in map(str, powers_of_two(samples))}
         return found
+
+
+@contextmanager
+def whole_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Puts together the weights that FSDP2 has sharded, and keeps them so.
+
+    A sharded model runs on all processes at the same time, and processes that decode responses of their own do not.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False)
+        module.unshard()
+    yield
+    for module in sharded:
+        module.set_reshard_after_forward(True)
+        module.reshard()
 
 
 def powers_of_two(largest: int) -> list[int]:

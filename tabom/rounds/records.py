@@ -10,7 +10,7 @@ checkpoint or begins again. Only the newest finished round keeps its weights.
 
 import shutil
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,13 @@ def check_run(output_dir: str | Path, settings: Record) -> None:
 
 
 def read_rollouts(folder: Path) -> list[Record]:
-    """The responses of a round, right, wrong and unverified."""
-    rejected = list(finished_lines(folder / "rollouts.jsonl.rejected"))[1:]  # the first line holds the settings
-    return [*finished_lines(folder / "rollouts.jsonl"), *rejected]
+    """The responses of a round, right, wrong and unverified, in the order of their prompts and repeats.
+
+    The order does not depend on when they were finished, nor on the number of processes.
+    """
+    rejected = islice(finished_lines(folder / "rollouts.jsonl.rejected"), 1, None)  # the first line holds the settings
+    found = [*finished_lines(folder / "rollouts.jsonl"), *rejected]
+    return sorted(found, key=lambda record: [int(number) for number in record["id"].split("-")])
 
 
 def right_shares(rollouts: Sequence[Record], chosen: Sequence[int]) -> dict[int, float]:
