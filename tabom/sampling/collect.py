@@ -145,7 +145,15 @@ def make_attempts(
             ]
             judged = prompts.verdicts([index for (index, _), _ in finished], [each.response for each in trajectories])
             append(
-                attempt_record(attempt, completion, trajectory, verdict, sampler)
+                attempt_record(
+                    attempt,
+                    trajectory,
+                    verdict,
+                    positions=completion.positions,
+                    temperature=sampler.temperature if completion.logprob is not None else None,
+                    given_up=completion.given_up,
+                    edits=completion.edits,
+                )
                 for (attempt, completion), trajectory, verdict in zip(finished, trajectories, judged, strict=True)
             )
             cost = cost_of(completion for _, completion in finished)
@@ -235,19 +243,15 @@ def to_trajectory(
     )
 
 
-def attempt_record(
-    attempt: Attempt, completion: Completion, trajectory: Trajectory, verdict: Verdict, sampler: SamplerConfig
-) -> dict[str, Any]:
-    """What is written of an attempt: the trajectory, the verdict, and what a policy loss needs of both."""
+def attempt_record(attempt: Attempt, trajectory: Trajectory, verdict: Verdict, **others: Any) -> dict[str, Any]:
+    """What is written of an attempt: the trajectory, the verdict, and what a policy loss needs of both.
+
+    Args:
+        others: further fields, left out where they are None, False or 0.
+    """
     record = {"id": attempt_id(*attempt), **trajectory.to_record(), **verdict._asdict(), "reward": verdict.reward}
-    record |= {"group": prompt_group(trajectory.prompt), "positions": completion.positions}
-    if completion.logprob is not None:
-        record["temperature"] = sampler.temperature
-    if completion.given_up:
-        record["given_up"] = True
-    if completion.edits:
-        record["edits"] = completion.edits
-    return record
+    record["group"] = prompt_group(trajectory.prompt)
+    return record | {name: value for name, value in others.items() if value}
 
 
 def attempt_id(index: int, repeat: int) -> str:

@@ -341,9 +341,18 @@ class CollectConfig:
             "are. The verifier must be able to tell: exact can."
         },
     )
+    completions: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL file of responses that another engine has returned, with the step of each token: they are "
+            "judged and recorded, and nothing is decoded."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
 
     def __post_init__(self) -> None:
         check_output_file("output", self.output)
+        if self.completions is not None and not Path(self.completions).is_file():
+            raise FileNotFoundError(f"completions={self.completions}: no such file")
         for name in ("samples_per_prompt", "max_prompt_length"):
             check_at_least(name, getattr(self, name), 1)

@@ -17,16 +17,8 @@ from tabom.sampling.engine import Engine
 
 COMMAND = ["improve", "--task", "subtraction", "--num_prompts", "12", "--samples_per_prompt", "4"]
 TRAINING = ["--learning_rate", "1e-4", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true"]
-TRAINING += [
-    "--per_device_train_batch_size",
-    "16",
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "1",
-    "--use_cpu",
-    "true",
-]
+TRAINING += ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu", "true"]
+TRAINING += ["--save_strategy", "steps", "--save_steps", "1"]
 
 
 def run(folder, *options, rounds=2, objective="policy"):
