@@ -184,6 +184,18 @@ class ExportArguments:
 
 
 @dataclass
+class RecipeArguments:
+    """Which file."""
+
+    name: str = field(
+        metadata={
+            "help": "Recipe for `tabom train`, or ddp, fsdp2 or deepspeed_zero3 for `accelerate launch`; --name may be "
+            "left out."
+        }
+    )
+
+
+@dataclass
 class MergeArguments:
     """What is merged, and where to."""
 
@@ -345,6 +357,7 @@ COMMANDS = {
         hidden=(DataArguments, AdapterArguments, ModelArguments, TabomSettings),
         epilog=PLAN_ARGUMENTS,
     ),
+    "recipe": Command("recipe", (RecipeArguments,), "Where a YAML file of the package is: tabom recipe fsdp2"),
     "quickstart": Command("quickstart", (QuickstartConfig,), "The whole path, small."),
     "lab pretrain": Command("lab_pretrain", (PretrainConfig,), "Pre-train a model like those of the package."),
     "lab study": Command("lab_study", (StudyConfig,), "Compare the objectives on a grid."),

@@ -23,6 +23,7 @@ USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
   improve       rounds: answer prompts, judge the answers, train on them, again
   merge         an adapter and its base become one model, which loads everywhere
   plan          what a whole run computes, part by part; --recipe NAME --num_prompts N --gpus N
+  recipe        where a YAML file of the package is: accelerate launch --config_file $(tabom recipe fsdp2)
   quickstart    the whole path on the model that ships with the package, in a few minutes
   lab pretrain  make that model again, from nothing
   lab study     the objectives compared: a grid of runs, a table, two pictures
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = str(error.name).partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"tabom {name}: error: needs {package}; pip install 'tabom[{EXTRAS[package]}]'", file=sys.stderr)
+        remedy = f"pip install {package.replace('_', '-')} (the extra {EXTRAS[package]})"
+        print(f"tabom {name}: error: needs {package}; {remedy}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(printable(f"tabom {name}: error: {message_of(error)}"), file=sys.stderr)
@@ -102,6 +104,8 @@ def parse(name: str, argv: Sequence[str]) -> tuple:
     options = dict(zip(("description", "takes_recipe", "hidden", "epilog"), rest, strict=True), prog=f"tabom {name}")
     if name == "report":
         argv = name_inputs(argv)
+    if name == "recipe":
+        argv = ["--name", *argv] if argv and not argv[0].startswith("-") else argv
     if types[-1] is not TabomSettings:
         return parse_arguments(types, argv, **options)
     parse_arguments(types, argv, other_fields=training_fields(), **options)

@@ -9,6 +9,7 @@ import numpy as np
 from tabom.data.store import ResponseFolder
 from tabom.evaluation.evaluate import Cell, by_problem
 from tabom.evaluation.metrics import estimate, estimate_ratio
+from tabom.evaluation.pictures import BASE, INK, OTHERS, TUNED, picture
 
 
 def compare(base: Cell, tuned: Cell, output_dir: str | Path) -> dict[str, Any]:
@@ -86,28 +87,23 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Plots accuracy with its error, one panel for each prompt set, and pass@k if there are several samples."""
-    from matplotlib.figure import Figure
-
+    """Plots accuracy with its error, a panel for each prompt set below the other, the base's bars first."""
     sets = list(dict.fromkeys(result["prompts"] for result in results))
     names = list(dict.fromkeys((result["model"], result["sampler"]) for result in results))
-    has_passes = any(len(result["pass_at"]) > 1 for result in results)
-    figure = Figure(figsize=(1.5 + 2.5 * len(sets), (5.5 if has_passes else 3) + 0.25 * len(names)))
-    axes = figure.subplots(2 if has_passes else 1, len(sets), squeeze=False)
-    for column, name in enumerate(sets):
-        bars = axes[0, column]
-        bars.set(title=name, ylim=(0, 105), ylabel="accuracy, %" if column == 0 else "", xticks=[])
-        for result in (result for result in results if result["prompts"] == name):
-            place = names.index((result["model"], result["sampler"]))
-            label = f"{Path(result['model']).name}, {result['sampler']}" if column == 0 else None
-            accuracy = {key: 100 * (value or 0) for key, value in result["accuracy"].items()}
-            bars.bar(place, accuracy["mean"], yerr=accuracy["error"], color=f"C{place}", capsize=4, label=label)
-            if has_passes:
-                passes = {int(k): 100 * value["mean"] for k, value in result["pass_at"].items()}
-                axes[1, column].plot(*zip(*sorted(passes.items()), strict=True), color=f"C{place}", marker="o")
-        if has_passes:
-            axes[1, column].set(xlabel="k", ylabel="pass@k, %" if column == 0 else "", ylim=(0, 105))
-            axes[1, column].xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", frameon=False)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
+    models = list(dict.fromkeys(result["model"] for result in results))
+    looks = dict(zip(models, (BASE, TUNED, *OTHERS), strict=False))
+    with picture(path, height=0.8 + len(sets) * (0.9 + 0.3 * len(names))) as figure:
+        panels = figure.subplots(len(sets), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, prompts in zip(panels, sets, strict=True):
+            shown = [result for result in results if result["prompts"] == prompts]
+            for result in shown:
+                accuracy = {key: 100 * (value or 0) for key, value in result["accuracy"].items()}
+                color = looks.get(result["model"], OTHERS[-1])["color"]
+                place = names.index((result["model"], result["sampler"]))
+                axes.barh(place, accuracy["mean"], xerr=accuracy["error"], color=color, ecolor=INK, capsize=3)
+            labels = [Path(model).name + ("" if sampler == "default" else f"\n{sampler}") for model, sampler in names]
+            axes.set(title=prompts, xlim=(0, 105), yticks=range(len(names)))
+            axes.set_yticklabels(labels, fontsize=9)
+            axes.invert_yaxis()
+            axes.grid(visible=False, axis="y")
+        panels[-1].set_xlabel("accuracy, %")

@@ -1,16 +1,16 @@
 """The table, the sentences and a picture of the quickstart."""
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tabom.evaluation.pictures import BASE as BASE_LOOK
+from tabom.evaluation.pictures import legend_below, picture
 from tabom.lab.study import BASE
-from tabom.lab.study_report import Result, error, scores
+from tabom.lab.study_report import LOOKS, Result, error, scores
 
 Results = dict[str, list[Result]]
 """Maps a method to the results of its seeds; the base has one result."""
@@ -75,8 +75,9 @@ def markdown_table(measures: dict[str, dict[str, list[float]]], rows: tuple[str,
 def print_table(console: Console, results: Results) -> None:
     """Means with their standard errors."""
     seeds = max(map(len, results.values()))
+    over = "problems" if seeds == 1 else f"problems and over {seeds} training runs a method"
     caption = (
-        f"percent ± standard error over problems and over {seeds} training runs a method; TDS in 1/1000 nats^2\n"
+        f"percent ± standard error over {over}; TDS in 1/1000 nats^2\n"
         "pair order: pairs of the base's own held-out trajectories whose earlier token has the lower entropy\n"
         "TDS: variance of the masked tokens' entropies along the model's own decoding"
     )
@@ -101,9 +102,9 @@ def print_verdicts(console: Console, results: Results) -> None:
             for outcome, measures in compared(results[ours], results[other]).items():
                 console.print(f"  {outcome}: {', '.join(measures)}", highlight=False)
     console.print(
-        "\n'Higher' and 'lower' are differences of more than two standard errors, over problems and over seeds. Two "
-        "seeds say little of the spread over training runs, and one tiny model nothing of larger ones: "
-        "docs/study.md has more seeds, longer training, more tasks and a second base.",
+        "\n'Higher' and 'lower' are differences of more than two standard errors. One training run says nothing of the "
+        "spread over runs, and one tiny model nothing of larger ones: docs/study.md has more seeds, longer training, "
+        "more tasks and a second base.",
         highlight=False,
     )
 
@@ -127,16 +128,14 @@ def verdict(mean: float, error: float) -> str:
 
 
 def draw_entropy_by_step(results: Results, path: Path) -> None:
-    """Mean entropy of the token unmasked at each step; the base is dashed."""
-    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for color, (method, runs) in enumerate(results.items()):
-        values: Any = np.mean([run["entropy_by_step"] for run in runs], axis=0)
-        style = {"color": "black", "linestyle": "--"} if method == BASE else {"color": f"C{color - 1}"}
-        axes.plot(values, marker="o", label=method, **style)
-    axes.set_xlabel("decode step")
-    axes.set_ylabel("mean entropy of the unmasked token, nats")
-    axes.set_xticks(range(len(values)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """Mean entropy of the token unmasked at each step."""
+    with picture(path) as figure:
+        axes = figure.subplots()
+        for method, look in {BASE: BASE_LOOK, **LOOKS}.items():
+            values = np.mean([run["entropy_by_step"] for run in results[method]], axis=0)
+            axes.plot(range(1, len(values) + 1), values, label=method, **look)
+            axes.set_xticks(range(1, len(values) + 1))
+        axes.set_title("Training makes the model more certain", fontsize=12)
+        axes.set_xlabel("decoding step")
+        axes.set_ylabel("entropy of the unmasked token, nats")
+        legend_below(figure)

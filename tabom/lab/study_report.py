@@ -6,11 +6,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from tabom.data.json_files import finished_lines
 from tabom.evaluation.metrics import pass_at_k
+from tabom.evaluation.pictures import BASE as BASE_LOOK
+from tabom.evaluation.pictures import OTHERS, TUNED, legend_below, picture
 from tabom.lab.config import METHODS, PASS_SAMPLES
 from tabom.lab.study import BASE, SIZES, TOKENS_PER_STEP
 
@@ -34,6 +35,9 @@ COMPARISONS = (
     ("whole path", "NELBO, exact weights"),
 )
 """Paired by base, task, attempts, seed and learning rate: the first less the second."""
+LOOKS = {"TABOM, whole path": TUNED, "NELBO": OTHERS[0], "TABOM": OTHERS[1]}
+PASSES_LOOKS = {"TABOM, whole path": TUNED, "NELBO": OTHERS[0], "whole path": OTHERS[1]}
+"""The methods in the pictures."""
 
 
 class Group(NamedTuple):
@@ -197,35 +201,20 @@ def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
 
 
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
-    """Plots, one panel for each method, the accuracy on the weak task against the others during training."""
+    """Plots accuracy on the weak task against the others during training, the mean over seeds and learning rates."""
     methods = by_method(r for r in results if group_of(r) == group)
-    runs = [run for of_method in methods.values() for run in of_method]
-    base = base_of(results, runs[0])
-    colors = {rate: f"C{i}" for i, rate in enumerate(sorted({run["run"]["learning_rate"] for run in runs}))}
-    rows = -(-len(methods) // 3)
-    figure, panels = plt.subplots(
-        rows, 3, figsize=(10, 3 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
-    )
-    for axes in panels.flat[len(methods) :]:
-        axes.set_axis_off()
-    for axes, name in zip(panels.flat, methods, strict=False):
-        for run in runs:
-            is_own = run["run"]["method"] == name
-            color = colors[run["run"]["learning_rate"]] if is_own else "lightgray"
-            points = np.array(path_of(base, run)).T
-            axes.plot(*points, linewidth=1, marker="o", markersize=3 if is_own else 2, color=color, zorder=1 + is_own)
-            axes.plot(*points[:, -1], marker="*", markersize=10 if is_own else 5, color=color, zorder=1 + is_own)
-        axes.plot(*points_of(base), "ks", zorder=3)
-        axes.set_title(name, fontsize=10)
-        axes.grid(alpha=0.3)
-    for rate, color in colors.items():
-        panels[0, 0].plot([], [], color=color, marker="*", label=f"LR {rate:g}")
-    panels[0, 0].plot([], [], "ks", label="base")
-    panels[0, 0].legend(fontsize=8)
-    figure.supxlabel("accuracy on the other tasks, %")
-    figure.supylabel(f"accuracy on {group.task}, %, one token a step")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    base = base_of(results, next(iter(methods.values()))[0])
+    with picture(path) as figure:
+        axes = figure.subplots()
+        for name, look in LOOKS.items():
+            if name in methods:
+                points = np.mean([path_of(base, run) for run in methods[name]], axis=0)
+                axes.plot(*points.T, label=name, **look)
+        axes.plot(*points_of(base), label=BASE, **BASE_LOOK | {"markersize": 10, "linestyle": "", "zorder": 3})
+        axes.set_title("What training gains, and what it forgets", fontsize=12)
+        axes.set_xlabel("accuracy on the other tasks, %")
+        axes.set_ylabel(f"accuracy on {group.task}, %")
+        legend_below(figure)
 
 
 def path_of(base: Result, run: Result) -> list[tuple[float, float]]:
@@ -250,30 +239,24 @@ def digits_of(right: str) -> np.ndarray:
     return 100 * np.array([int(digit) for digit in right])
 
 
-def draw_passes(results: list[Result], group: Group, path: Path) -> None:
-    """Accuracy against forward passes of the adaptive policies; means over seeds and learning rates."""
+def draw_passes(results: list[Result], group: Group, path: Path, policy: str = "threshold") -> None:
+    """Accuracy against forward passes of an adaptive policy; means over seeds and learning rates."""
     methods = by_method(r for r in results if group_of(r) == group)
     base = base_of(results, next(iter(methods.values()))[0])
-    methods = {BASE: [base], **methods}
-    policies = dict.fromkeys(each["policy"] for each in base["adaptive"])
-    figure, panels = plt.subplots(
-        1, len(policies), figsize=(11, 4.4), sharex=True, sharey=True, layout="constrained", squeeze=False
-    )
-    for axes, policy in zip(panels.flat, policies, strict=True):
-        for color, (name, runs) in enumerate(methods.items()):
+    with picture(path) as figure:
+        axes = figure.subplots()
+        for name, look in {BASE: BASE_LOOK, **PASSES_LOOKS}.items():
+            runs = [base] if name == BASE else methods.get(name, [])
             points = [
                 [(a["forward_passes"], 100 * a["accuracy"]) for a in run["adaptive"] if a["policy"] == policy]
                 for run in runs
             ]
-            style = {"color": "black", "linestyle": "--"} if name == BASE else {"color": f"C{color}"}
-            axes.plot(*np.mean(points, axis=0).T, marker="o", markersize=4, label=name, **style)
-        axes.set_title(f"policy {policy}", fontsize=10)
-        axes.set_xlabel("forward passes an answer")
-        axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel(f"accuracy on {group.task}, %")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            if points:
+                axes.plot(*np.mean(points, axis=0).T, label=name, **look)
+        axes.set_title("The ranking costs forward passes", fontsize=12)
+        axes.set_xlabel(f"forward passes an answer, policy {policy}")
+        axes.set_ylabel(f"accuracy on {group.task}, %")
+        legend_below(figure)
 
 
 def report(path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
     for name in ("lab.report", "lab.study_report", "lab.quickstart", "cli.quickstart"):
         monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
     assert run("quickstart") == 2
-    assert "pip install 'tabom[plot]'" in capsys.readouterr().err
+    assert "needs matplotlib; pip install matplotlib (the extra plot)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):

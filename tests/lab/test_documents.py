@@ -53,3 +53,11 @@ def test_what_the_study_says_of_block_causal_attention_stands_in_its_table():
     quoted = re.findall(r"\d+\.\d+(?: ±\d+\.\d)?", section.split("\n## ")[0])
     shown = set(re.findall(r"\d+\.\d+(?: ±\d+\.\d)?", "\n".join(attention_table(STUDY))))
     assert len(quoted) > 10 and set(quoted) <= shown
+
+
+def test_the_result_in_the_readme_is_that_of_the_demo():
+    measures = json.loads((ROOT / "docs" / "quickstart_results.json").read_text())["measures"]
+    base, tuned = (measures[name] for name in ("base", "TABOM, whole path"))
+    prose = " ".join((ROOT / "README.md").read_text().split())
+    assert f"subtracts {base['1 a step'][0]:.1f} % right, and {tuned['1 a step'][0]:.1f} % after `make demo`" in prose
+    assert f"it stays at {tuned['other tasks'][0]:.1f} % of {base['other tasks'][0]:.1f} %" in prose

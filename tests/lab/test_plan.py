@@ -71,7 +71,7 @@ def test_a_run_at_the_papers_scale():
 
 
 def test_the_command_prints_every_part(capsys):
-    assert main(["plan", "--recipe", "dream_prm12k", "--prompts", "12000", "--gpus", "8"]) == 0
+    assert main(["plan", "--recipe", "dream_prm12k", "--num_prompts", "12000", "--gpus", "8"]) == 0
     table = capsys.readouterr().out
     for word in ("collect", "verify", "train", "evaluate", "on 8 GPUs", "2.1e+19", "predicted, not measured"):
         assert word in table

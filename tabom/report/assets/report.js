@@ -280,7 +280,7 @@ class Viewer {
 
 // --- training curves ----------------------------------------------------------------------------------------------
 
-const HUES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]; // Okabe and Ito's
+const HUES = ["#2b7bba", "#159a6e", "#8c8c8c", "#cc79a7", "#e69f00", "#56b4e9"]; // none is the base's
 const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 4", "10 4"];
 const NOT_DRAWN = /^(step|epoch|total_flos|train_.*|.*_runtime|.*_per_second)$/;
 
