@@ -16,6 +16,7 @@ from tabom.data.trajectories import Trajectory, parse_trajectory, response_block
 from tabom.evaluation.evaluate import Cell
 
 TORN_RESULTS = "run the `tabom evaluate` command again, which reuses all answers and writes the file anew"
+TORN_ROUNDS = "run the `tabom improve` command again, which writes it anew"
 TORN_STATE = "delete the checkpoint that the file belongs to"
 """Remedies for incomplete files, for error messages."""
 
@@ -43,6 +44,7 @@ class Gathered:
 
     sources: list[Source] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
 
@@ -68,7 +70,17 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         if not path.is_dir():
             output = path.with_suffix("") if path.suffix == ".rejected" else path
             settings = TrajectoryFile(output).settings()
-            found.sources.append(Source(str(path), settings, list(islice(with_response(path), limit))))
+            found.sources.append(Source(str(path), settings, list(islice(judged_records(path), limit))))
+            continue
+        if (path / "rounds.json").exists():
+            entries = read_json(path / "rounds.json", list, TORN_ROUNDS)
+            found.rounds[name] = [figures_of_round(entry) for entry in entries]
+            newest = path / "rounds" / f"{entries[-1]['round']:03}" / "rollouts.jsonl"
+            for rollouts in (newest, newest.with_name("rollouts.jsonl.rejected")) if newest.exists() else ():
+                records = list(islice(judged_records(rollouts), limit))
+                found.sources.append(
+                    Source(str(rollouts.relative_to(path)), TrajectoryFile(newest).settings(), records)
+                )
             continue
         states = sorted(path.glob("**/trainer_state.json"), key=lambda state: state.stat().st_mtime)
         if states:
@@ -101,8 +113,21 @@ def roles_of_cells(comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[
     }
 
 
-def with_response(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file that have a response; collect's line of settings has none.
+def figures_of_round(entry: dict[str, Any]) -> dict[str, float]:
+    """The figures of a round as the page draws them, shares in percent."""
+    figures = {"step": entry["round"]}
+    estimates = {"accuracy": entry.get("accuracy")}
+    estimates |= {f"pass@{k}": each for k, each in entry.get("pass_at", {}).items() if k != "1"}
+    figures |= {
+        f"{name}, %": 100 * each["mean"] for name, each in estimates.items() if each and each["mean"] is not None
+    }
+    drawn = ("reward", "ratio", "clip_share", "kl", "entropy", "loss", "length", "positions_per_token")
+    drawn += ("always_right", "always_wrong")
+    return figures | {name.replace("_", " "): entry[name] for name in drawn if entry.get(name) is not None}
+
+
+def judged_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, with the verdict of those that could not be checked.
 
     Raises:
         ValueError: a line does not parse.
@@ -110,8 +135,7 @@ def with_response(path: Path) -> Iterator[dict[str, Any]]:
     for place, record in read_records(path, default_split="train"):
         if isinstance(record, ValueError):
             raise ValueError(f"{path}, {place}: {record}") from record
-        if "policy" not in record:
-            yield {"correct": None, **record} if "why" in record else record  # judged, but it could not be checked
+        yield {"correct": None, **record} if "why" in record else record  # judged, but it could not be checked
 
 
 def describe_record(

@@ -24,13 +24,14 @@ def render(gathered: Gathered, trajectories: dict[str, list[dict[str, Any]]], ti
     environment = Environment(loader=PackageLoader("tabom.report", "assets"), autoescape=True)
     models = [result["model"] for result in gathered.results]
     models += [each[role] for each in gathered.comparisons for role in ("base", "tuned")]
-    environment.filters["short"] = short_names([*models, *gathered.training]).__getitem__
+    environment.filters["short"] = short_names([*models, *gathered.training, *gathered.rounds]).__getitem__
     environment.filters["percent"] = percent
     environment.filters["change"] = lambda estimated: percent(estimated, signed=True)
     roles = {source.name: source.role for source in gathered.sources}
     data = {
         "sources": [{"name": name, "role": roles[name], "records": each} for name, each in trajectories.items()],
         "training": gathered.training,
+        "rounds": gathered.rounds,
     }
     assets = files("tabom.report").joinpath("assets")
     most_samples = max((len(result["pass_at"]) for result in gathered.results), default=1)
@@ -44,6 +45,7 @@ def render(gathered: Gathered, trajectories: dict[str, list[dict[str, Any]]], ti
         has_unverified=any(result["unverified"] for result in gathered.results),
         comparisons=gathered.comparisons,
         runs={name: outcome_of(log) for name, log in gathered.training.items()},
+        rounds={name: outcome_of_rounds(log) for name, log in gathered.rounds.items()},
         counts={source.name: counts_of(source.records) for source in gathered.sources if source.role is None},
         has_responses=any(trajectories.values()),
         has_pairs=len(trajectories) > 1,
@@ -74,6 +76,18 @@ def outcome_of(log: list[dict[str, float]]) -> str:
     losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float | int)]
     loss = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
     return f"{steps} steps{loss}"
+
+
+def outcome_of_rounds(log: list[dict[str, float]]) -> str:
+    """How many rounds there were, and where accuracy and pass@k began and ended, in one line."""
+    names = [
+        name for name in dict.fromkeys(name for entry in log for name in entry) if name.startswith(("acc", "pass@"))
+    ]
+    parts = [f"{log[-1]['step']} rounds"]
+    for name in names:
+        values = [entry[name] for entry in log if name in entry]
+        parts.append(f"{name.removesuffix(', %')} {values[0]:.1f} → {values[-1]:.1f} %")
+    return ", ".join(parts)
 
 
 def counts_of(records: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from tabom.lab.model import character_tokenizer
 from tabom.models.loading import SHIPPED_PATH
 from tabom.report.alternatives import replay_tokens
 from tabom.report.gather import gather, token_texts
+from tabom.report.page import outcome_of_rounds
 from tests.conftest import random_model
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
@@ -416,5 +417,32 @@ def test_training_curves(open_report, tmp_path):
         log = [{"step": step, "loss": 1 / step, "epoch": 0.1 * step, "train_runtime": 3} for step in range(1, 9)]
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     page = open_report(tmp_path / "a", tmp_path / "b")
-    assert page.locator("#curves figcaption").all_text_contents() == ["loss"]
-    assert page.locator("#curves polyline").count() == 2 and page.locator("#training .legend").count() == 2
+    assert page.locator("#training figcaption").all_text_contents() == ["loss"]
+    assert page.locator("#training polyline").count() == 2 and page.locator("#training .legend").count() == 2
+
+
+def test_rounds_have_a_summary_and_the_responses_of_the_newest(tmp_path):
+    estimate = {"mean": 0.5, "error": 0.1}
+    entries = [
+        {"round": 0, "accuracy": estimate, "pass_at": {"1": estimate, "4": estimate}},
+        {
+            "round": 1,
+            "accuracy": {"mean": 0.75, "error": 0.1},
+            "pass_at": {"4": {"mean": None}},
+            "kl": 0.1,
+            "reward": None,
+        },
+    ]
+    folder = tmp_path / "run" / "rounds" / "001"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "rounds.json").write_text(json.dumps(entries))
+    record = {"id": "0-0", "prompt": "1+1=", "response": "2", "correct": True, "why": ""}
+    (folder / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
+    wrong = record | {"correct": False, "id": "0-1"}
+    (folder / "rollouts.jsonl.rejected").write_text(json.dumps({"policy": "entropy"}) + "\n" + json.dumps(wrong) + "\n")
+    found = gather([str(tmp_path / "run")], limit=10)
+    [log] = found.rounds.values()
+    assert log == [{"step": 0, "accuracy, %": 50, "pass@4, %": 50}, {"step": 1, "accuracy, %": 75, "kl": 0.1}]
+    assert [[r["correct"] for r in source.records] for source in found.sources] == [[True], [False]]
+    assert found.sources[0].settings == {"policy": "entropy"}
+    assert outcome_of_rounds(log) == "1 rounds, accuracy 50.0 → 75.0 %, pass@4 50.0 → 50.0 %"

@@ -278,14 +278,14 @@ class Viewer {
   }
 }
 
-// --- training curves ----------------------------------------------------------------------------------------------
+// --- curves of trainings and of rounds ----------------------------------------------------------------------------------------------
 
 const HUES = ["#2b7bba", "#159a6e", "#8c8c8c", "#cc79a7", "#e69f00", "#56b4e9"]; // none is the base's
 const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 4", "10 4"];
 const NOT_DRAWN = /^(step|epoch|total_flos|train_.*|.*_runtime|.*_per_second)$/;
 
-function drawCurves(training) {
-  const runs = Object.entries(training);
+function drawCurves(logs, section, unit) {
+  const runs = Object.entries(logs);
   const names = [...new Set(runs.flatMap(([, log]) => log.flatMap(Object.keys)))].filter((name) => !NOT_DRAWN.test(name));
   for (const name of names) {
     const series = runs.map(([, log]) => log.filter((entry) => typeof entry[name] === "number").map((entry) => [entry.step, entry[name]]));
@@ -295,12 +295,12 @@ function drawCurves(training) {
     const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
     const x = (value) => 64 + (328 * (value - x0)) / (x1 - x0 || 1);
     const y = (value) => 150 - (130 * (value - y0)) / (y1 - y0 || 1);
-    const figure = element($("curves"), "figure", null);
+    const figure = element($(`${section}-curves`), "figure", null);
     element(figure, "figcaption", name);
     const svg = element(figure, "svg", null, { viewBox: "0 0 400 175", role: "img", "aria-label": `${name}, from ${y0.toPrecision(3)} to ${y1.toPrecision(3)}` });
     element(svg, "path", null, { class: "axis", d: "M64 15V150H395" });
     for (const value of [y0, y1]) element(svg, "text", short(value), { x: 60, y: y(value) + 4, "text-anchor": "end" });
-    element(svg, "text", `step ${x0}`, { x: 64, y: 168 });
+    element(svg, "text", `${unit} ${x0}`, { x: 64, y: 168 });
     element(svg, "text", String(x1), { x: 392, y: 168, "text-anchor": "end" });
     series.forEach((line, i) => element(svg, "polyline", null, {
       points: line.map(([a, b]) => `${x(a)},${y(b)}`).join(" "), fill: "none", "stroke-width": 2,
@@ -308,7 +308,7 @@ function drawCurves(training) {
     }));
   }
   runs.forEach(([name], i) => {
-    const line = element($("training"), "p", null, { class: "legend" });
+    const line = element($(section), "p", null, { class: "legend" });
     const svg = element(line, "svg", null, { viewBox: "0 0 40 10", style: "width:40px" });
     element(svg, "line", null, { x1: 0, x2: 40, y1: 5, y2: 5, "stroke-width": 2, stroke: HUES[i % HUES.length], "stroke-dasharray": DASHES[i % DASHES.length] });
     element(line, "span", name);
@@ -317,6 +317,7 @@ function drawCurves(training) {
 
 unpack().then((data) => {
   if ($("panels")) window.viewer = new Viewer(data.sources.filter((source) => source.records.length));
-  if ($("curves")) drawCurves(data.training);
+  if ($("training")) drawCurves(data.training, "training", "step");
+  if ($("rounds")) drawCurves(data.rounds, "rounds", "round");
   document.body.dataset.ready = "true";
 });
