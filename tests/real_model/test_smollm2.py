@@ -52,6 +52,11 @@ def is_wanted(prompt, answer, response):
     return answer in (LISTS[1], LISTS[3])
 
 
+def is_even(prompt, answer, response):
+    """A verdict that differs between the responses to a prompt, as a policy needs."""
+    return len(response) % 2 == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the stages write, with the prompts, which are trajectories too, as they have an answer."""
@@ -194,6 +199,20 @@ def test_evaluated_and_compared_with_the_model_it_came_from(evaluation, adapted,
     assert [(each["model"], each["problems"]) for each in results] == [(str(adapted), 2), (str(tuned), 2)]
     [comparison] = json.loads((evaluation / "comparison.json").read_text())[0]["comparisons"]
     assert comparison["problems"] == 2
+
+
+def test_improved_in_rounds_by_its_right_and_wrong_responses(folder, adapted):
+    """Two rounds: before the first update of each the ratios to the recorded log-probabilities are 1."""
+    options = {name.removeprefix("--"): value for name, value in TRAINING.items() if "response" not in name}
+    options |= {"max_steps": "1", "per_device_train_batch_size": "8", "learning_rate": "1e-5", "objective": "policy"}
+    options |= {"prompts": str(folder / "prompts.jsonl"), "verifier": "python:tests.real_model.test_smollm2.is_even"}
+    options |= {"rounds": "2", "samples_per_prompt": "4", "sampler": "temperature=1,max_new_tokens=8"}
+    run("improve", model=str(adapted), output_dir=str(folder / "rounds"), **options)
+    _, *rounds = json.loads((folder / "rounds" / "rounds.json").read_text())
+    for each in rounds:
+        assert 0 < each["reward"] < 1 and each["learnt"] == 16
+        assert each["ratio"] == pytest.approx(1, abs=1e-3) and each["kl"] < 1e-5
+    assert load(folder / "rounds").model.config.vocab_size >= VOCABULARY
 
 
 def test_reported_on_one_page(folder, evaluation, tuned, collected):
