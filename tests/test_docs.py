@@ -20,6 +20,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ben
 def test_links_and_paths_lead_somewhere(document):
     text = document.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", text)]
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', text)
     missing = [link for link in links if not (document.parent / link).exists()]
     paths = re.findall(r"`((?:tabom|tabom_kernels|tests|benchmarks|docs)/[\w./-]+\.(?:py|yaml|md|json))`", text)
     missing += [path for path in paths if not (ROOT / path).exists()]
