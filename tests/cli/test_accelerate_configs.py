@@ -24,6 +24,8 @@ def test_a_command_says_where_they_are(capsys):
     for path in [*CONFIGS, CONFIGS[0].parents[1] / "dream_prm12k.yaml"]:
         assert main(["recipe", path.stem]) == 0
         assert capsys.readouterr().out == f"{path}\n"
+    assert main(["recipe"]) == 0
+    assert set(map(str, CONFIGS)) < set(capsys.readouterr().out.splitlines())
     assert main(["recipe", "fsdp"]) == 2
     assert "name=fsdp: no such file; did you mean 'fsdp2'?" in capsys.readouterr().err
 
