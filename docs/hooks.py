@@ -21,7 +21,8 @@ OUTSIDE = re.compile(r"(!?)\[([^\]]+)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages and pictures that are not in docs/."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {"index.md": INSIDE.sub(lambda link: "](" if link[1] else "](../", readme), **dict(api_pages())}
+    front = INSIDE.sub(lambda link: "](" if link[1] else "](../", readme).replace('="docs/', '="')  # HTML has links too
+    pages = {"index.md": front, **dict(api_pages())}
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     for picture in ROOT.glob("benchmarks/results/*.png"):

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random model in memory, and random numbers with a printed seed.
+"""Shared fixtures: a tiny random model in memory, a browser, and random numbers with a printed seed.
 
 The seed of a test follows from its name, so that a run tells of the code and not of the draw. With
 TABOM_TEST_SEED=fresh every test draws new numbers.
@@ -69,3 +69,15 @@ def random_model(seed: int, **changes) -> DiffusionModel:
         network.lm_head.weight.mul_(20)
     network.generation_config.max_new_tokens = 6
     return describe(network, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -16,6 +16,14 @@ import tabom_kernels
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    result = build(ROOT, folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
 def build(root, site):
     """As `make docs` does, whose options decide what is an error."""
     options = shlex.split(re.search(r"bin/mkdocs (build.*)", (ROOT / "Makefile").read_text())[1])
@@ -35,10 +43,34 @@ def test_a_broken_link_is_an_error(tmp_path, link):
     assert result.returncode == 1 and "nowhere" in result.stderr
 
 
-def test_the_site_builds_and_documents_every_public_name(tmp_path):
-    result = build(ROOT, tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    api = "".join(page.read_text() for page in tmp_path.glob("api/*/index.html"))
+def test_the_site_builds_and_documents_every_public_name(site):
+    api = "".join(page.read_text() for page in site.glob("api/*/index.html"))
     for package in (tabom, tabom_kernels):
         for name in package.__all__:
             assert re.search(rf'id="{package.__name__}\.[\w.]*\b{name}"', api), name
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_no_code_is_cut_or_behind_its_copy_button(site, browser, width):
+    page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    for path in ("index.html", "tasks/index.html", "study/index.html", "recipes/index.html"):
+        page.goto((site / path).as_uri())
+        cut = page.evaluate(
+            """() => [...document.querySelectorAll("pre > code")].filter((code) => {
+                const room = parseFloat(getComputedStyle(code).paddingRight);
+                return code.scrollWidth > code.clientWidth || room < 40;
+            }).map((code) => code.textContent)"""
+        )
+        assert cut == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        broken = page.evaluate(
+            """() => [...document.querySelectorAll("td code")].filter((code) => /^\\w+$/.test(code.textContent)
+                && code.getClientRects().length > 1).map((code) => code.textContent)"""
+        )
+        assert broken == [], "a name stands on one line"
+
+
+def test_the_front_page_shows_a_result_before_the_installation(site):
+    page = (site / "index.html").read_text()
+    before, _ = page.split('id="install"')
+    assert "accuracy_retention.png" in before and "% after" in before

@@ -187,11 +187,12 @@ class ExportArguments:
 class RecipeArguments:
     """Which file."""
 
-    name: str = field(
+    name: str | None = field(
+        default=None,
         metadata={
             "help": "Recipe for `tabom train`, or ddp, fsdp2 or deepspeed_zero3 for `accelerate launch`; --name may be "
-            "left out."
-        }
+            "left out. Default: all of them."
+        },
     )
 
 

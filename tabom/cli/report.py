@@ -1,7 +1,9 @@
 """`tabom report`: one HTML file of responses, training curves and evaluations."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tabom.cli.commands import ModelArguments, ReportArguments
 from tabom.cli.model import load_to_sample
@@ -10,6 +12,8 @@ from tabom.models.loading import load_tokenizer
 from tabom.report.alternatives import replay_tokens
 from tabom.report.gather import Source, describe_record, gather
 from tabom.report.page import render
+
+T = TypeVar("T")
 
 
 def run(arguments: ReportArguments, model_arguments: ModelArguments) -> None:
@@ -30,15 +34,20 @@ def describe(source: Source, model_arguments: ModelArguments, replay: bool) -> l
     if not replay:
         path = model_arguments.model or "shipped"
         tokenizer = load_tokenizer(path, trust_remote_code=model_arguments.trust_remote_code)
-        return [describe_record(record, tokenizer, source.settings, None) for record in source.records]
+        return [named(source, describe_record, record, tokenizer, source.settings, None) for record in source.records]
     model = load_to_sample(model_arguments)
     vocab_size = model.model.config.vocab_size
-    return [
-        describe_record(
-            record,
-            model.tokenizer,
-            source.settings,
-            replay_tokens(model, parse_trajectory(record, model.tokenizer, vocab_size)),
-        )
-        for record in source.records
-    ]
+    described = []
+    for record in source.records:
+        trajectory = named(source, parse_trajectory, record, model.tokenizer, vocab_size)
+        replayed = replay_tokens(model, trajectory)
+        described.append(describe_record(record, model.tokenizer, source.settings, replayed))
+    return described
+
+
+def named(source: Source, function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function on a record of a source, which its error then names."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from error

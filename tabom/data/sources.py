@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ MAX_LINE = 2**24
 
 BOM = b"\xef\xbb\xbf"
 """The mark that some programs put in front of UTF-8."""
+
+PROGRESS_BAR_RECORDS = 10_000
+"""With fewer records no progress bar is shown, because they are tokenized in seconds."""
 
 BATCH = 100
 """How many records of a table are read at once."""
@@ -187,6 +191,22 @@ def load_from_hub(name: str, split: str | None, config_name: str | None) -> Any:
         ) from error
 
 
+@contextmanager
+def bars_of_many(records: int) -> Iterator[None]:
+    """Shows the progress bars of `datasets` only for at least `PROGRESS_BAR_RECORDS` records."""
+    import datasets
+    from datasets.utils import are_progress_bars_disabled
+
+    hidden = records < PROGRESS_BAR_RECORDS and not are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
+
+
 def load_file(path: Path, name: str) -> Table:
     """The records of a file in the format of this name in `datasets`.
 
@@ -201,7 +221,8 @@ def load_file(path: Path, name: str) -> Table:
     options = ONLY_EMPTY_IS_MISSING if name == "csv" else {}
     options = options | ({"sep": "\t"} if path.suffix == ".tsv" else {})
     try:
-        return Table(datasets.load_dataset(name, data_files=str(path), split="train", **options))
+        with bars_of_many(0):  # reading takes little time beside what follows
+            return Table(datasets.load_dataset(name, data_files=str(path), split="train", **options))
     except (datasets.exceptions.DatasetGenerationError, StopIteration, ArrowInvalid) as error:
         problem = "the file holds no record" if isinstance(error, StopIteration) else error.__cause__ or error
         raise ValueError(f"{path}: not readable as {name}: {' '.join(str(problem).split())}") from error

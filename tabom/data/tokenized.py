@@ -5,8 +5,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
-from datasets.utils import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
 from tabom.data.encoding import check_prompt, encode_prompt, has_unknown_text
 from tabom.data.shapes import unused_fields, warn_of_unused
-from tabom.data.sources import BATCH, Listed, Records, open_records
+from tabom.data.sources import BATCH, Listed, Records, bars_of_many, open_records
 from tabom.data.text import printable
 from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
 
@@ -68,9 +66,6 @@ FEATURES = Features(
     }
 )
 """Columns of a tokenized table: a `TokenizedTrajectory`, what else a policy loss needs, its origin and its digest."""
-
-PROGRESS_BAR_RECORDS = 10_000
-"""With fewer records no progress bar is shown, because they are tokenized in seconds."""
 
 NOTES = {
     "invalid": Value("bool"),
@@ -253,7 +248,7 @@ def make_table(records: Records, tokenization: Tokenization, source: Any, num_pr
         path = str(folder / f"{fingerprint}.arrow")
     # A table of indices: each process reads the records that it tokenizes, and none holds them all.
     indices = datasets.Dataset.from_dict({"index": range(len(records))})
-    with progress_bar(len(records)):
+    with bars_of_many(len(records)):
         return indices.map(
             tokenization.rows,
             batched=True,
@@ -268,16 +263,3 @@ def make_table(records: Records, tokenization: Tokenization, source: Any, num_pr
             num_proc=num_proc,
             desc="Tokenizing",
         )
-
-
-@contextmanager
-def progress_bar(records: int) -> Iterator[None]:
-    """Shows the progress bars of `datasets` only for at least `PROGRESS_BAR_RECORDS` records."""
-    hidden = records < PROGRESS_BAR_RECORDS and not are_progress_bars_disabled()
-    if hidden:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hidden:
-            datasets.enable_progress_bars()

@@ -11,12 +11,23 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 import tabom
+from tabom.cli.main import main
 
 CONFIGS = sorted((Path(tabom.__file__).parent / "recipes" / "accelerate").glob("*.yaml"))
 
 
 def test_there_is_one_for_every_way():
     assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero3", "fsdp2"]
+
+
+def test_a_command_says_where_they_are(capsys):
+    for path in [*CONFIGS, CONFIGS[0].parents[1] / "dream_prm12k.yaml"]:
+        assert main(["recipe", path.stem]) == 0
+        assert capsys.readouterr().out == f"{path}\n"
+    assert main(["recipe"]) == 0
+    assert set(map(str, CONFIGS)) < set(capsys.readouterr().out.splitlines())
+    assert main(["recipe", "fsdp"]) == 2
+    assert "name=fsdp: no such file; did you mean 'fsdp2'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -121,6 +121,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["collect", "--output", "{tmp}"], "output={tmp}: a folder; give the name of a file"),
         (["report", "{data}", "-o", "{tmp}"], "output={tmp}: a folder; give the name of a file"),
         (["report", "{tmp}/no"], "no: no such file or folder"),
+        (["report", "{tmp}/other.json"], "other.json: field 'prompt': missing"),
         (["report"], "nothing to report: give trajectories"),
         (["quickstart", "--processes", "0"], "processes=0: expected at least 1"),
         (["train", "--config", "{tmp}/broken.yaml"], "broken.yaml: not valid YAML: "),
@@ -132,6 +133,7 @@ def test_a_wrong_value_is_one_line_that_names_it(capsys, monkeypatch, tmp_path, 
     monkeypatch.setattr("tabom.training.config.get_available_reporting_integrations", list)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "broken.yaml").write_text("rank_margin: [1,\nrank_loss: hinge\n")
+    (tmp_path / "other.json").write_text('{"accuracy": 1}\n')
     if "{tmp}/torn" in arguments:
         shutil.copytree(model_folder, tmp_path / "torn")
         weights = tmp_path / "torn" / "model.safetensors"

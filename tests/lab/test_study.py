@@ -2,9 +2,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.lines import Line2D
 
 from tabom import load
 from tabom.data.json_files import finished_lines
@@ -96,6 +100,31 @@ def test_a_killed_study_goes_on_to_the_same_results(finished, tmp_path, pytestco
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="methods='GRPO': expected some of"):
         StudyConfig(methods=["GRPO"])
+
+
+def test_pictures_have_at_most_four_lines_and_show_on_any_page(finished, tmp_path, monkeypatch):
+    """Each line differs in colour, marker and dashes; the background is transparent."""
+    figures = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k)))
+    report(finished)
+    assert len(figures) == 2
+    for figure in figures:
+        [axes] = figure.axes
+        lines = axes.get_lines()
+        assert 2 <= len(lines) <= 4 and axes.get_title()
+        for look in (Line2D.get_color, Line2D.get_marker):
+            assert len({look(line) for line in lines}) == len(lines)
+    for name in ("paths.png", "passes.png"):
+        pixels = imread(finished.parent / name)
+        assert pixels.shape[1] == 800 and pixels[0, 0, 3] == 0
+
+
+def test_the_pictures_of_the_documents_are_drawn_so():
+    root = Path(__file__).parents[2]
+    for path in (*root.glob("docs/*.png"), *root.glob("benchmarks/results/*.png")):
+        pixels = imread(path)
+        assert pixels.shape[1] == 800 and pixels[0, 0, 3] == 0, path
 
 
 def test_the_report_of_a_study(finished, tmp_path):

@@ -5,7 +5,6 @@ import gzip
 import json
 import random
 import re
-import shutil
 
 import pytest
 import torch
@@ -158,18 +157,6 @@ def test_a_character_of_several_tokens_appears_with_its_last():
     ids = list("aéb".encode())
     assert token_texts(Bytes(), ids) == ["a", "", "é", "b"]
     assert token_texts(character_tokenizer(), character_tokenizer()("1+2=").input_ids) == ["1", "+", "2", "="]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
