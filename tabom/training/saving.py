@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from tabom.models.progress import bars_of_long_waits
-from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
+from tabom.training.checkpoints import SAVING, check_same_run, check_whole, newest_first, publish
 from tabom.training.nan_checks import check_weights
 
 logger = logging.getLogger(__name__)
@@ -52,19 +52,32 @@ class CheckpointingTrainer(Trainer, ABC):
         """The checkpoint to resume, the same on every rank; None: start anew."""
         if not resume:
             return None
-        checkpoint = resume
-        if resume is True or resume == "auto":
-            checkpoint, broken = newest_whole(self.args.output_dir)
-            for problem in broken if self.is_world_process_zero() else ():
+        is_search = resume is True or resume == "auto"
+        found = newest_first(self.args.output_dir) if is_search else [Path(resume)]
+        for checkpoint in broadcast_object_list([found])[0]:
+            problem = self._damage(checkpoint)
+            if problem is None:
+                check_same_run(checkpoint, self._describe_run())
+                return str(checkpoint)
+            if not is_search:
+                raise ValueError(problem)
+            if self.is_world_process_zero():
                 logger.warning("passed over: %s", problem)
-            if checkpoint is None and resume is True:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
-                )
-        checkpoint = broadcast_object_list([checkpoint and str(checkpoint)])[0]
-        if checkpoint is not None:
-            check_same_run(Path(checkpoint), self._describe_run())
-        return checkpoint
+        if resume is True:
+            raise ValueError(
+                f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
+            )
+        return None
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank; only ranks that write checkpoints read them."""
+        problem = None
+        if self.args.should_save:
+            try:
+                check_whole(checkpoint)
+            except ValueError as error:
+                problem = str(error)
+        return next(filter(None, gather_object([problem])), None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in or super()._get_output_dir(trial))
