@@ -20,6 +20,7 @@ import xxhash
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from tabom.data.json_files import read_json
+
 MANIFEST = "tabom_checkpoint.json"
 HASH = "xxh3_128"
 """Field of the manifest that holds a hash, in hexadecimal digits."""
