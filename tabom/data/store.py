@@ -32,10 +32,10 @@ class Processes(Protocol):
     size: int
 
     def signal(self, key: str) -> None:
-        """Releases the processes that are blocked in `wait_for(key)` on this one."""
+        """Counts towards what `wait_for(key)` waits for."""
 
-    def wait_for(self, key: str, *ranks: int) -> None:
-        """Blocks until these processes, by default all, have called `signal(key)`."""
+    def wait_for(self, key: str, signals: int) -> None:
+        """Blocks until so many processes have called `signal(key)`."""
 
 
 class Store(ABC):
@@ -92,16 +92,16 @@ class Store(ABC):
                 self.take(lock, fcntl.LOCK_SH)  # shared by the processes of this job: it ends with the last of them
                 processes.signal("begun")
             else:
-                processes.wait_for("begun", 0)
+                processes.wait_for("begun", 1)
                 self.take(lock, fcntl.LOCK_SH)
             verdicts = self.verdicts()
             processes.signal("read")
-            processes.wait_for("read")  # so that nobody appends while another process still reads
+            processes.wait_for("read", processes.size)  # so that nobody appends while another process still reads
             with self.appending(settings, processes) as append:
                 yield verdicts, append
             processes.signal("written")
             if processes.rank == 0:
-                processes.wait_for("written")
+                processes.wait_for("written", processes.size)
                 self.end(settings, processes, verdicts)
 
     def take(self, lock: BinaryIO, kind: int) -> None:

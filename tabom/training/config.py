@@ -95,7 +95,7 @@ class TabomConfig(TabomSettings, TrainingArguments):
     def run_settings(self, processes: int) -> dict[str, Any]:
         """The settings that a resumed run must not change: all that decide the weights, except the run's length."""
         own = {each.name for each in fields(TabomSettings)}
-        own -= {"loss_backend", "fused_linear", "dataset_num_proc"}
+        own -= {"loss_backend", "fused_linear", "dataset_num_proc", "peer_timeout"}
         settings = {name: getattr(self, name) for name in sorted(own)}
         for name in SAME_IN_A_RUN:
             settings[name] = getattr(self, name)

@@ -129,6 +129,10 @@ class TabomSettings:
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize the data. Default: one."}
     )
+    peer_timeout: float = field(
+        default=300.0,
+        metadata={"help": "With several processes: seconds without a sign of life of one, after which the others end."},
+    )
     loss_backend: Literal["triton", "torch", "reference"] | None = field(
         default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
     )

@@ -24,6 +24,7 @@ from tabom.models.loading import as_diffusion_model
 from tabom.models.nan_checks import logits_not_finite
 from tabom.sampling.answerable import check_prompts
 from tabom.sampling.config import SamplerConfig
+from tabom.sampling.ranks import joined
 from tabom.training.card import model_card
 from tabom.training.collator import DENOMINATORS, TrajectoryCollator
 from tabom.training.config import NO_LOGITS, TabomConfig
@@ -211,7 +212,8 @@ class TabomTrainer(CheckpointingTrainer):
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"
             )
-        return super().train(resume_from_checkpoint, **kwargs)
+        with joined(self.args.peer_timeout):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def _describe_run(self) -> dict[str, Any]:
         """All that decides the weights, as JSON values, the same on every rank and for any number of ranks."""

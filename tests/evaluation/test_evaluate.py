@@ -1,9 +1,9 @@
 """Evaluation: the figures against other ways to them, restarts, ranks, and pairs of models."""
 
-import itertools
 import json
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -150,10 +150,7 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
     alone = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "alone"), CELL)
     evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared", samples_per_prompt=1), CELL)
     meeting, of_thread, results = HashStore(), threading.local(), {}
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(meeting, None, None)]))
-    monkeypatch.setattr("tabom.sampling.ranks._jobs", itertools.repeat(0))
-    monkeypatch.setattr("tabom.evaluation.evaluate.Ranks", lambda: of_thread.ranks)
+    monkeypatch.setattr("tabom.evaluation.evaluate.joined", lambda peer_timeout: nullcontext(of_thread.ranks))
 
     def run(ranks, own_model):
         of_thread.ranks = ranks
@@ -161,8 +158,8 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
 
     threads = []
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        threads.append(threading.Thread(target=run, args=(Ranks(), random_model(0))))  # as processes have their own
+        ranks = Ranks(rank, 3, meeting)
+        threads.append(threading.Thread(target=run, args=(ranks, random_model(0))))  # as processes have their own
     for thread in threads:
         thread.start()
     for thread in threads:
