@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from tabom.data.job_lock import locked
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.responses import count_right
@@ -46,6 +47,10 @@ REFUSED = {
     "preprocess_logits_for_metrics": NO_LOGITS,
 }
 """Arguments of `transformers.Trainer` that would have no effect, and why."""
+
+
+LOCK = "_lock"
+"""File in the output folder that a job locks while it trains; transformers pushes no file that begins so."""
 
 
 class FollowEpoch(TrainerCallback):
@@ -203,8 +208,8 @@ class TabomTrainer(CheckpointingTrainer):
                 fresh start where there is none.
 
         Raises:
-            ValueError: the data has no token to learn from, the checkpoint is not complete, or it belongs to a run with
-                other data, another objective, seed or setting.
+            ValueError: the data has no token to learn from, the checkpoint is not complete, it belongs to a run with
+                other data, another objective, seed or setting, or another job trains into `output_dir`.
             FloatingPointError: a loss or gradient is not finite.
         """
         if self.train_dataset is not None and not self.train_dataset.has_targets():
@@ -212,7 +217,11 @@ class TabomTrainer(CheckpointingTrainer):
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"
             )
-        with joined(self.args.peer_timeout):
+        lock = Path(self.args.output_dir) / LOCK
+        with (
+            joined(self.args.peer_timeout) as ranks,
+            locked(lock, ranks, f"output_dir={self.args.output_dir}", "choose another one"),
+        ):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _describe_run(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tabom.data.trajectories import Trajectory
 from tabom.training import checkpoints
@@ -261,6 +262,18 @@ def test_a_learning_rate_that_blows_up_ends_the_training_and_saves_nothing(tmp_p
         train(random_model(3), trajectories, args)
     for saved in tmp_path.rglob("model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(saved).values())
+
+
+def test_two_trainings_into_one_folder_are_refused(tmp_path, trajectories):
+    class TrainToo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(
+                ValueError, match=r"^output_dir=.*: another job is writing to it; .* another one"
+            ):
+                train(random_model(3), trajectories, config(tmp_path))
+
+    assert train(random_model(3), trajectories, config(tmp_path, max_steps=1), callbacks=[TrainToo()])
+    assert train(random_model(3), trajectories, config(tmp_path, max_steps=1)), "the lock is released"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, trajectories):
