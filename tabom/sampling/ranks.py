@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch.distributed import HashStore, Store
 
 from tabom.sampling.peers import POLL_SECONDS, peers
+from tabom.sampling.termination import Terminated, termination
 
 PROGRESS_SECONDS = 0.2
 """Between two updates of the progress bar while the first process waits for the others."""
@@ -52,8 +53,11 @@ class Ranks:
         return Counter({each: self.add(f"correct={each}", here[each]) for each in (True, False, None)})
 
     def take(self, total: int) -> Iterator[int]:
-        """Yields numbers below `total`; each number goes to exactly one process, the first that asks for it."""
-        while (number := self.add("taken", 1) - 1) < total:
+        """Yields numbers below `total`; each number goes to exactly one process, the first that asks for it.
+
+        Ends early at SIGTERM.
+        """
+        while not termination.is_requested and (number := self.add("taken", 1) - 1) < total:
             yield number
 
     @contextmanager
@@ -62,6 +66,9 @@ class Ranks:
 
         Yields a function that adds to the finished work of this process and sets the title of the bar. At the end the
         first process waits until all work is finished.
+
+        Raises:
+            Terminated: SIGTERM came in the first process and work is left; says how much.
         """
         with Progress(disable=not self.is_first) as progress:
             bar = progress.add_task(title, total=total)
@@ -69,8 +76,11 @@ class Ranks:
             def advance(finished: int, title: str) -> None:
                 progress.update(bar, completed=self.add("finished", finished), description=title)
 
-            yield advance
+            with termination.deferred():
+                yield advance
             while self.is_first and (finished := self.add("finished", 0)) < total:
+                if termination.is_requested:
+                    raise Terminated(f"{total - finished} of {total} answers are left")
                 progress.update(bar, completed=finished)
                 time.sleep(PROGRESS_SECONDS)
 
@@ -81,6 +91,9 @@ def joined(peer_timeout: float) -> Iterator[Ranks]:
 
     Args:
         peer_timeout: seconds after which a process of which there is no sign of life ends the others, see `Peers`.
+
+    Raises:
+        Terminated: SIGTERM came while this process shared the work.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
@@ -88,3 +101,5 @@ def joined(peer_timeout: float) -> Iterator[Ranks]:
     here = peers(peer_timeout)
     with here.jobs_store() as store:
         yield Ranks(here.rank, here.size, store)
+    if termination.is_requested:  # the others go on with the work that this process left
+        raise Terminated

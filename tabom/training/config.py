@@ -112,6 +112,7 @@ FIXED = {
     "remove_unused_columns": "the collator needs all that it is given",
     "label_names": "the collator names its tensors itself",
     "length_column_name": "records are not sampled by their length",
+    "enable_jit_checkpoint": "training saves a checkpoint at SIGTERM in any case",
     "data_seed": "seed draws the order of the records as well as their cuts",
     "prediction_loss_only": NO_LOGITS,
     "include_for_metrics": NO_LOGITS,

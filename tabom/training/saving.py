@@ -10,15 +10,37 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from tabom.models.progress import bars_of_long_waits
+from tabom.sampling.termination import Terminated, termination
 from tabom.training.checkpoints import SAVING, check_same_run, check_whole, newest_first, publish
 from tabom.training.nan_checks import check_weights
 
 logger = logging.getLogger(__name__)
+
+
+class SaveAtSigterm(TrainerCallback):
+    """Saves a checkpoint after the step in which a rank got SIGTERM, and ends the process.
+
+    transformers' just-in-time checkpoint does this for one process. It is not used, because each rank would save at the
+    step in which it notices the signal itself, whereas saving takes all ranks at once and often one machine alone gets
+    the signal; and because it may save in the middle of a step, from which training does not continue exactly.
+    """
+
+    def __init__(self, trainer: "CheckpointingTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer._is_terminated():
+            control.should_save = True
+            control.should_evaluate = False  # which may take longer than the grace period
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer._is_terminated():
+            raise Terminated(f"the checkpoint of step {state.global_step} is saved")
 
 
 class CheckpointingTrainer(Trainer, ABC):
@@ -31,6 +53,14 @@ class CheckpointingTrainer(Trainer, ABC):
     def _describe_run(self) -> dict[str, Any]:
         """All that decides the weights, as JSON values, the same on every rank; a checkpoint is resumed with it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SaveAtSigterm(self))
+
+    @abstractmethod
+    def _is_terminated(self) -> bool:
+        """Whether a rank had got SIGTERM when the current step began, the same on every rank."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains from a complete checkpoint of the same run, or from the start.
 
@@ -40,9 +70,12 @@ class CheckpointingTrainer(Trainer, ABC):
 
         Raises:
             ValueError: the checkpoint is not complete, or belongs to a run that `_describe_run` tells from this one.
+            Terminated: SIGTERM came; a checkpoint is saved.
         """
         self._loaded_step = None
-        return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        with termination.deferred():
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

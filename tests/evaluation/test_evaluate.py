@@ -27,6 +27,7 @@ from tabom.sampling.collect import to_trajectory
 from tabom.sampling.completions import Completion
 from tabom.sampling.engine import EngineConfig, Request
 from tabom.sampling.ranks import Ranks
+from tabom.sampling.termination import Terminated, termination
 from tests.conftest import random_model
 from tests.models.block_causal import block_causal_model
 
@@ -168,6 +169,13 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
     assert (results[0]["reused"], results[0]["answers"]) == (10, 30)
     files = sorted(CELL.folder(tmp_path / "shared").glob("answers-*.jsonl"))
     assert len(files) == 3 and sum(path.read_bytes().count(b"\n") for path in files) == 30, "none is made twice"
+
+
+def test_at_sigterm_an_evaluation_makes_no_further_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(termination, "is_requested", True)
+    with pytest.raises(Terminated) as end:
+        evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)
+    assert (end.value.code, end.value.message) == (143, "30 of 30 answers are left")
 
 
 def test_text_that_ends_lines_elsewhere_finishes_and_resumes(tmp_path, monkeypatch):

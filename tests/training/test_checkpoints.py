@@ -267,9 +267,7 @@ def test_a_learning_rate_that_blows_up_ends_the_training_and_saves_nothing(tmp_p
 def test_two_trainings_into_one_folder_are_refused(tmp_path, trajectories):
     class TrainToo(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            with pytest.raises(
-                ValueError, match=r"^output_dir=.*: another job is writing to it; .* another one"
-            ):
+            with pytest.raises(ValueError, match=r"^output_dir=.*: another job is writing to it; .* another one"):
                 train(random_model(3), trajectories, config(tmp_path))
 
     assert train(random_model(3), trajectories, config(tmp_path, max_steps=1), callbacks=[TrainToo()])
