@@ -12,6 +12,7 @@ from tabom.evaluation.compare import compare, comparison_table, draw, results_ta
 from tabom.evaluation.config import EvaluateConfig
 from tabom.evaluation.evaluate import Cell, evaluate
 from tabom.lab.tasks import make_task
+from tabom.models.writing import aside
 from tabom.sampling.config import EngineConfig, SamplerConfig, parse_sampler
 
 
@@ -55,9 +56,11 @@ def run(
         tables += (
             f"\n{tuned} (tuned) against {base} (base), errors paired by problem:\n\n{comparison_table(comparisons)}"
         )
-    (folder / "results.md").write_text(tables, encoding="utf-8")
+    with aside(folder / "results.md") as part:
+        part.write_text(tables, encoding="utf-8")
     print(tables)
-    draw(results, folder / "results.png")
+    with aside(folder / "results.png") as part:
+        draw(results, part)
     print(f"{folder}: results.json, results.md, results.png; the responses in a folder for each cell")
 
 

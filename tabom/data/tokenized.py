@@ -23,6 +23,7 @@ from tabom.data.encoding import check_prompt, encode_prompt
 from tabom.data.shapes import unused_fields, warn_of_unused
 from tabom.data.sources import BATCH, Listed, Records, open_records
 from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
+from tabom.models.writing import naming_full_disk
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def make_table(records: Records, tokenization: Tokenization, source: Any, num_pr
         path = str(folder / f"{fingerprint}.arrow")
     # A table of indices: each process reads the records that it tokenizes, and none holds them all.
     indices = datasets.Dataset.from_dict({"index": range(len(records))})
-    with progress_bar(len(records)):
+    with progress_bar(len(records)), naming_full_disk(datasets.config.HF_DATASETS_CACHE):
         return indices.map(
             tokenization.rows,
             batched=True,

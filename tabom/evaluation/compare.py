@@ -110,4 +110,4 @@ def draw(results: Sequence[dict[str, Any]], path: str | Path) -> None:
             axes[1, column].xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", frameon=False)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from tabom.models.progress import bars_of_long_waits
+from tabom.models.writing import naming_full_disk
 from tabom.sampling.termination import Terminated, termination
 from tabom.training.checkpoints import SAVING, check_same_run, check_whole, newest_first, publish
 from tabom.training.nan_checks import check_weights
@@ -117,11 +118,15 @@ class CheckpointingTrainer(Trainer, ABC):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes the checkpoint to a folder aside and renames it; refuses weights that are not finite."""
+        check_weights(model, self.accelerator)
         folder = Path(self._get_output_dir(trial))
+        with naming_full_disk(folder):
+            self._write_checkpoint(folder, model, trial)
+
+    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         written, final = (
             path / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" for path in (folder / SAVING, folder)
         )
-        check_weights(model, self.accelerator)
         if self.args.should_save:
             shutil.rmtree(folder / SAVING, ignore_errors=True)  # left by a killed run
         self.accelerator.wait_for_everyone()
