@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.sampling.config import check_at_least
 from tabom.training.objectives import ObjectiveSettings
 from tabom.training.renamed import accept_old_names
 from tabom.training.settings import TabomSettings
@@ -37,6 +38,8 @@ class TabomConfig(TabomSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if self.eval_prompts is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            check_at_least(name, getattr(self, name), 1)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         TrainingArguments.__post_init__(self)
         TabomSettings.__post_init__(self)

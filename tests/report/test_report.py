@@ -333,3 +333,21 @@ def test_training_curves(open_report, tmp_path):
     page = open_report(tmp_path / "a", tmp_path / "b")
     assert page.locator("#curves figcaption").all_text_contents() == ["loss"]
     assert page.locator("#curves polyline").count() == 2 and page.locator("#training .legend").count() == 2
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("results.json", '[{"accu', "is not whole"),
+        ("results.json", "[1]", "result 0 has no accuracy, answers"),
+        ("results.json", '[{"model": "a"}]', "result 0 has no accuracy, answers, pass_at"),
+        ("comparison.json", "{}", "expected a list 'comparisons', got None"),
+        ("trainer_state.json", '{"log_history": 3}', "expected a list 'log_history', got 3"),
+    ],
+)
+def test_a_torn_document_of_a_run_is_one_line(tmp_path, capsys, name, content, problem):
+    (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert f"{name}: {problem}" in error or f"{name} {problem}" in error
+    assert not (tmp_path / "page.html").exists()
