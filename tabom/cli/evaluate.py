@@ -13,6 +13,7 @@ from tabom.evaluation.config import EvaluateConfig
 from tabom.evaluation.evaluate import Cell, evaluate
 from tabom.lab.tasks import make_task
 from tabom.models.loading import check_is_there
+from tabom.models.writing import aside
 from tabom.sampling.answerable import remarks_on
 from tabom.sampling.config import EngineConfig, SamplerConfig, parse_sampler
 
@@ -64,9 +65,11 @@ def run(
         )
     if written:
         write_json(folder / "comparison.json", written)
-    (folder / "results.md").write_text(tables, encoding="utf-8")
+    with aside(folder / "results.md") as part:
+        part.write_text(tables, encoding="utf-8")
     print(tables)
-    draw(results, folder / "results.png")
+    with aside(folder / "results.png") as part:
+        draw(results, part)
     print(f"{folder}: results.json, results.md, results.png; the responses in a folder for each cell")
 
 

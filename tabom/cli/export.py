@@ -1,6 +1,5 @@
 """`tabom export`: trajectories in other formats. A format that would change a record is refused."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 from tabom.cli.commands import ExportArguments, check_file
 from tabom.data.json_files import to_json
 from tabom.data.sources import READERS, read_records
+from tabom.models.writing import aside, naming_full_disk
 
 FORMATS = {".jsonl": "jsonl", ".parquet": "parquet", "": "datasets"}
 """Formats by the suffix of the output."""
@@ -30,11 +30,11 @@ def run(arguments: ExportArguments) -> None:
         output = Path(arguments.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         if to == "datasets":
-            table.save_to_disk(output)
-        elif to == "parquet":
-            write_aside(output, table.to_parquet)
+            with naming_full_disk(output):
+                table.save_to_disk(output)
         else:
-            write_aside(output, lambda path: write_lines(path, records))
+            with aside(output) as part:
+                write_lines(part, records) if to == "jsonl" else table.to_parquet(part)
     if arguments.push_to is not None:
         table.push_to_hub(arguments.push_to)
     fields = ", ".join(dict.fromkeys(name for record in records for name in record))
@@ -75,16 +75,6 @@ def valid(source: str) -> list[Record]:
             raise ValueError(f"{source}, {place}: {record}") from record
         records.append(record)
     return records
-
-
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file aside and renames it, so that a failure leaves the file that was there."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, records: list[Record]) -> None:

@@ -10,6 +10,7 @@ import tabom
 from tabom.cli.commands import COMMANDS, name_inputs
 from tabom.cli.orphans import end_with_parent
 from tabom.data.text import printable
+from tabom.sampling.termination import Terminated, termination
 from tabom.training.settings import TabomSettings
 
 USAGE = """usage: tabom COMMAND [--config FILE.yaml] [--any-field value]
@@ -36,7 +37,7 @@ GOES_ON = {
     "improve": "the same command goes on where it stopped",
     "train": "the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
 }
-"""How to continue after Ctrl-C, by command."""
+"""How to continue after Ctrl-C or SIGTERM, by command."""
 
 EXTRAS = {
     "lm_eval": "eval",
@@ -48,7 +49,10 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; wrong input ends with one line on stderr and status 2, Ctrl-C with status 130."""
+    """Runs a command.
+
+    Wrong input ends with one line on stderr and status 2, Ctrl-C with status 130, SIGTERM with status 143.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     words = 2 if argv[:1] == ["lab"] else 1
     name = " ".join(argv[:words])
@@ -64,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "LOCAL_RANK" in os.environ:  # set by torchrun and accelerate launch
         end_with_parent()
     try:
-        arguments = parse(name, argv[words:])
-        import_module(f"tabom.cli.{COMMANDS[name].module}").run(*arguments)
+        with termination.raised():
+            arguments = parse(name, argv[words:])
+            import_module(f"tabom.cli.{COMMANDS[name].module}").run(*arguments)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in EXTRAS:
@@ -82,12 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ntabom {name}: interrupted; {GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
         return 130
+    except Terminated as end:
+        said = f"{end.message}; " * bool(end.message)
+        print(f"\ntabom {name}: ended by SIGTERM; {said}{GOES_ON.get(name, 'nothing is kept')}", file=sys.stderr)
+        leave_process_group_at_exit()
+        return end.code
     except no_connection() as error:
         hint = "what was saved on this machine before is whole"
         print(f"tabom {name}: error: the hub cannot be reached: {error}; {hint}", file=sys.stderr)
         return 2
-    if "LOCAL_RANK" in os.environ:
-        atexit.register(leave_process_group)
+    leave_process_group_at_exit()
     return 0
 
 
@@ -128,8 +137,14 @@ def no_connection() -> type[Exception]:
     return HTTPError
 
 
+def leave_process_group_at_exit() -> None:
+    """Lets torch.distributed end before the interpreter exits, because gloo's threads can abort its shutdown."""
+    if "LOCAL_RANK" in os.environ:
+        atexit.register(leave_process_group)
+
+
 def leave_process_group() -> None:
-    """Ends torch.distributed before the interpreter exits, because gloo's threads can abort its shutdown."""
+    """Ends torch.distributed."""
     from torch import distributed
 
     if distributed.is_initialized():

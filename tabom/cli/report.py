@@ -9,6 +9,7 @@ from tabom.cli.commands import ModelArguments, ReportArguments
 from tabom.cli.model import load_to_sample
 from tabom.data.trajectories import parse_trajectory
 from tabom.models.loading import load_tokenizer
+from tabom.models.writing import aside
 from tabom.report.alternatives import replay_tokens
 from tabom.report.gather import Source, describe_record, gather
 from tabom.report.page import render
@@ -23,9 +24,12 @@ def run(arguments: ReportArguments, model_arguments: ModelArguments) -> None:
     for source in gathered.sources:
         maker = replace(model_arguments, model=model_arguments.model or source.settings.get("model"))
         described[source.name] = describe(source, maker, arguments.replay)
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.output).write_text(render(gathered, described, arguments.title), encoding="utf-8")
-    size = Path(arguments.output).stat().st_size / 2**20
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    page = render(gathered, described, arguments.title)
+    with aside(output) as part:
+        part.write_text(page, encoding="utf-8")
+    size = output.stat().st_size / 2**20
     print(f"{arguments.output}: {sum(map(len, described.values()))} responses, {size:.2f} MiB")
 
 

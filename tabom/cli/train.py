@@ -16,6 +16,7 @@ from tabom.data.sources import REJECTED, open_records
 from tabom.data.tokenized import tokenize
 from tabom.lab.dry_run import dry_run, random_model, train_only
 from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.writing import naming_full_disk
 from tabom.sampling.config import SamplerConfig, parse_sampler
 from tabom.training.config import TabomConfig
 from tabom.training.trainer import TabomTrainer
@@ -63,9 +64,10 @@ def run(
     )
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
-    trainer.save_model()
-    trainer.save_state()  # the training curves of `tabom report`, also where no checkpoint is kept
-    trainer.create_model_card()
+    with naming_full_disk(config.output_dir):
+        trainer.save_model()
+        trainer.save_state()  # the training curves of `tabom report`, also where no checkpoint is kept
+        trainer.create_model_card()
     print(f"saved to {config.output_dir}" + (f", pushed to {trainer.hub_model_id}" if config.push_to_hub else ""))
 
 

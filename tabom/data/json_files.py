@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from tabom.data.sources import MAX_LINE, parse_json_object, read_lines
+from tabom.models.writing import aside, naming_full_disk
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def appending(path: Path, rejected: Path | None = None) -> Iterator[Append]:
     Args:
         rejected: file for the records with `"correct": false`; default: `path`.
     """
-    with ExitStack() as stack:
+    with naming_full_disk(path), ExitStack() as stack:  # closing a file writes, too
         files = [stack.enter_context(each.open("ab")) for each in (path, rejected) if each is not None]
 
         def append(records: Iterable[Record]) -> None:
@@ -73,14 +74,9 @@ def drop_torn_line(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file atomically: into a temporary file, which is flushed to the disk and then renamed."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(to_json(content, str(path), indent=1) + b"\n")
-            write_to_disk(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with aside(path) as part, part.open("wb") as file:
+        file.write(to_json(content, str(path), indent=1) + b"\n")
+        write_to_disk(file)
 
 
 def read_json(path: Path, kind: type[T], remedy: str) -> T:

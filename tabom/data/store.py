@@ -8,7 +8,6 @@ The two layouts differ in their files only: `TrajectoryFile` is what `tabom coll
 `tabom evaluate` writes.
 """
 
-import fcntl
 import glob
 import json
 from abc import ABC, abstractmethod
@@ -16,26 +15,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
 
+from tabom.data.job_lock import Processes, locked
 from tabom.data.json_files import Append, Record, appending, drop_torn_line, finished_lines, read_json, write_json
 from tabom.data.sources import MAX_LINE, REJECTED, parse_json_object
 
 Verdicts = dict[str, bool | None]
 """The verdict of each finished record by its id: true, false, or null if nobody could check it."""
-
-
-class Processes(Protocol):
-    """The interface of a job's processes that a store needs; `tabom.sampling.ranks.Ranks` implements it."""
-
-    rank: int
-    size: int
-
-    def signal(self, key: str) -> None:
-        """Releases the processes that are blocked in `wait_for(key)` on this one."""
-
-    def wait_for(self, key: str, *ranks: int) -> None:
-        """Blocks until these processes, by default all, have called `signal(key)`."""
 
 
 class Store(ABC):
@@ -84,32 +70,16 @@ class Store(ABC):
         Raises:
             ValueError: the store was begun with other settings, another job has it open, or a file is damaged.
         """
-        self.lock.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock.open("a+b") as lock:
-            if processes.rank == 0:
-                self.take(lock, fcntl.LOCK_EX)
-                self.begin(settings)
-                self.take(lock, fcntl.LOCK_SH)  # shared by the processes of this job: it ends with the last of them
-                processes.signal("begun")
-            else:
-                processes.wait_for("begun", 0)
-                self.take(lock, fcntl.LOCK_SH)
+        with locked(self.lock, processes, self.name, self.remedy, prepare=lambda: self.begin(settings)):
             verdicts = self.verdicts()
             processes.signal("read")
-            processes.wait_for("read")  # so that nobody appends while another process still reads
+            processes.wait_for("read", processes.size)  # so that nobody appends while another process still reads
             with self.appending(settings, processes) as append:
                 yield verdicts, append
             processes.signal("written")
             if processes.rank == 0:
-                processes.wait_for("written")
+                processes.wait_for("written", processes.size)
                 self.end(settings, processes, verdicts)
-
-    def take(self, lock: BinaryIO, kind: int) -> None:
-        """Locks a file, or raises a ValueError if another job has locked it."""
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{self.name}: another job is writing to it; wait for it, or {self.remedy}") from error
 
     def records(self) -> Iterator[Record]:
         """The finished records, one at a time.

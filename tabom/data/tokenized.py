@@ -23,6 +23,7 @@ from tabom.data.shapes import unused_fields, warn_of_unused
 from tabom.data.sources import BATCH, Listed, Records, bars_of_many, open_records
 from tabom.data.text import printable
 from tabom.data.trajectories import fit_response, is_of, misplaced, none_left, parse_trajectory
+from tabom.models.writing import naming_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ def make_table(records: Records, tokenization: Tokenization, source: Any, num_pr
         path = str(folder / f"{fingerprint}.arrow")
     # A table of indices: each process reads the records that it tokenizes, and none holds them all.
     indices = datasets.Dataset.from_dict({"index": range(len(records))})
-    with bars_of_many(len(records)):
+    with bars_of_many(len(records)), naming_full_disk(datasets.config.HF_DATASETS_CACHE):
         return indices.map(
             tokenization.rows,
             batched=True,

@@ -16,7 +16,11 @@ class EvaluateConfig:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens; longer prompts lose the end of their last message. Default: no limit."}
     )
+    peer_timeout: float = field(
+        default=300.0,
+        metadata={"help": "With several processes: seconds without a sign of life of one, after which the others end."},
+    )
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_prompt", "max_prompt_length"):
+        for name in ("samples_per_prompt", "max_prompt_length", "peer_timeout"):
             check_at_least(name, getattr(self, name), 1)

@@ -35,7 +35,7 @@ from tabom.sampling.collect import (
     to_trajectory,
 )
 from tabom.sampling.config import EngineConfig, SamplerConfig
-from tabom.sampling.ranks import Ranks
+from tabom.sampling.ranks import Ranks, joined
 
 
 class Cell(NamedTuple):
@@ -75,8 +75,7 @@ def evaluate(
     settings = settings_of(model, prompts, sampler, config.max_prompt_length)
     attempts = [(index, repeat) for repeat in range(config.samples_per_prompt) for index in range(len(prompts.prompts))]
     store = ResponseFolder(cell.folder(config.output_dir))
-    ranks = Ranks()
-    with store.opened(settings, ranks) as (finished, append):
+    with joined(config.peer_timeout) as ranks, store.opened(settings, ranks) as (finished, append):
         missing = [attempt for attempt in attempts if attempt_id(*attempt) not in finished]
         make_responses(model, prompts, sampler, config.max_prompt_length, missing, append, cell.prompts, engine, ranks)
     if not ranks.is_first:

@@ -23,6 +23,7 @@ from tabom.lab.model import character_tokenizer, tiny_model
 from tabom.lab.tasks import Addition, Problem, Reversing, Sorting, Subtraction, Sudoku, Task
 from tabom.models.diffusion_model import LogitRows
 from tabom.models.layout import forward_of_blocks, lay_out
+from tabom.models.writing import naming_full_disk
 
 MIXTURE: dict[Task, int] = {
     Addition(): 45,
@@ -120,6 +121,7 @@ def pretrain(config: PretrainConfig) -> Path:
             if step % 250 == 0:
                 progress.console.print(f"step {step:5d}  NELBO {nelbo:.3f} nats a token")
 
-    model.to(torch.bfloat16).save_pretrained(config.output_dir)
-    tokenizer.save_pretrained(config.output_dir)
+    with naming_full_disk(config.output_dir):
+        model.to(torch.bfloat16).save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
     return Path(config.output_dir)

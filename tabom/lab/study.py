@@ -36,6 +36,7 @@ from tabom.lab.experiment import (
 )
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
+from tabom.models.writing import naming_full_disk
 from tabom.sampling.collect import to_trajectory
 from tabom.sampling.completions import cost_of
 from tabom.sampling.config import SamplerConfig
@@ -145,8 +146,9 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
     )
     if save_models:
         folder = output / "models" / f"{run.method}, seed {run.seed}".replace(", ", "-").replace(" ", "-")
-        model.model.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
+        with naming_full_disk(folder):
+            model.model.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
     return {"run": asdict(run), "kept": len(data), "path": path, **measure(run, model, held_out)}
 
 

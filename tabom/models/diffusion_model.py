@@ -145,7 +145,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
 
     Raises:
         ValueError: the model attends causally, or no mask token is known, or it is not in the vocabulary, or its config
-            has a block size and its model type cannot attend block-causally.
+            has another `logits_shift` than 0 or 1, or a block size and its model type cannot attend block-causally.
     """
     config = model.config
     block_size = getattr(config, "block_size", None)
@@ -167,10 +167,12 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Diff
             f"no mask token is known for this vocabulary of {config.vocab_size}: set mask_token_id in its config.json, "
             "give it to load (--mask_token_id), or set the tokenizer's mask_token"
         )
-    if not 0 <= mask_token_id < config.vocab_size:
-        raise ValueError(f"mask_token_id={mask_token_id}: not in this model's vocabulary of {config.vocab_size}")
+    if type(mask_token_id) is not int or not 0 <= mask_token_id < config.vocab_size:
+        raise ValueError(f"mask_token_id={mask_token_id!r}: not in this model's vocabulary of {config.vocab_size}")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     logits_shift = getattr(config, "logits_shift", 0)
+    if logits_shift not in (0, 1):
+        raise ValueError(f"logits_shift={logits_shift!r} in config.json: expected 0, or 1 as in Dream")
     return DiffusionModel(
         model, tokenizer, mask_token_id, pad_token_id, tokenizer.eos_token_id, logits_shift, block_size
     )

@@ -43,6 +43,18 @@ SHIPPED_PATH = Path(__file__).parents[1] / "lab" / "base"
 SHIPPED_PATHS = {"shipped": SHIPPED_PATH, "shipped-block": SHIPPED_PATH.with_name("block_base")}
 """The models that ship with the package, by their names; the second has block-causal attention."""
 
+MOST = {
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "vocab_size": 2**24,
+    "d_model": 2**20,
+    "n_layers": 2**12,
+    "n_heads": 2**16,
+}
+"""The largest sizes that a config.json may ask for, far above those of any model; the last three are LLaDA's names."""
+
 
 def load(
     model_name_or_path: str | Path,
@@ -88,6 +100,7 @@ def load(
         return load_with_adapter(model_name_or_path, **options)
     asked = {name: value for name, value in asked.items() if value is not None}
     settings, _ = PreTrainedConfig.get_config_dict(model_name_or_path)
+    check_sizes(model_name_or_path, settings)
     model_type = settings.get("model_type")
     if model_type in FAMILIES:
         return load_family(model_name_or_path, FAMILIES[model_type], settings | asked, options)
@@ -103,7 +116,7 @@ def load(
     auto = AutoModelForMaskedLM if as_masked_lm else AutoModelForCausalLM
     options |= {"config": config, "trust_remote_code": trust_remote_code}
     model = load_weights(auto, model_name_or_path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code)
     if adapt:
         add_mask_token(model, tokenizer)
     return describe(model, tokenizer)
@@ -196,17 +209,38 @@ def check_files(path: Path) -> None:
     for pattern in ("*.safetensors", "config.json", "tokenizer*.json"):
         for file in sorted(path.glob(pattern)):
             try:
-                json.loads(file.read_bytes()) if file.suffix == ".json" else safe_open(file, framework="pt")
-            except (SafetensorError, ValueError) as error:
+                content = json.loads(file.read_bytes()) if file.suffix == ".json" else safe_open(file, framework="pt")
+            except (SafetensorError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"model={path}: {file.name} is not whole ({error}): save or download it again"
                 ) from error
+            if file.suffix == ".json" and not isinstance(content, dict):
+                raise ValueError(
+                    f"model={path}: {file.name} holds {content!r:.60} instead of an object: save or download it again"
+                )
     pickled = sorted(each.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for each in path.glob(pattern))
     if pickled and not list(path.glob("*.safetensors")):
         raise ValueError(
             f"model={path}: {pickled[0]} is pickled and could run code; only safetensors load. Where you trust it: "
             "transformers' from_pretrained reads it and save_pretrained writes model.safetensors"
         )
+
+
+def check_sizes(path: str | Path, settings: dict[str, Any]) -> None:
+    """Checks what would end in an error of arithmetic, or never, while transformers builds the model.
+
+    Raises:
+        ValueError: `model_type` is no name, or a size is no positive number, or is absurdly large.
+    """
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"model={path}: config.json has model_type={model_type!r}: expected a name")
+    for name, most in MOST.items():
+        size = settings.get(name)
+        if name == "num_key_value_heads" and model_type in FAMILIES and size == 0:
+            continue  # LLaDA2's way to say all heads
+        if size is not None and (type(size) is not int or not 1 <= size <= most):
+            raise ValueError(f"model={path}: config.json has {name}={size!r}: expected a number from 1 to {most}")
 
 
 def is_masked_lm(settings: dict[str, Any]) -> bool:
@@ -224,8 +258,24 @@ def load_tokenizer(model_name_or_path: str | Path, *, trust_remote_code: bool = 
         model_name_or_path = read_adapter_config(model_name_or_path).base_model_name_or_path
     model_type = PreTrainedConfig.get_config_dict(model_name_or_path)[0].get("model_type")
     if model_type in FAMILIES:
-        return FAMILIES[model_type].tokenizer.from_pretrained(model_name_or_path)
-    return AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+        return read_tokenizer(FAMILIES[model_type].tokenizer, model_name_or_path)
+    return read_tokenizer(AutoTokenizer, model_name_or_path, trust_remote_code=trust_remote_code)
+
+
+def read_tokenizer(kind: Any, path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer through `from_pretrained` of a transformers class.
+
+    Raises:
+        ValueError: transformers cannot read its files.
+    """
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError):
+        raise  # these say what is missing
+    except Exception as error:  # of the library `tokenizers`, which raises this very class, or a KeyError
+        raise ValueError(
+            f"model={path}: its tokenizer cannot be read ({type(error).__name__}: {error}): save or download it again"
+        ) from error
 
 
 def load_family(path: str | Path, family: Family, settings: dict[str, Any], options: dict[str, Any]) -> DiffusionModel:
@@ -237,7 +287,7 @@ def load_family(path: str | Path, family: Family, settings: dict[str, Any], opti
     # It is saved under transformers' names, which its saved config expects.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
-    return describe(model, family.tokenizer.from_pretrained(path))
+    return describe(model, read_tokenizer(family.tokenizer, path))
 
 
 def load_weights(architecture: Any, path: str | Path, **options: Any) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from tabom.models.loading import check_is_there, load, read_adapter
 from tabom.models.progress import bars_of_long_waits
+from tabom.models.writing import naming_full_disk
 
 
 def merge_adapter(
@@ -49,6 +50,6 @@ def merge_adapter(
             f"adapter={adapter}: {unknown[0]} belongs to no layer of the base {diffusion_model.model.name_or_path}"
         )
     merged = model.merge_and_unload()
-    with bars_of_long_waits():
+    with bars_of_long_waits(), naming_full_disk(output):
         merged.save_pretrained(output)
-    diffusion_model.tokenizer.save_pretrained(output)
+        diffusion_model.tokenizer.save_pretrained(output)

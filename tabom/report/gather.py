@@ -20,6 +20,9 @@ TORN_ROUNDS = "run the `tabom improve` command again, which writes it anew"
 TORN_STATE = "delete the checkpoint that the file belongs to"
 """Remedies for incomplete files, for error messages."""
 
+FIGURES = {"model", "prompts", "sampler", "accuracy", "pass_at", "tds", "tokens", "steps", "positions", "answers"}
+"""What a result of `tabom evaluate` must hold to be shown."""
+
 
 @dataclass
 class Source:
@@ -84,12 +87,12 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
             continue
         states = sorted(path.glob("**/trainer_state.json"), key=lambda state: state.stat().st_mtime)
         if states:
-            found.training[name] = read_json(states[-1], dict, TORN_STATE)["log_history"]
+            found.training[name] = read_list(states[-1], "log_history", TORN_STATE)
         if (path / "results.json").exists():
-            found.results += read_json(path / "results.json", list, TORN_RESULTS)
+            found.results += read_results(path / "results.json")
         roles: dict[Path, str] = {}
         if (path / "comparison.json").exists():
-            comparisons = read_json(path / "comparison.json", list, TORN_RESULTS)
+            comparisons = read_comparisons(path / "comparison.json")
             found.comparisons += comparisons
             roles = roles_of_cells(comparisons, path)
         cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
@@ -101,6 +104,46 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         if not states and not cells:
             raise ValueError(f"{name}: a folder without trainer_state.json, results.json or answers")
     return found
+
+
+def read_list(path: Path, name: str, remedy: str) -> list[Any]:
+    """A list in a JSON object.
+
+    Raises:
+        ValueError: the file holds no such list.
+    """
+    content = read_json(path, dict, remedy).get(name)
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a list {name!r}, got {content!r:.60}; {remedy}")
+    return content
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results of an evaluation.
+
+    Raises:
+        ValueError: one of them lacks a figure.
+    """
+    results = read_json(path, list, TORN_RESULTS)
+    for number, result in enumerate(results):
+        missing = FIGURES - (result.keys() if isinstance(result, dict) else set())
+        if missing:
+            raise ValueError(f"{path}: result {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
+    return results
+
+
+def read_comparisons(path: Path) -> list[dict[str, Any]]:
+    """The comparisons of an evaluation, of each model with the base.
+
+    Raises:
+        ValueError: one of them lacks a part.
+    """
+    comparisons = read_json(path, list, TORN_RESULTS)
+    for number, comparison in enumerate(comparisons):
+        missing = {"base", "tuned", "comparisons"} - (comparison.keys() if isinstance(comparison, dict) else set())
+        if missing:
+            raise ValueError(f"{path}: comparison {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
+    return comparisons
 
 
 def roles_of_cells(comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[Path, str]:

@@ -109,7 +109,7 @@ class Improvement:
         samples = self.config.samples_per_prompt
         sampler = replace(self.sampler, seed=self.sampler.seed + (number - 1) * samples)
         folder.mkdir(parents=True, exist_ok=True)
-        rollouts = CollectConfig(str(folder / "rollouts.jsonl"), samples)
+        rollouts = CollectConfig(str(folder / "rollouts.jsonl"), samples, peer_timeout=trainer.args.peer_timeout)
         with self.model() as model:
             collect(model, prompts, sampler, rollouts, self.engine)
         trainer.accelerator.wait_for_everyone()  # the first process has then put the responses of all together
@@ -155,7 +155,7 @@ class Improvement:
         found = {}
         for name, (sampler, samples) in samplers.items():
             cell = Cell(f"round {number}", self.eval_prompts.name, name)
-            config = EvaluateConfig(folder, samples)
+            config = EvaluateConfig(folder, samples, peer_timeout=self.trainer.args.peer_timeout)
             with self.model() as model:
                 result = evaluate(model, self.eval_prompts, sampler, config, cell, self.engine)
             if result is not None and name == "greedy":

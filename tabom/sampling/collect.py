@@ -33,7 +33,7 @@ from tabom.sampling.completions import (
 )
 from tabom.sampling.config import CollectConfig, EngineConfig, SamplerConfig
 from tabom.sampling.engine import Engine, Request
-from tabom.sampling.ranks import Ranks
+from tabom.sampling.ranks import Ranks, joined
 
 T = TypeVar("T")
 
@@ -81,21 +81,21 @@ def collect(
     check_prompts(model, prompts)
     if config.give_up:
         check_giving_up(prompts)
-    ranks = Ranks()
     store = TrajectoryFile(Path(config.output), config.overwrite)
-    with store.opened(settings_of(model, prompts, sampler, config.max_prompt_length), ranks) as (verdicts, append):
-        attempts = [
-            (index, repeat)
-            for index in range(len(prompts.prompts))
-            for repeat in range(config.samples_per_prompt)
-            if attempt_id(index, repeat) not in verdicts
-        ]
-        before = Counter(verdicts.values())
-        counts = make_attempts(model, prompts, sampler, config, engine, attempts, append, ranks, before)
-    if not ranks.is_first:
-        return None
-    cost = Cost(ranks.add("positions", 0), ranks.add("tokens", 0))
-    return CollectReport(counts.total(), counts[True], counts[None], len(attempts), cost.positions_per_token)
+    with joined(config.peer_timeout) as ranks:
+        with store.opened(settings_of(model, prompts, sampler, config.max_prompt_length), ranks) as (verdicts, append):
+            attempts = [
+                (index, repeat)
+                for index in range(len(prompts.prompts))
+                for repeat in range(config.samples_per_prompt)
+                if attempt_id(index, repeat) not in verdicts
+            ]
+            before = Counter(verdicts.values())
+            counts = make_attempts(model, prompts, sampler, config, engine, attempts, append, ranks, before)
+        if not ranks.is_first:
+            return None
+        cost = Cost(ranks.add("positions", 0), ranks.add("tokens", 0))
+        return CollectReport(counts.total(), counts[True], counts[None], len(attempts), cost.positions_per_token)
 
 
 def settings_of(

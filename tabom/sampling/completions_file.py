@@ -10,6 +10,7 @@ token, each when it was unmasked) is what the objective `policy` needs. `example
 file. Lines that are added to it later are judged by a second run.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -57,7 +58,7 @@ def record_completions(
             there are several processes.
     """
     ranks, path = Ranks(), Path(config.completions)
-    if ranks.size > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"completions={config.completions}: expected one process, as nothing is decoded")
     lines = JsonLines(path)
     settings = {

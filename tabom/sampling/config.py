@@ -349,10 +349,14 @@ class CollectConfig:
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run wrote and start anew."})
+    peer_timeout: float = field(
+        default=300.0,
+        metadata={"help": "With several processes: seconds without a sign of life of one, after which the others end."},
+    )
 
     def __post_init__(self) -> None:
         check_output_file("output", self.output)
         if self.completions is not None and not Path(self.completions).is_file():
             raise FileNotFoundError(f"completions={self.completions}: no such file")
-        for name in ("samples_per_prompt", "max_prompt_length"):
+        for name in ("samples_per_prompt", "max_prompt_length", "peer_timeout"):
             check_at_least(name, getattr(self, name), 1)

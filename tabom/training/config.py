@@ -106,7 +106,7 @@ class TabomConfig(TabomSettings, TrainingArguments):
     def run_settings(self, processes: int) -> dict[str, Any]:
         """The settings that a resumed run must not change: all that decide the weights, except the run's length."""
         own = {each.name for each in fields(TabomSettings)}
-        own -= {"loss_backend", "fused_linear", "dataset_num_proc"}
+        own -= {"loss_backend", "fused_linear", "dataset_num_proc", "peer_timeout"}
         settings = {name: getattr(self, name) for name in sorted(own)}
         for name in SAME_IN_A_RUN:
             settings[name] = getattr(self, name)
@@ -123,6 +123,7 @@ FIXED = {
     "remove_unused_columns": "the collator needs all that it is given",
     "label_names": "the collator names its tensors itself",
     "length_column_name": "records are not sampled by their length",
+    "enable_jit_checkpoint": "training saves a checkpoint at SIGTERM in any case",
     "data_seed": "seed draws the order of the records as well as their cuts",
     "prediction_loss_only": NO_LOGITS,
     "include_for_metrics": NO_LOGITS,

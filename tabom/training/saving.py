@@ -9,16 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from transformers import Trainer
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from tabom.models.progress import bars_of_long_waits
-from tabom.training.checkpoints import SAVING, check_same_run, newest_whole, publish
+from tabom.models.writing import naming_full_disk
+from tabom.sampling.termination import Terminated, termination
+from tabom.training.checkpoints import SAVING, check_same_run, check_whole, newest_first, publish
 from tabom.training.nan_checks import check_weights
 
 logger = logging.getLogger(__name__)
+
+
+class SaveAtSigterm(TrainerCallback):
+    """Saves a checkpoint after the step in which a rank got SIGTERM, and ends the process.
+
+    transformers' just-in-time checkpoint does this for one process. It is not used, because each rank would save at the
+    step in which it notices the signal itself, whereas saving takes all ranks at once and often one machine alone gets
+    the signal; and because it may save in the middle of a step, from which training does not continue exactly.
+    """
+
+    def __init__(self, trainer: "CheckpointingTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer._is_terminated():
+            control.should_save = True
+            control.should_evaluate = False  # which may take longer than the grace period
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer._is_terminated():
+            raise Terminated(f"the checkpoint of step {state.global_step} is saved")
 
 
 class CheckpointingTrainer(Trainer, ABC):
@@ -31,6 +54,14 @@ class CheckpointingTrainer(Trainer, ABC):
     def _describe_run(self) -> dict[str, Any]:
         """All that decides the weights, as JSON values, the same on every rank; a checkpoint is resumed with it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SaveAtSigterm(self))
+
+    @abstractmethod
+    def _is_terminated(self) -> bool:
+        """Whether a rank had got SIGTERM when the current step began, the same on every rank."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains from a complete checkpoint of the same run, or from the start.
 
@@ -40,9 +71,12 @@ class CheckpointingTrainer(Trainer, ABC):
 
         Raises:
             ValueError: the checkpoint is not complete, or belongs to a run that `_describe_run` tells from this one.
+            Terminated: SIGTERM came; a checkpoint is saved.
         """
         self._loaded_step = None
-        return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        with termination.deferred():
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -52,30 +86,47 @@ class CheckpointingTrainer(Trainer, ABC):
         """The checkpoint to resume, the same on every rank; None: start anew."""
         if not resume:
             return None
-        checkpoint = resume
-        if resume is True or resume == "auto":
-            checkpoint, broken = newest_whole(self.args.output_dir)
-            for problem in broken if self.is_world_process_zero() else ():
+        is_search = resume is True or resume == "auto"
+        found = newest_first(self.args.output_dir) if is_search else [Path(resume)]
+        for checkpoint in broadcast_object_list([found])[0]:
+            problem = self._damage(checkpoint)
+            if problem is None:
+                check_same_run(checkpoint, self._describe_run())
+                return str(checkpoint)
+            if not is_search:
+                raise ValueError(problem)
+            if self.is_world_process_zero():
                 logger.warning("passed over: %s", problem)
-            if checkpoint is None and resume is True:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
-                )
-        checkpoint = broadcast_object_list([checkpoint and str(checkpoint)])[0]
-        if checkpoint is not None:
-            check_same_run(Path(checkpoint), self._describe_run())
-        return checkpoint
+        if resume is True:
+            raise ValueError(
+                f"resume_from_checkpoint=True: no whole checkpoint in {self.args.output_dir}; 'auto' starts anew"
+            )
+        return None
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank; only ranks that write checkpoints read them."""
+        problem = None
+        if self.args.should_save:
+            try:
+                check_whole(checkpoint)
+            except ValueError as error:
+                problem = str(error)
+        return next(filter(None, gather_object([problem])), None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes the checkpoint to a folder aside and renames it; refuses weights that are not finite."""
+        check_weights(model, self.accelerator)
         folder = Path(self._get_output_dir(trial))
+        with naming_full_disk(folder):
+            self._write_checkpoint(folder, model, trial)
+
+    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         written, final = (
             path / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" for path in (folder / SAVING, folder)
         )
-        check_weights(model, self.accelerator)
         if self.args.should_save:
             shutil.rmtree(folder / SAVING, ignore_errors=True)  # left by a killed run
         self.accelerator.wait_for_everyone()

@@ -31,6 +31,9 @@ WITH_OBJECTIVES = {
 BLOCK_CAUSAL = ("drawn_per", "every_cut", "first_token_logits", "pad_last_block")
 """Settings that have an effect with block-causal attention only."""
 
+MAX_FLOAT = 1e37
+"""Largest absolute value of a setting: fp32 holds ten times as much."""
+
 
 @accept_old_names
 @dataclass
@@ -151,6 +154,10 @@ class TabomSettings:
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize the data. Default: one."}
     )
+    peer_timeout: float = field(
+        default=300.0,
+        metadata={"help": "With several processes: seconds without a sign of life of one, after which the others end."},
+    )
     loss_backend: Literal["triton", "torch", "reference"] | None = field(
         default=None, metadata={"help": "Backend of tabom_kernels. Default: the best for the device."}
     )
@@ -185,7 +192,7 @@ class TabomSettings:
         self.rank_window = window_size("rank_window", self.rank_window)
         if self.rank_weight is None:
             self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
-        for name in ("max_prompt_length", "max_response_length", "eval_num_prompts"):
+        for name in ("max_prompt_length", "max_response_length", "eval_num_prompts", "peer_timeout"):
             check_at_least(name, getattr(self, name), 1)
         if self.pad_response and self.max_response_length is None:
             raise ValueError("pad_response=True with max_response_length=None: give the length to fill up to")
@@ -193,6 +200,8 @@ class TabomSettings:
             value = getattr(self, each.name)
             if isinstance(value, float) and not isfinite(value):
                 raise ValueError(f"{each.name}={value}: expected a finite number")
+            if isinstance(value, float) and abs(value) > MAX_FLOAT:
+                raise ValueError(f"{each.name}={value}: expected at most {MAX_FLOAT}, because losses are in fp32")
         if self.objective == "policy":
             self.check_policy()
         if not 0 <= self.min_mask_rate <= self.max_mask_rate <= 1:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from tabom.data.job_lock import locked
 from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory
 from tabom.evaluation.responses import count_right
@@ -24,6 +25,8 @@ from tabom.models.loading import as_diffusion_model
 from tabom.models.nan_checks import logits_not_finite
 from tabom.sampling.answerable import check_prompts
 from tabom.sampling.config import SamplerConfig
+from tabom.sampling.ranks import joined
+from tabom.sampling.termination import termination
 from tabom.training.card import model_card
 from tabom.training.collator import DENOMINATORS, TrajectoryCollator
 from tabom.training.config import NO_LOGITS, TabomConfig
@@ -46,6 +49,10 @@ REFUSED = {
     "preprocess_logits_for_metrics": NO_LOGITS,
 }
 """Arguments of `transformers.Trainer` that would have no effect, and why."""
+
+
+LOCK = "_lock"
+"""File in the output folder that a job locks while it trains; transformers pushes no file that begins so."""
 
 
 class FollowEpoch(TrainerCallback):
@@ -168,6 +175,7 @@ class TabomTrainer(CheckpointingTrainer):
         self.eval_prompts = eval_prompts
         self.eval_sampler = eval_sampler or SamplerConfig()
         self._decodes_prompts = False
+        self._ranks_terminated = torch.tensor(0)
         self._losses: list[Tensor] = []  # of the micro-batches of the current step
         self.model_accepts_loss_kwargs = True  # the loss is already a mean over the global batch
         self._loss_terms = LossTerms()
@@ -207,16 +215,22 @@ class TabomTrainer(CheckpointingTrainer):
                 fresh start where there is none.
 
         Raises:
-            ValueError: the data has no token to learn from, the checkpoint is not complete, or it belongs to a run with
-                other data, another objective, seed or setting.
+            ValueError: the data has no token to learn from, the checkpoint is not complete, it belongs to a run with
+                other data, another objective, seed or setting, or another job trains into `output_dir`.
             FloatingPointError: a loss or gradient is not finite.
+            Terminated: SIGTERM came; a checkpoint of the last step is saved.
         """
         if self.train_dataset is not None and not self.train_dataset.has_targets():
             raise ValueError(
                 f"none of the {len(self.train_dataset)} trajectories has anything to learn: every decoding_order is -1 "
                 "throughout, or has too few steps for drop_short"
             )
-        return super().train(resume_from_checkpoint, **kwargs)
+        lock = Path(self.args.output_dir) / LOCK
+        with (
+            joined(self.args.peer_timeout) as ranks,
+            locked(lock, ranks, f"output_dir={self.args.output_dir}", "choose another one"),
+        ):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def train_on(self, train_dataset: Records, output_dir: str, seed: int) -> list[dict[str, float]]:
         """Trains the weights as they are on other data, with a new optimizer and schedule; returns the log.
@@ -265,11 +279,18 @@ class TabomTrainer(CheckpointingTrainer):
     ) -> dict[str, Tensor]:
         """The denominators of the loss over all micro-batches of a step and all ranks.
 
-        `num_batches` counts the micro-batches that have a row of loss.
+        `num_batches` counts the micro-batches that have a row of loss. The ranks that have got SIGTERM are counted in
+        the same exchange.
         """
         counts = {name: sum(batch[name].to(device) for batch in batch_samples) for name in DENOMINATORS}
         counts["num_batches"] = torch.tensor(sum(len(batch["rows"]) > 0 for batch in batch_samples), device=device)
-        return self.accelerator.reduce(counts, reduction="sum")
+        counts["terminated"] = torch.tensor(int(termination.is_requested), device=device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        self._ranks_terminated = counts.pop("terminated")
+        return counts
+
+    def _is_terminated(self) -> bool:
+        return bool(self._ranks_terminated)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | None = None) -> Tensor | float:
         """The norm as transformers computes it; also checks losses and gradient before the optimizer's step."""

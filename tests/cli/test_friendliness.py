@@ -101,6 +101,10 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["train", "--rank_temperature", "0"], "rank_temperature=0.0: expected above 0 nats"),
         (["train", "--max_response_length", "0"], "max_response_length=0: expected at least 1"),
         (["train", "--lora_r", "0"], "lora_r=0: expected at least 1"),
+        (["train", "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0: expected at least 1"),
+        (["train", "--per_device_train_batch_size", "0"], "per_device_train_batch_size=0: expected at least 1"),
+        (["train", "--rank_margin", "1e308"], "rank_margin=1e+308: expected at most 1e+37"),
+        (["train", "--peer_timeout", "0"], "peer_timeout=0.0: expected at least 1"),
         (["train", "--lora_dropout", "1"], "lora_dropout=1.0: expected a share in [0, 1)"),
         (["train", "--eval_num_prompts", "0"], "eval_num_prompts=0: expected at least 1"),
         (["train", "--report_to", "wandb"], "report_to=wandb: not installed; pip install wandb"),
@@ -245,6 +249,39 @@ def test_a_torn_json_of_a_model_is_named(capsys, tmp_path, model_folder, name):
     assert run("generate", "--model", str(torn.parent), "--prompt", "1+2=") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"tabom generate: error: model={torn.parent}: {name} is not whole (")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", "[]", "config.json holds [] instead of an object"),
+        ("config.json", "null", "config.json holds None instead of an object"),
+        ("config.json", "[" * 100_000, "config.json is not whole"),
+        ("config.json", {"model_type": []}, "config.json has model_type=[]: expected a name"),
+        ("config.json", {"num_attention_heads": 0}, "config.json has num_attention_heads=0: expected a number from 1"),
+        ("config.json", {"num_key_value_heads": 0}, "config.json has num_key_value_heads=0: expected a number from 1"),
+        (
+            "config.json",
+            {"num_hidden_layers": 10**9},
+            "config.json has num_hidden_layers=1000000000: expected a number",
+        ),
+        ("config.json", {"num_hidden_layers": -1}, "config.json has num_hidden_layers=-1: expected a number from 1"),
+        ("config.json", {"vocab_size": "x"}, "config.json has vocab_size='x': expected a number from 1"),
+        ("config.json", {"logits_shift": 10**9}, "logits_shift=1000000000 in config.json: expected 0, or 1"),
+        ("config.json", {"mask_token_id": "x"}, "mask_token_id='x': not in this model's vocabulary"),
+        ("tokenizer.json", "{}", "its tokenizer cannot be read (KeyError: 'added_tokens')"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json holds [] instead of an object"),
+    ],
+)
+def test_a_model_with_impossible_settings_is_one_line(capsys, tmp_path, model_folder, name, content, message):
+    broken = tmp_path / "broken" / name
+    shutil.copytree(model_folder, broken.parent)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(broken.read_text()) | content)
+    broken.write_text(content)
+    assert run("generate", "--model", str(broken.parent), "--prompt", "1+2=") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("tabom generate: error: ") and message in error
 
 
 @pytest.mark.parametrize("argument", ["data", "eval_data", "eval_prompts"])

@@ -1,6 +1,7 @@
 """What comes from elsewhere must not reach the terminal, run code, loop, or end in a traceback."""
 
 import io
+import signal
 from importlib import import_module
 
 import pytest
@@ -104,3 +105,11 @@ def test_ctrl_c_ends_in_one_line_with_status_130(capsys, monkeypatch, command):
     assert main(command.split()) == 130
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and f"tabom {command}: interrupted; " in error
+
+
+def test_sigterm_ends_in_one_line_with_status_143(capsys, monkeypatch):
+    monkeypatch.setattr("tabom.cli.main.parse", lambda name, argv: ())
+    monkeypatch.setattr("tabom.cli.report.run", lambda: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["report"]) == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == "\ntabom report: ended by SIGTERM; nothing is kept\n"

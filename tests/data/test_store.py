@@ -49,18 +49,10 @@ def content(store):
     return by_id
 
 
-def together(size, monkeypatch):
+def together(size):
     """The processes of a job, which here are threads."""
     meeting = HashStore()
-    monkeypatch.setenv("WORLD_SIZE", str(size))
-    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(meeting, None, None)]))
-    monkeypatch.setattr("tabom.sampling.ranks._jobs", itertools.repeat(0))
-    ranks = []
-    for rank in range(size):
-        monkeypatch.setenv("RANK", str(rank))
-        ranks.append(Ranks())
-    monkeypatch.undo()
-    return ranks
+    return [Ranks(rank, size, meeting) for rank in range(size)]
 
 
 def run_all(jobs):
@@ -106,13 +98,13 @@ def test_files_on_the_disk(tmp_path):
     assert {record["correct"] for record in rejected[1:]} == {False}
 
 
-def test_several_processes_share_a_store_and_one_goes_on(tmp_path, make, monkeypatch):
+def test_several_processes_share_a_store_and_one_goes_on(tmp_path, make):
     half = dict(itertools.islice(RECORDS.items(), 6))
     for size, wanted in ((3, half), (2, RECORDS)):
         found = []
         jobs = [
             lambda ranks=ranks, wanted=wanted, found=found: found.append(fill(make(tmp_path), ranks, wanted))
-            for ranks in together(size, monkeypatch)
+            for ranks in together(size)
         ]
         run_all(jobs)
         assert found == [set() if size == 3 else set(half)] * size, "all processes see the same finished records"
@@ -184,9 +176,9 @@ def test_another_job_is_kept_out(tmp_path, make):
     assert fill(make(tmp_path)) == set()
 
 
-def test_every_process_of_a_job_holds_the_lock(tmp_path, make, monkeypatch):
+def test_every_process_of_a_job_holds_the_lock(tmp_path, make):
     """The first one of two has ended by a fault: as long as the other lives, nobody else may write."""
-    first, second = together(2, monkeypatch)
+    first, second = together(2)
     release, opened = threading.Event(), threading.Event()
 
     def fail():

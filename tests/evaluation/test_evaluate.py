@@ -1,9 +1,9 @@
 """Evaluation: the figures against other ways to them, restarts, ranks, and pairs of models."""
 
-import itertools
 import json
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from tabom.sampling.collect import to_trajectory
 from tabom.sampling.completions import Completion
 from tabom.sampling.engine import EngineConfig, Request
 from tabom.sampling.ranks import Ranks
+from tabom.sampling.termination import Terminated, termination
 from tests.conftest import random_model
 from tests.models.block_causal import block_causal_model
 
@@ -150,10 +151,7 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
     alone = evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "alone"), CELL)
     evaluate(model, prompt_set(), SAMPLER, config(tmp_path / "shared", samples_per_prompt=1), CELL)
     meeting, of_thread, results = HashStore(), threading.local(), {}
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("tabom.sampling.ranks.rendezvous", lambda url: iter([(meeting, None, None)]))
-    monkeypatch.setattr("tabom.sampling.ranks._jobs", itertools.repeat(0))
-    monkeypatch.setattr("tabom.evaluation.evaluate.Ranks", lambda: of_thread.ranks)
+    monkeypatch.setattr("tabom.evaluation.evaluate.joined", lambda peer_timeout: nullcontext(of_thread.ranks))
 
     def run(ranks, own_model):
         of_thread.ranks = ranks
@@ -161,8 +159,8 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
 
     threads = []
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        threads.append(threading.Thread(target=run, args=(Ranks(), random_model(0))))  # as processes have their own
+        ranks = Ranks(rank, 3, meeting)
+        threads.append(threading.Thread(target=run, args=(ranks, random_model(0))))  # as processes have their own
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -171,6 +169,13 @@ def test_ranks_share_the_answers_and_the_first_has_the_result(tmp_path, monkeypa
     assert (results[0]["reused"], results[0]["answers"]) == (10, 30)
     files = sorted(CELL.folder(tmp_path / "shared").glob("answers-*.jsonl"))
     assert len(files) == 3 and sum(path.read_bytes().count(b"\n") for path in files) == 30, "none is made twice"
+
+
+def test_at_sigterm_an_evaluation_makes_no_further_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(termination, "is_requested", True)
+    with pytest.raises(Terminated) as end:
+        evaluate(random_model(0), prompt_set(), SAMPLER, config(tmp_path), CELL)
+    assert (end.value.code, end.value.message) == (143, "30 of 30 answers are left")
 
 
 def test_text_that_ends_lines_elsewhere_finishes_and_resumes(tmp_path, monkeypatch):

@@ -92,3 +92,27 @@ def test_killed_on_two_processes_it_goes_on_with_one_or_three(asked, alone, tmp_
     assert main(collecting(asked, output)) == 0
     launch(tmp_path, [collecting(asked, tmp_path / "three" / "t.jsonl")], 3)
     assert records(output) == records(tmp_path / "three" / "t.jsonl") == alone
+
+
+def test_at_sigterm_it_finishes_what_it_has_begun_and_says_what_is_left(asked, alone, tmp_path):
+    output = tmp_path / "t.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tabom", *collecting(asked, output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    files = [output, output.with_name(f"{output.name}.rejected")]
+    deadline = time.monotonic() + 200
+    while sum(path.read_bytes().count(b"\n") for path in files if path.exists()) < 16:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    left = 2 * PROMPTS - len(list(TrajectoryFile(output).records()))
+    said = f"ended by SIGTERM; {left} of {2 * PROMPTS} answers are left; the same command goes on where it stopped"
+    assert error.splitlines()[-1] == f"tabom collect: {said}" and left > 0
+    assert main(collecting(asked, output)) == 0
+    assert records(output) == alone

@@ -42,15 +42,22 @@ def test_killed_and_interrupted_it_goes_on_to_the_same_weights(inputs, tmp_path,
     undisturbed = start(inputs, tmp_path, "whole")
     _, error = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, error
-    for kind, step, status in ((signal.SIGKILL, 5, -signal.SIGKILL), (signal.SIGINT, 12, 130)):
+    for kind, step, status in (
+        (signal.SIGKILL, 5, -signal.SIGKILL),
+        (signal.SIGINT, 12, 130),
+        (signal.SIGTERM, 15, 143),
+    ):
         process = start(inputs, tmp_path, "disturbed")
         wait_for_checkpoint(tmp_path / "disturbed", step, process)
         time.sleep(rng.random() / 50)  # somewhere in a step or in a save
         process.send_signal(kind)
         _, error = process.communicate(timeout=60)
         assert process.returncode == status, error
-        if kind == signal.SIGINT:
-            assert "Traceback" not in error and "--resume_from_checkpoint auto goes on" in error.splitlines()[-1]
+        if kind != signal.SIGKILL:
+            said = error.splitlines()[-1]
+            assert "Traceback" not in error and "--resume_from_checkpoint auto goes on" in said
+            newest = max(int(path.name.partition("-")[2]) for path in (tmp_path / "disturbed").glob("checkpoint-*"))
+            assert kind != signal.SIGTERM or f"the checkpoint of step {newest} is saved" in said
     last = start(inputs, tmp_path, "disturbed")
     _, error = last.communicate(timeout=300)
     assert last.returncode == 0, error

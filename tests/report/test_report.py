@@ -433,3 +433,21 @@ def test_rounds_have_a_summary_and_the_responses_of_the_newest(tmp_path):
     assert [[r["correct"] for r in source.records] for source in found.sources] == [[True], [False]]
     assert found.sources[0].settings == {"policy": "entropy"}
     assert outcome_of_rounds(log) == "1 rounds, accuracy 50.0 → 75.0 %, pass@4 50.0 → 50.0 %"
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("results.json", '[{"accu', "is not whole"),
+        ("results.json", "[1]", "result 0 has no accuracy, answers"),
+        ("results.json", '[{"model": "a"}]', "result 0 has no accuracy, answers, pass_at"),
+        ("comparison.json", '[{"base": "a"}]', "comparison 0 has no comparisons, tuned"),
+        ("trainer_state.json", '{"log_history": 3}', "expected a list 'log_history', got 3"),
+    ],
+)
+def test_a_torn_document_of_a_run_is_one_line(tmp_path, capsys, name, content, problem):
+    (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert f"{name}: {problem}" in error or f"{name} {problem}" in error
+    assert not (tmp_path / "page.html").exists()

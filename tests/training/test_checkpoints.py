@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tabom.data.trajectories import Trajectory
 from tabom.training import checkpoints
@@ -32,6 +33,17 @@ def whole(tmp_path, trajectories):
     return weights(train(random_model(3), trajectories, config(tmp_path / "whole", **SETTINGS)))
 
 
+def newest_whole(output_dir):
+    return next(checkpoint for checkpoint in checkpoints.newest_first(output_dir) if not damage_of(checkpoint))
+
+
+def damage_of(checkpoint):
+    try:
+        checkpoints.check_whole(checkpoint)
+    except ValueError as error:
+        return str(error)
+
+
 def damage_nothing(checkpoint):
     pass
 
@@ -43,6 +55,32 @@ def delete(name):
 def truncate(checkpoint):
     with (checkpoint / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
+
+
+def zero_half(checkpoint):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def flip_a_byte(checkpoint):
+    path = checkpoint / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace(name, old, new):
+    def damage(checkpoint):
+        text = (checkpoint / name).read_text()
+        assert old in text
+        (checkpoint / name).write_text(text.replace(old, new))
+
+    return damage
+
+
+def write_manifest(content):
+    return lambda checkpoint: (checkpoint / "tabom_checkpoint.json").write_text(content)
 
 
 def never_finished(checkpoint):
@@ -58,6 +96,13 @@ def never_finished(checkpoint):
         (delete("rng_state.pth"), "rng_state.pth is missing"),
         (delete("tabom_checkpoint.json"), "it was not finished"),
         (truncate, "model.safetensors has 1000 bytes of"),
+        (zero_half, "model.safetensors is damaged"),
+        (flip_a_byte, "optimizer.pt is damaged"),
+        (replace("trainer_state.json", '"global_step": 4', '"global_step": 3'), "trainer_state.json is damaged"),
+        (replace("tabom_checkpoint.json", '"seed": 42', '"seed": 43'), "is not what was written"),
+        (write_manifest("[]"), "expected a dict, got"),
+        (write_manifest('{"run": {}, "files": {"optimizer.pt": 1}}'), "is not what was written"),
+        (write_manifest("{" * 9), "is not whole"),
         (never_finished, None),
         (shutil.rmtree, None),
     ],
@@ -73,8 +118,37 @@ def test_auto_goes_on_from_the_newest_whole_checkpoint(interrupted, trajectories
     assert_same(weights(trainer), whole, rtol=0, atol=0)
     assert begun_at == [4 if damage is damage_nothing else 2]
     assert (problem in caplog.text) if problem else ("passed over" not in caplog.text)
-    assert checkpoints.newest_whole(interrupted.output_dir)[0].name == "checkpoint-6"
+    assert newest_whole(interrupted.output_dir).name == "checkpoint-6"
     assert not (newest.parent / checkpoints.SAVING / "checkpoint-4").exists(), "what was not finished is cleared away"
+
+
+def test_no_random_damage_is_taken_for_a_whole_checkpoint(interrupted, rng):
+    older, newest = (checkpoints.Path(interrupted.output_dir) / f"checkpoint-{step}" for step in (2, 4))
+    contents = {path.name: path.read_bytes() for path in newest.iterdir()}
+    others = [*contents.values(), *(path.read_bytes() for path in older.iterdir())]
+    names = sorted(contents)
+    tried = 0
+    while tried < 200:
+        name = rng.choice(names)
+        content = contents[name]
+        at = rng.randrange(len(content))
+        match rng.choice(["flip", "truncate", "overwrite", "swap"]):
+            case "flip":
+                damaged = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+            case "truncate":
+                damaged = content[:at]
+            case "overwrite":
+                damaged = content[:at] + bytes(len(content) - at)
+            case "swap":
+                damaged = rng.choice(others)
+        if damaged == content:
+            continue
+        tried += 1
+        (newest / name).write_bytes(damaged)
+        assert name == checkpoints.MANIFEST or name in damage_of(newest)
+        assert newest_whole(interrupted.output_dir) == older
+        (newest / name).write_bytes(content)
+    assert newest_whole(interrupted.output_dir) == newest
 
 
 class RecordStart(StopAt):
@@ -150,7 +224,7 @@ def test_a_save_that_dies_leaves_no_checkpoint_behind(interrupted, trajectories,
     with pytest.raises(KeyboardInterrupt):
         train(random_model(3), trajectories, interrupted, "auto")
     monkeypatch.undo()
-    assert checkpoints.newest_whole(interrupted.output_dir)[0].name == "checkpoint-4"
+    assert newest_whole(interrupted.output_dir).name == "checkpoint-4"
     assert_same(weights(train(random_model(3), trajectories, interrupted, "auto")), whole, rtol=0, atol=0)
 
 
@@ -188,6 +262,16 @@ def test_a_learning_rate_that_blows_up_ends_the_training_and_saves_nothing(tmp_p
         train(random_model(3), trajectories, args)
     for saved in tmp_path.rglob("model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(saved).values())
+
+
+def test_two_trainings_into_one_folder_are_refused(tmp_path, trajectories):
+    class TrainToo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match=r"^output_dir=.*: another job is writing to it; .* another one"):
+                train(random_model(3), trajectories, config(tmp_path))
+
+    assert train(random_model(3), trajectories, config(tmp_path, max_steps=1), callbacks=[TrainToo()])
+    assert train(random_model(3), trajectories, config(tmp_path, max_steps=1)), "the lock is released"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, trajectories):

@@ -31,7 +31,7 @@ WORKING = """
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
     per_device_eval_batch_size eval_on_start eval_accumulation_steps save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
     hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
     ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed use_cpu dataloader_drop_last
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
@@ -59,6 +59,7 @@ CHANGED = {
     "label_names": ["targets"],
     "length_column_name": "tokens",
     "data_seed": 3,
+    "enable_jit_checkpoint": True,
     "prediction_loss_only": False,
     "include_for_metrics": ["inputs"],
     "batch_eval_metrics": True,

@@ -5,7 +5,6 @@ import warnings
 import pytest
 
 from tabom.cli.arguments import parse_arguments
-from tabom.training.checkpoints import MANIFEST, read_run
 from tabom.training.config import TabomConfig
 from tabom.training.settings import TabomSettings
 
@@ -76,10 +75,3 @@ def test_a_setting_under_both_names_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"^margin is the old name of rank_margin, and both are given: leave"):
             make()
-
-
-def test_a_checkpoint_of_an_earlier_version_can_be_resumed(tmp_path):
-    (tmp_path / "optimizer.pt").write_bytes(b"x")
-    run = '{"form": "hinge", "margin": 0.25, "seed": 1}'
-    (tmp_path / MANIFEST).write_text(f'{{"run": {run}, "files": {{"optimizer.pt": 1}}}}')
-    assert read_run(tmp_path) == {"rank_loss": "hinge", "rank_margin": 0.25, "seed": 1}
