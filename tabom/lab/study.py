@@ -6,6 +6,7 @@ nothing; another grid with the same output adds to it. The runs are computed wit
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -133,17 +134,18 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
 
     method = METHODS[run.method]
     data = truth_of(run, base) if method.on_truth else trajectories_of(run, "train", output, base)
-    model = post_train(
-        run.base,
-        method,
-        data,
-        output / "work",
-        max_steps=run.max_steps,
-        batch_size=run.batch_size,
-        learning_rate=run.learning_rate,
-        seed=run.seed,
-        after_step=after_step,
-    )
+    with tempfile.TemporaryDirectory() as work:  # nothing is kept of it, and runs at the same time need their own
+        model = post_train(
+            run.base,
+            method,
+            data,
+            Path(work),
+            max_steps=run.max_steps,
+            batch_size=run.batch_size,
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            after_step=after_step,
+        )
     if save_models:
         folder = output / "models" / f"{run.method}, seed {run.seed}".replace(", ", "-").replace(" ", "-")
         with naming_full_disk(folder):

@@ -41,7 +41,7 @@ def free_bytes(path: Path) -> int:
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Yields a path beside a file to write to, and renames it at the end, so that a failure leaves what was there."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         with naming_full_disk(path):
             yield part

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tabom.cli.arguments import parse_arguments
 from tabom.cli.main import COMMANDS, main
 from tabom.cli.model import ModelArguments
-from tabom.cli.train import DataArguments
+from tabom.cli.train import AdapterArguments, DataArguments
 from tabom.data.prompts import read_prompts
 from tabom.data.sources import read_records
 from tabom.data.trajectories import read_trajectories
@@ -352,15 +352,17 @@ PUBLISHED = {  # learning rate, rank weight, margin, methods
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_recipes_hold_the_published_values(recipe):
-    types = (DataArguments, ModelArguments, TabomConfig)
-    arguments, model, config = parse_arguments(types, ["--recipe", recipe], "tabom train", "", takes_recipe=True)
+    types = (DataArguments, AdapterArguments, ModelArguments, TabomConfig)
+    arguments, adapter, model, config = parse_arguments(
+        types, ["--recipe", recipe], "tabom train", "", takes_recipe=True
+    )
     assert (config.learning_rate, config.rank_weight, config.rank_margin, arguments.method) == PUBLISHED[recipe]
     assert config.cut_among_non_ltr == (recipe == "dream_ling_coder")
     assert model.model == {"d": "Dream-org/Dream-v0-Instruct-7B", "l": "GSAI-ML/LLaDA-8B-Instruct"}[recipe[0]]
     assert (config.rank_loss, config.supervised_window, config.rank_window) == ("hinge", 32, 32)
     assert (config.window_unit, config.skip_last_step) == ("steps", True)
     assert (config.rank_ties, config.drop_short, config.loss_average) == (True, True, "micro_batch")
-    lora = (arguments.use_peft, arguments.lora_r, arguments.lora_alpha, arguments.lora_target_modules)
+    lora = (adapter.use_peft, adapter.lora_r, adapter.lora_alpha, adapter.lora_target_modules)
     assert lora == (True, 16, 16, ["q_proj", "v_proj"])
     assert (config.weight_decay, config.max_grad_norm, config.num_train_epochs) == (0.01, 1.0, 5)
     assert (config.lr_scheduler_type, config.warmup_steps, config.per_device_train_batch_size) == ("cosine", 50, 8)
@@ -371,8 +373,8 @@ def test_the_command_line_wins_over_the_config_and_it_over_the_recipe(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("rank_margin: 0.5\nrank_weight: 3.0\n")
     argv = ["--recipe", "dream_prm12k", "--config", str(path), "--rank_weight", "4"]
-    types = (DataArguments, ModelArguments, TabomConfig)
-    _, _, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
+    types = (DataArguments, AdapterArguments, ModelArguments, TabomConfig)
+    *_, config = parse_arguments(types, argv, "tabom train", "", takes_recipe=True)
     assert (config.rank_weight, config.rank_margin, config.rank_loss) == (4.0, 0.5, "hinge")
 
 

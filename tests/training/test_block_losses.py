@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tabom.cli.arguments import parse_arguments
-from tabom.cli.commands import DataArguments, ModelArguments
+from tabom.cli.commands import AdapterArguments, DataArguments, ModelArguments
 from tabom.data.trajectories import Trajectory
 from tabom.training.collator import TrajectoryCollator
 from tabom.training.config import TabomConfig
@@ -26,22 +26,22 @@ DFACTORY = {"objective": "random_ratio", "drawn_per": "response", "min_mask_rate
 
 @pytest.mark.parametrize("recipe, settings", [("sdar_sft", SDAR), ("llada2_sft", DFACTORY)])
 def test_the_recipes_have_these_settings(recipe, settings):
-    _, _, args = read_recipe(recipe)
+    *_, args = read_recipe(recipe)
     assert {name: getattr(args, name) for name in settings} == settings
     args.check_attention(block_size=4, logits_shift=0)
 
 
 @pytest.mark.parametrize("recipe, model_type", [("sdar_tabom", "sdar"), ("llada2_tabom", "llada2_moe")])
 def test_the_recipes_adapt_layers_that_are_there(tmp_path, recipe, model_type):
-    arguments, _, args = read_recipe(recipe)
+    _, adapter, _, args = read_recipe(recipe)
     args.check_attention(block_size=4, logits_shift=0)
     model = block_causal_model(tmp_path / "m", model_type).model
     linear = {name.split(".")[-1] for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
-    assert set(arguments.lora_target_modules) <= linear
+    assert set(adapter.lora_target_modules) <= linear
 
 
 def read_recipe(recipe):
-    types = (DataArguments, ModelArguments, TabomConfig)
+    types = (DataArguments, AdapterArguments, ModelArguments, TabomConfig)
     return parse_arguments(types, ["--recipe", recipe], "tabom train", "", takes_recipe=True)
 
 
