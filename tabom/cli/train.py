@@ -38,9 +38,10 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
         dry_run_of(arguments, model_arguments, config)
         return
     callbacks = check_evaluation(arguments, config)
+    lines = Lines()
     if not sys.stderr.isatty() and not config.disable_tqdm:
         config.disable_tqdm = True
-        callbacks.append(ProgressLines())
+        callbacks.append(ProgressLines(lines))
     check_data(arguments, config)
     eval_prompts = read_eval_prompts(config)
     diffusion_model = load_model(model_arguments)
@@ -57,7 +58,8 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
         peft_config=lora_config(arguments) if arguments.use_peft else None,
     )
     resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    with lines:
+        trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model()
     trainer.save_state()  # the training curves of `tabom report`, also where no checkpoint is kept
     trainer.create_model_card()
@@ -67,12 +69,15 @@ def run(arguments: DataArguments, model_arguments: ModelArguments, config: Tabom
 class ProgressLines(TrainerCallback):
     """Says every half minute how far the training is, where a bar would fill a log file."""
 
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+
     def on_train_begin(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.lines = Lines(state.max_steps, begun_with=state.global_step)
+        if state.is_world_process_zero:
+            self.lines.begin("training steps", state.max_steps, state.global_step)
 
     def on_step_end(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if state.is_world_process_zero:
-            self.lines.show(state.global_step, "training steps")
+        self.lines.update(state.global_step, "training steps")
 
 
 def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:
