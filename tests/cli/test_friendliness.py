@@ -112,7 +112,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["train", "--num_train_epochs", "0"], "num_train_epochs=0.0: expected above 0, or --max_steps"),
         (
             ["generate", "--max_new_tokens", "4", "--block_length", "7"],
-            "block_length=7: expected a divisor of the response length 4",
+            "block_length=7: expected at most the response length 4",
         ),
         (["generate", "--system_prompt", "Be brief."], "system_prompt='Be brief.': this model's tokenizer has no chat"),
         (["generate", "--model", "shiped"], "model=shiped: no such model; did you mean 'shipped'?"),
