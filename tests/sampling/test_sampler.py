@@ -144,7 +144,6 @@ def test_schedules(model, config, schedule):
     "settings, argument",
     [
         ({"steps": 9}, "steps=9"),
-        ({"block_length": 99}, "block_length=99"),
         ({"steps": 3, "block_length": 4}, "steps=3"),
         ({"block_length": 3}, "block_length=3"),
         ({"steps": 2, "tokens_per_step": 2}, "tokens_per_step=2"),
