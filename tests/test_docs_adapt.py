@@ -23,8 +23,7 @@ def test_a_command_of_the_page_fails_only_because_its_files_are_not_there(line, 
     assert main([name, *words]) == 2
     said = capsys.readouterr().err
     assert any(
-        reason in said
-        for reason in ("No such file", "no such file", "nothing of this name", "not found", "no adapter_config.json")
+        reason in said for reason in ("no such file", "nothing of this name", "not found", "expected a folder")
     ), said
 
 

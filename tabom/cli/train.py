@@ -80,14 +80,18 @@ def progress_callbacks(config: TabomConfig) -> list[TrainerCallback]:
 
 
 class ProgressLines(TrainerCallback):
-    """Says every half minute how far the training is, where a bar would fill a log file."""
+    """Says every half minute how far a training is, where a bar would fill a log file."""
 
     def on_train_begin(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.lines = Lines(state.max_steps, begun_with=state.global_step)
+        self.lines = Lines()
+        if state.is_world_process_zero:
+            self.lines.begin("training steps", state.max_steps, state.global_step)
 
     def on_step_end(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if state.is_world_process_zero:
-            self.lines.show(state.global_step, "training steps")
+        self.lines.update(state.global_step, "training steps")
+
+    def on_train_end(self, args: TabomConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.lines.ended.set()
 
 
 def check_evaluation(arguments: DataArguments, config: TabomConfig) -> list[TrainerCallback]:

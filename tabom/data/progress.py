@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event, Thread
 
 from rich.console import Console
 from rich.progress import Progress
@@ -21,27 +22,47 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
             bar = bars.add_task(title, total=total)
             yield lambda done, title: bars.update(bar, completed=done, description=title)
     else:
-        yield Lines(total).show
+        with Lines() as lines:
+            lines.begin(title, total)
+            yield lines.update
 
 
 class Lines:
-    """Prints a line on stderr when `LINE_SECONDS` have passed since the last one or the start."""
+    """Prints a line on stderr every `LINE_SECONDS`, from `begin` to the end of the context.
 
-    def __init__(self, total: int, begun_with: int = 0) -> None:
-        self.total, self.begun_with = total, begun_with
-        self.begun = self.printed = time.monotonic()
+    A thread prints them, because a step of a large model may take longer than that.
+    """
 
-    def show(self, done: int, title: str) -> None:
-        """Prints what is done, the time it took, and the time left at this rate, if it is time."""
-        now = time.monotonic()
-        if now - self.printed < LINE_SECONDS:
-            return
-        self.printed = now
-        taken = now - self.begun
-        made = done - self.begun_with
+    def __init__(self) -> None:
+        self.ended = Event()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """Begins with work of which a part is done already."""
+        self.title, self.total, self.done, self.done_before = title, total, done, done
+        self.begun = time.monotonic()
+        Thread(target=self.print_lines, daemon=True).start()
+
+    def update(self, done: int, title: str) -> None:
+        """Notes how much is done, and the title of the next lines."""
+        self.done, self.title = done, title
+
+    def print_lines(self) -> None:
+        """Prints until the end."""
+        while not self.ended.wait(LINE_SECONDS):
+            print(self.line(), file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """What is done, the time that it took, and the time that is left at this rate."""
+        done, made = self.done, self.done - self.done_before
+        taken = time.monotonic() - self.begun
         left = f", {clock(taken * (self.total - done) / made)} left" if made else ""
-        line = f"{title}: {done} of {self.total} ({done / self.total:.0%}) after {clock(taken)}{left}"
-        print(line, file=sys.stderr, flush=True)
+        return f"{self.title}: {done} of {self.total} ({done / self.total:.0%}) after {clock(taken)}{left}"
 
 
 def clock(seconds: float) -> str:

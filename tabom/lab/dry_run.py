@@ -16,13 +16,13 @@ import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from tabom.data import limits
 from tabom.data.trajectories import Trajectory
 from tabom.lab.model import character_tokenizer
 from tabom.models.diffusion_model import DiffusionModel, describe
-from tabom.models.families import FAMILIES, native_config
+from tabom.models.families import ADAPTABLE, FAMILIES, native_config
 from tabom.models.layout import forward_of_blocks
 from tabom.models.loading import check_is_there, path_of
 from tabom.training.config import TabomConfig
@@ -135,7 +135,7 @@ def random_model(
     """A model of the architecture of `name`, with random weights made on the device, and the lab's tokenizer.
 
     Args:
-        name: one of PUBLISHED, or a folder with a config.json of a known family.
+        name: one of PUBLISHED, or a folder with a config.json of a known family or of a model that was saved here.
 
     Raises:
         ValueError: another family.
@@ -145,12 +145,15 @@ def random_model(
         check_is_there(name)
         settings = PreTrainedConfig.get_config_dict(path_of(name))[0]
     settings = settings or {}
-    if settings.get("model_type") not in FAMILIES:
+    if settings.get("model_type") in FAMILIES:
+        config = native_config(settings)
+    elif settings.get("model_type") in ADAPTABLE and "mask_token_id" in settings:
+        config = AutoConfig.from_pretrained(path_of(name))
+    else:
         raise ValueError(
-            f"model={name}: expected {', '.join(PUBLISHED)}, or a folder whose config.json has "
-            f"a model_type of {' or '.join(FAMILIES)}"
+            f"model={name}: expected {', '.join(PUBLISHED)}, a model that this library saved, or a folder whose "
+            f"config.json has a model_type of {' or '.join(FAMILIES)}"
         )
-    config = native_config(settings)
     if scale == "tiny":
         config.update(TINY)
     with torch.device(device):

@@ -32,8 +32,15 @@ class Completion(NamedTuple):
 
 
 def response_length(model: DiffusionModel, config: SamplerConfig) -> int:
-    """`max_new_tokens` of the sampler, else of the model's generation config, else 64."""
-    return config.max_new_tokens or model.model.generation_config.max_new_tokens or 64
+    """`max_new_tokens` of the sampler, else of the model's generation config, else 64.
+
+    Raises:
+        ValueError: the sampler's blocks are longer, which with full attention would have no effect.
+    """
+    length = config.max_new_tokens or model.model.generation_config.max_new_tokens or 64
+    if model.block_size is None and config.block_length is not None and config.block_length > length:
+        raise ValueError(f"block_length={config.block_length}: expected at most the response length {length}")
+    return length
 
 
 def with_block_length(model: DiffusionModel, config: SamplerConfig) -> DiffusionModel:

@@ -243,7 +243,7 @@ class SamplerConfig(PolicySettings):
                     f"steps={steps}: expected at most {block_size}, so that every step of a block unmasks a token"
                 )
             return Blocks(math.ceil((given + length) / block_size), block_size, given, steps)
-        tokens = self.block_length or length
+        tokens = min(self.block_length or length, length)
         if length % tokens:
             raise ValueError(f"block_length={tokens}: expected a divisor of the response length {length}")
         count = length // tokens

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from tabom.cli.commands import COMMANDS, TRAINING_ARGUMENTS
 from tabom.cli.main import main
+from tabom.data.progress import Lines
 from tabom.models.loading import SHIPPED_PATH, load
 from tabom.sampling.animation import PARTIAL_CHARACTER, pieces
 from tabom.sampling.sampler import DecodingState
@@ -114,7 +116,7 @@ def test_help_lists_own_fields_before_those_of_transformers(capsys):
         (["train", "--num_train_epochs", "0"], "num_train_epochs=0.0: expected above 0, or --max_steps"),
         (
             ["generate", "--max_new_tokens", "4", "--block_length", "7"],
-            "block_length=7: expected a divisor of the response length 4",
+            "block_length=7: expected at most the response length 4",
         ),
         (["generate", "--system_prompt", "Be brief."], "system_prompt='Be brief.': this model's tokenizer has no chat"),
         (["generate", "--model", "shiped"], "model=shiped: no such model; did you mean 'shipped'?"),
@@ -208,19 +210,56 @@ def test_what_is_cut_and_what_the_vocabulary_lacks_is_counted(capsys, caplog, tm
         assert f"{learnt}: {words}" in caplog.text
 
 
-def test_a_line_every_half_minute_where_there_is_no_terminal(capsys, monkeypatch, tmp_path, model_folder):
-    now = iter(range(0, 10_000_000, 16))  # seconds, at every look at the clock
-    monkeypatch.setattr("tabom.data.progress.time.monotonic", lambda: next(now))
-    command = ["--model", str(model_folder), "--task", "addition", "--num_prompts", "64", "--max_new_tokens", "2"]
-    assert run("collect", *command, "--output", str(tmp_path / "t.jsonl")) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in lines] == [
-        "32 of 64 (50%) after 0:00:32, 0:00:32 left",
-        "64 of 64 (100%) after 0:01:04, 0:00:00 left",
-    ]
-    assert all(re.match(r"\d+\.\d% of \d+ right: ", line) for line in lines)
-    assert run("generate", "--model", str(model_folder), "--prompt", "1+2=", "--max_new_tokens", "4") == 0
-    assert "decoding: 2 of 4 (50%)" in capsys.readouterr().err
+def test_a_line_says_what_is_done_and_what_is_left(monkeypatch):
+    monkeypatch.setattr("tabom.data.progress.time.monotonic", iter([100, 130, 160, 160, 190]).__next__)
+    monkeypatch.setattr("tabom.data.progress.Thread.start", lambda self: None)
+    lines = Lines()
+    lines.begin("collecting", 64)
+    assert lines.line() == "collecting: 0 of 64 (0%) after 0:00:30"
+    lines.update(48, "25.0% of 48 right")
+    assert lines.line() == "25.0% of 48 right: 48 of 64 (75%) after 0:01:00, 0:00:20 left"
+    lines.begin("training steps", 40, 20)
+    lines.update(25, "training steps")
+    assert lines.line() == "training steps: 25 of 40 (62%) after 0:00:30, 0:01:30 left", "of what this run did"
+
+
+@pytest.mark.parametrize("command", ["collect", "evaluate", "generate", "train"])
+def test_lines_in_a_log_where_there_is_no_terminal(capsys, monkeypatch, tmp_path, model_folder, data, command):
+    """Half a minute is over here when the work has got somewhere, and the work waits for the line."""
+    worked, printed, asked = threading.Event(), threading.Event(), []
+
+    class HalfAMinute(threading.Event):
+        def wait(self, timeout):
+            asked.append(timeout)
+            if len(asked) == 1:
+                return not worked.wait()
+            printed.set()
+            return super().wait()
+
+    update = Lines.update
+    monkeypatch.setattr(Lines, "update", lambda self, *a: (update(self, *a), worked.set(), printed.wait()))
+    monkeypatch.setattr("tabom.data.progress.Event", HalfAMinute)
+    arguments = {
+        "collect": [
+            "--task",
+            "addition",
+            "--num_prompts",
+            "20",
+            "--max_new_tokens",
+            "2",
+            "-o",
+            str(tmp_path / "t.jsonl"),
+        ],
+        "evaluate": ["--task", "addition", "--num_prompts", "20", "--max_new_tokens", "2", "-o", str(tmp_path / "e")],
+        "generate": ["--prompt", "1+2=", "--max_new_tokens", "4"],
+        "train": ["--data", str(data), "--max_steps", "2", "-o", str(tmp_path / "run"), "--report_to", "none"],
+    }[command]
+    assert run(command, "--model", str(model_folder), *arguments) == 0
+    assert asked[0] == 30
+    said = capsys.readouterr().err
+    title = {"generate": "decoding", "train": "training steps"}.get(command, r".*\d+\.\d% of \d+ right")
+    assert re.search(rf"^{title}: \d+ of \d+ \(\d+%\) after 0:00:0\d", said, re.MULTILINE)
+    assert "it/s]" not in said
 
 
 def test_the_animation_ends_where_the_text_ends_and_says_what_its_colours_mean(capsys, monkeypatch, model_folder):

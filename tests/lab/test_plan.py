@@ -78,3 +78,8 @@ def test_the_command_prints_every_part(capsys):
     for option, error in ((["--right", "0"], "right=0.0"), (["--mean_answer", "300"], "mean_answer=300")):
         assert main(["plan", "--recipe", "dream_prm12k", *option]) == 2
         assert error in capsys.readouterr().err
+
+
+def test_the_shipped_model_is_planned_too(capsys):
+    assert main(["plan", "--model", "shipped", "--num_prompts", "10"]) == 0
+    assert "shipped, 10 prompts: predicted, not measured" in capsys.readouterr().out

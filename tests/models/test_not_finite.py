@@ -92,7 +92,7 @@ def files_of(folder):
         "generate --prompt 1+1=",
         "generate --prompt 1+1= --animate true",
         "collect --task addition --num_prompts 3 --output {out}/kept.jsonl",
-        "evaluate --tasks addition --num_prompts 3 --output_dir {out}",
+        "evaluate --task addition --num_prompts 3 --output_dir {out}",
     ],
 )
 def test_a_command_ends_in_one_line_and_writes_no_nan(model, tmp_path, capsys, command):

@@ -130,7 +130,6 @@ def test_the_mask_token_is_never_chosen(model):
         (SamplerConfig(steps=3), [[3, 3, 2]]),
         (SamplerConfig(steps=4, block_length=4), [[2, 2], [2, 2]]),
         (SamplerConfig(tokens_per_step=3, block_length=4), [[3, 1], [3, 1]]),
-        (SamplerConfig(block_length=99), [[1] * 8]),
     ],
 )
 def test_schedules(model, config, schedule):
