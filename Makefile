@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 BEFORE_BASE_2 := a35388f
 
-.PHONY: demo test emulate lint format docs bench triton-newest old-kernels gpu gpu-first gpu-peers gpu-models clean
+.PHONY: demo test newest emulate lint format docs bench triton-newest old-kernels gpu gpu-first gpu-peers gpu-models clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tabom quickstart
@@ -12,6 +12,15 @@ demo: $(INSTALLED)
 # Tests in a group run in one process. pytest-xdist 3.8.0 does so with the pinned pytest, but not with pytest 9.2.0.
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+
+# A smoke test with the newest release of every dependency, in an environment of its own, without constraints.txt: the
+# models, the trainer, the sampler and the command line. On Linux the newest torch may bring gigabytes for CUDA.
+newest:
+	$(PYTHON) -m venv .newest
+	.newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.newest/bin/pip list | grep -Ei "^(torch|triton|transformers|accelerate|datasets|peft|numpy) "
+	.newest/bin/python -m pytest --numprocesses 2 --dist loadgroup \
+		tests/models tests/training tests/sampling tests/evaluation tests/cli $(ARGS)
 
 # The kernel tests with the kernels compiled for three architectures, by the oldest Triton and by the newest.
 emulate: $(INSTALLED) triton-newest
@@ -79,4 +88,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .triton-newest .old-kernels runs
+	rm -rf $(VENV) .newest .triton-newest .old-kernels runs

@@ -40,7 +40,10 @@ LOGIT_FIELDS: dict[str, LogitFields] = {
     "falcon_h1": LogitFields(scale="lm_head_multiplier"),
     "hyperclovax": LogitFields(scale="logits_scaling"),
     "inkling_text": LogitFields(columns="unpadded_vocab_size"),
-    "inkling2_text": LogitFields(softcap="final_logit_softcapping", columns="unpadded_vocab_size"),
+    **dict.fromkeys(
+        ["inkling2_text", "inkling2_loop_text"],
+        LogitFields(softcap="final_logit_softcapping", columns="unpadded_vocab_size"),
+    ),
     "recurrent_gemma": LogitFields(softcap="logits_soft_cap"),
     "xlstm": LogitFields(softcap="output_logit_soft_cap"),
 }

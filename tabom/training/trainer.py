@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import check_peft_version
 
 from tabom.data.job_lock import locked
 from tabom.data.prompts import PromptSet
@@ -96,8 +98,8 @@ class TabomTrainer(CheckpointingTrainer):
         TypeError: args are no `TabomConfig`.
         ValueError: an argument in `REFUSED`, several GPUs in one process, a tokenizer that is neither given nor to be
             found, a second adapter, several evaluation sets of which `metric_for_best_model` names none, records longer
-            than the model's table of positions, an empty prompt that the model cannot answer, or a model that `load` or
-            `describe` refuses.
+            than the model's table of positions, an empty prompt that the model cannot answer, an adapter to train on
+            and a peft that is too old for transformers, or a model that `load` or `describe` refuses.
     """
 
     def __init__(
@@ -135,6 +137,8 @@ class TabomTrainer(CheckpointingTrainer):
                 "peft_config: the model already carries an adapter, which is trained on without it; for a new adapter "
                 "merge this one into its base (tabom merge, tabom.merge_adapter) and load the merged folder"
             )
+        if model._hf_peft_config_loaded:
+            check_peft_version(MIN_PEFT_VERSION)  # saving the adapter would do so, after the training
         args.check_attention(diffusion_model.block_size, diffusion_model.logits_shift)
         if diffusion_model.block_size is not None:
             check_attention(model.config, args.device)
