@@ -7,8 +7,8 @@ from sympy import Expr, Integer, Rational, Symbol
 from sympy.physics import units
 from sympy.physics.units import Quantity
 
-from tabom.data.verifiers.final_answer import DENIAL
 from tabom.data.verifiers.numerals import NUMERAL
+from tabom.data.verifiers.prose import DENIAL, UNCOUNTED
 
 MULTIPLIERS = {
     "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -96,7 +96,7 @@ def split(text: str, is_latex: bool) -> "Amount | None":
     if (
         JUDGED.match(words)
         or FURTHER.match(words)
-        or DENIAL.search(words)
+        or DENIAL.search(UNCOUNTED.sub("", f"0 {words}"))
         or (found["value"].endswith("%") and re.match(r"of\s+\$?\d", words))
     ):
         return None
