@@ -29,7 +29,7 @@ TIME = re.compile(
 LETTER = re.compile(
     r"^(?:(?:option|choice|answer|letter)\s+)?[(\[]?([A-Z])[)\]]?(?=$|\s*[.,:;)\]]|\s+(?:because|since|which)\b|\s+\()"
 )
-MARKED_LETTER = re.compile(r"\(([A-Z])\)|(?<![\w(])([B-H])\)|\bis ([A-Z])$|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly)\s+\(?([A-Z])\b")
+MARKED_LETTER = re.compile(r"\(([A-Z])\)|(?<![\w(])([B-H])\)|\bis ([A-Z])$|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly|[Ss]tatement|[Ff]igure|[Gg]raph|[Dd]iagram|labeled)\s+\(?([A-Z])\b")
 ARTICLE = re.compile(r"^(?:the|a|an|on|in|option|choice|letter)\s+")
 VERDICTS = ("yes", "no", "true", "false")
 NO_SOLUTION = ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "\\{\\}")
@@ -69,7 +69,7 @@ def same_words(gold: str, reading: Reading) -> bool:
     if plain in VERDICTS:
         ways.append(re.split(r"[\s,.:;](?!\s*(?:and|or)\b)", clause.strip(" ,"), maxsplit=1)[0])
         ways.append(re.split(r"[,.:;]", ways[1], maxsplit=1)[0])
-    ways.append(CONSEQUENCE.split(clause)[-1])
+    ways += [CONSEQUENCE.split(clause)[-1], re.sub(r"^.*\b(?:has|have)\b\s*", "", clause)]
     segments = latex(clause)
     if len(segments) == 1:
         ways += segments

@@ -11,7 +11,8 @@ ENUMERATION = re.compile(r"^[ \t]*(?:#+[ \t]*|>[ \t]*|[-*\u2022+][ \t]+|\(?\d{1,
 """What stands before a sentence in a list, a heading or a quotation."""
 COURTESY = re.compile(
     r"(?:I )?hope (?:this|that|it)\b(?!\D*\d)|(?:please )?(?:let me know|feel free)|would you like|do you (?:want|have|need)"
-    r"|if you (?:have|need|want|would|'d)\b|is there anything|(?:good luck|happy \w+ing|thank|you're welcome)\b",
+    r"|if you (?:have|need|want|would|'d)\b|is there anything|(?:good luck|happy \w+ing|thank|you're welcome|(?:great|good|nice) (?:job|work)"
+    r"|well done|congratulations|keep it up)\b",
     re.IGNORECASE,
 )
 END_OF_PROOF = re.compile(r"\s*\$?\\?(?:blacksquare|square|Box|qed|\u220e|\u25a0|QED|Q\.E\.D\.)\$?\s*$")

@@ -11,7 +11,7 @@ from tabom.data.verifiers.numerals import in_digits
 from tabom.data.verifiers.prose import COMPARISON, Reading
 
 LATEX = re.compile(r"(?<![\\\d])\$((?:\\.|[^$\n\\])+)\$|\\\(((?:(?!\\\)).)+)\\\)")
-FUNCTION = re.compile(r"\s*\\(?:sin|cos|tan|cot|sec|csc|log|ln|det|angle|gcd|lfloor|lceil|overline|text|mathrm|operatorname)\b|\s*[a-zA-Z]+\[")
+FUNCTION = re.compile(r"\s*\\(?:sin|cos|tan|cot|sec|csc|log|ln|det|angle|gcd|lfloor|lceil|overline|int|sum|prod|lim|max|min|text|mathrm|operatorname)\b|\s*[a-zA-Z]+\[")
 UNIT = re.compile(r"[^.,;:()$\\]*(?:(?<=times )[$\\].*)?")
 DERIVATION = re.compile(r"(?!\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?\s*=|\s*\()[^=]+=")
 """An equation that is solved further: its left side is no name."""
