@@ -51,6 +51,7 @@ UNCOUNTED = re.compile(
     r"\b(?:that|who|which) (?:\w+ )?(?:not|cannot|never|\w+n['\u2019]t)\b|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
     r"|(?<=\d )(?:[a-z]+ ){1,3}not (?=(?:on|in|at|of|[a-z]+ed|[a-z]+ing)\b)|\b(?:not|\w+n['\u2019]t) (?=[^,;]*\d[^,;]*=)"
     r"|\d[^,]*\sif\b(?!.*\b(?:would|were)\b)"
+    r"|^[Tt]he (?:(?!\b(?:is|are|was|were|be)\b).)*\b(?:not|if|unless|never|cannot|\w+n['\u2019]t)\b(?=.*\b(?:is|are|was|were) [^a-z]*\d)"
 )
 """What is no denial of an answer: `218 seats that are not taken`, `did not use 243 - 125 = 118 cubes`."""
 RETRACTION = re.compile(
@@ -72,11 +73,16 @@ ASIDE = re.compile(
     r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )"
 )
 ASIDE_AFTER_VALUE = re.compile(
-    r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:(?<!times )as|which|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
+    r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
 )
 VALUE = re.compile(r"\d|\ue001|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|dozen|half)\b", re.IGNORECASE)
 CONCLUDING = re.compile(
     r"^\W*(?:so|thus|hence|therefore|finally|in conclusion|in total|altogether|overall|in summary|this means|that means)\b",
+    re.IGNORECASE,
+)
+CHECK = re.compile(
+    r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)"
+    r"|check\b|verification\b|indeed\b)",
     re.IGNORECASE,
 )
 CONNECTIVE = re.compile(
@@ -85,11 +91,11 @@ CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 CONSEQUENCE = re.compile(
-    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
+    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
     re.IGNORECASE,
 )
 CONDITION = re.compile(
-    r"^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based"
+    r"^if\b.*?\bthen\b\s+|^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based"
     r"|rounded|according|\w+ing)\b[^,]*,\s+(?:then\s+)?",
     re.IGNORECASE,
 )
@@ -99,7 +105,7 @@ RESTATED = re.compile(r"^(?:\D*,\s*(?:i\.e\.|that is),?\s+(?=[^a-z]*\d)|.*,\s*(?
 CALCULATION = re.compile(r"^(?!.*=.*(?:,|\b(?:and|or)\b)[^=]{1,15}=).*(?:[-+*/x\u00d7\u00f7] ?[$\d(].*|[a-z]{3}\W*)=\s*(?=\S*\d)(?![^(]*\))", re.DOTALL)
 """A calculation in words up to its last sign of equality."""
 COMPARISON = re.compile(
-    r"\b(?:than|least|most|between|up to|nearly|under|over|above|below|fewer|not|never|no|minimum of|either"
+    r"\b(?:than(?: to)?|least|most|between|up to|nearly|under|over|above|below|fewer|not|never|no|minimum of|either"
     r"|but|except|first|last|next|without|excluding|near|close to|different from|twice|thrice|double|triple|half"
     r"|(?:root|square|cube|reciprocal|factorial|negative|opposite|inverse|logarithm|log|half|third|quarter|fourth)"
     r" of(?: the| number)*)\s*$",
@@ -197,7 +203,9 @@ def last_statement(text: str, lines: list[str]) -> Reading | None:
 
 
 def is_remark(sentence: str) -> bool:
-    """Whether a sentence can only comment on an answer: it holds no number, denies nothing and concludes nothing."""
+    """Whether a sentence only checks or comments on an answer: it holds no number, denies and concludes nothing."""
+    if CHECK.match(sentence):
+        return True
     return len(sentence.split()) > 3 and not any(
         pattern.search(sentence) for pattern in (VALUE, DENIAL, CONCLUDING, RETRACTION)
     )

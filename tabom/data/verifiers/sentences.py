@@ -12,7 +12,7 @@ ENUMERATION = re.compile(r"^[ \t]*(?:#+[ \t]*|>[ \t]*|[-*\u2022+][ \t]+|\(?\d{1,
 COURTESY = re.compile(
     r"(?:I )?hope (?:this|that|it)\b(?!\D*\d)|(?:please )?(?:let me know|feel free)|would you like|do you (?:want|have|need)"
     r"|if you (?:have|need|want|would|'d)\b|is there anything|(?:good luck|happy \w+ing|thank|you're welcome|(?:great|good|nice) (?:job|work)"
-    r"|well done|congratulations|keep it up)\b",
+    r"|(?:that|this)(?:['\u2019]s| is) (?:the|our|my|your) (?:final )?(?:answer|solution)(?=\W*$)|well done|congratulations|keep it up)\b",
     re.IGNORECASE,
 )
 END_OF_PROOF = re.compile(r"\s*\$?\\?(?:blacksquare|square|Box|qed|\u220e|\u25a0|QED|Q\.E\.D\.)\$?\s*$")

@@ -30,21 +30,21 @@ NUMBER = re.compile(
 )
 COPULA = re.compile(r"^.*?\b(?:is|are|was|were|be|equals|becomes)\b\s*:?\s*|^.*[=:]\s*", re.DOTALL)
 VERB = re.compile(
-    r"\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|that)\s*:?\s*$",
+    r"(?:\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|total of|(?<!such )that)\s*:?|:)(?:\s+(?:exactly|only|just|precisely|thus|therefore|then))?\s*$",
     re.IGNORECASE,
 )
 PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
 LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter) \(?$", re.IGNORECASE)
 ADJUNCT = re.compile(
     r"\b(?:(?:for|of|in|after|from|per|among|with|by|(?<!equal )to(?: \w+ all)?|at|on"
-    r"|every|within|during|between|each|over|before|until|since|across|into|out of)\s+"
+    r"|every|within|during|between|each|over|before|until|since|across|into|out of|than)\s+"
     r"(?:(?:the|his|her|their|its|these|those|all|each|every|an?|only|just|age|first|last|next|other)\s+)*"
-    r"|(?:the|his|her|their|its|my|our|these|those|all)\s+(?:[a-z]+\s+)?|(?:first|last|next|other)\s+|\w+['\u2019]s?\s+)$",
+    r"|(?:the|his|her|their|its|my|our|these|those|all|an?)\s+(?:[a-z]+\s+)?|(?:first|last|next|other)\s+|\w+['\u2019]s?\s+)$",
     re.IGNORECASE,
 )
 """What comes before a number that is not stated but given: a preposition, or a determiner as in `the 16 glasses`."""
 QUANTITY = re.compile(
-    r"\b(?:total|sum|average|mean|median|profit|loss|distance|area|volume|perimeter|length|width|height|speed|rate|price|cost"
+    r"\b(?:total(?: [a-z]+)?|sum|average|mean|median|profit|loss|distance|area|volume|perimeter|length|width|height|speed|rate|price|cost"
     r"|value|salary|score|weight|probability|chance|balance|difference|increase|decrease|discount|deficit|minimum|maximum"
     r"|revenue|income|amount|temperature|ratio|radius|diameter|degree|age) of\s+$",
     re.IGNORECASE,
@@ -53,9 +53,13 @@ QUANTITY = re.compile(
 PURPOSE = re.compile(
     r"(?<=\d)([^,\d]*?)\s+(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) .*"
 )
-CALCULATING = re.compile(r"\b(?:add|plus|sum|multipl|divid|subtract|times|minus|combin|convert|simplif|round)", re.IGNORECASE)
+CALCULATING = re.compile(r"\b(?:add|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)", re.IGNORECASE)
 """Verbs of a calculation, whose result follows `to get`."""
-TOTAL = re.compile(r".*\b(?:total|sum) of (?=[\\$\d])")
+TOTAL = re.compile(
+    r".*\b(?:total|sum) of (?=[\\$\d])"
+    r"|.*\b(?:drop|f[ea]ll|ris|ros|increas|decreas|reduc|gr[eo]w|go|went|chang)\w* from [^,]*?\d\S* to (?=\S*\d)"
+)
+"""What comes before a total, or before the end of a change such as `drops from 20 to 15`."""
 CONCLUSION = re.compile(
     r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was)\b",
     re.IGNORECASE,
@@ -72,7 +76,8 @@ def expression(reading: Reading) -> tuple[str, bool] | None:
         return in_digits(text[1]) if text else content, True
     clause = reading.text.strip()
     found = segments(clause)
-    if found and not NUMBER.search(LATEX.sub(" ", clause)):
+    has_number_after = found and NUMBER.search(in_digits(clause[found[-1][1] :]))
+    if found and not has_number_after and not NUMBER.search(LATEX.sub(" ", clause)):
         stated = found[:1] if reading.mark == "announced" else stated_segments(clause, found)
         if len(stated) != 1 or COMPARISON.search(clause[: stated[0][0]]):
             return None
@@ -80,7 +85,7 @@ def expression(reading: Reading) -> tuple[str, bool] | None:
         unit = UNIT.match(clause, end)[0] if re.search(r"(?:[\d)}\]%]|\\pi)\s*$", content) else ""
         return (content + unit).strip(), True
     clause = re.sub(r"\\[()]", "", re.sub(r"^\w+ in (?=[(\[\\])", "", clause.replace("\\$", "$")))
-    if not re.search(r"\d", re.sub(r"\(\d+\)", "", clause)):  # `seven`, or `seven (7)`
+    if has_number_after or not re.search(r"\d", re.sub(r"\(\d+\)", "", clause)):  # `seven`, or `seven (7)`
         clause = in_digits(clause)
     stated = whole(clause) or number_at_start(clause, reading.mark) or only_number(clause)
     return None if stated is None else (stated, False)
@@ -153,11 +158,16 @@ def whole(clause: str) -> str | None:
     return None
 
 
+PREDICATE = re.compile(r"\b(?:will|can|costs?|is|are|makes?|lasts?|takes?|gives?|would|has|have)\b.*\d")
+
+
 def number_at_start(clause: str, mark: str) -> str | None:
     """An announced clause from the number on that it starts with."""
     if mark == "last sentence" or not re.match(r"[^a-z]*\d", clause):
         return None
     start = NUMBER.match(clause) or NUMBER.search(clause)
+    if start and PREDICATE.search(clause, start.end()):
+        return None
     return clause[start.start() :] if start else clause
 
 
@@ -171,7 +181,14 @@ def only_number(clause: str) -> str | None:
     if sign and (NUMBER.match(result.strip()) or len(NUMBER.findall(result)) < 2):
         return up_to_comma(result.strip())
     numbers = [match for match in NUMBER.finditer(clause) if not LABEL.search(clause[: match.start()])]
-    stated = [match for match in numbers if not is_given(clause, match)] or numbers
+    numbers = [match for match in numbers if not re.match(r"-[a-z]", clause[match.end() :])] or numbers
+    stated: list[re.Match] = []
+    for before, match in zip([None, *numbers], numbers, strict=False):
+        is_listed = before and re.fullmatch(r"[^,.]* and ", clause[before.end() : match.start()])
+        if before not in stated if is_listed else is_given(clause, match):
+            continue
+        stated.append(match)
+    stated = stated or numbers
     if total := re.search(r"(?:in total|altogether|in all)\W*$", clause):
         stated = [match for match in numbers if match.end() <= total.start()]
     if len(stated) > 1 and (conclusion := total or CONCLUSION.match(clause)):
