@@ -26,11 +26,12 @@ RUN_ON = re.compile(r"\n\s*(?:Question|Problem|Q)(?: \d+)?: ")
 
 def final_answer(response: str) -> Reading | None:
     """The final answer of a response or of a full solution, None where there is none."""
-    text = RUN_ON.split(without_thoughts(response).strip())[0]
-    found = delimited(text)
-    if found is not None:
+    text = without_thoughts(response).strip()
+    first = RUN_ON.split(text)[0]
+    found = delimited(first) or (prose_answer(first) if first else None)
+    if first == text or (found and found.mark != "last sentence"):
         return found
-    return prose_answer(text)
+    return delimited(text) or prose_answer(text)
 
 
 def delimited(text: str) -> Reading | None:

@@ -49,6 +49,7 @@ DOUBT = re.compile(
 """What comes before an announcement of somebody else's, of an earlier one or of a supposition."""
 UNCOUNTED = re.compile(
     r"\b(?:that|who|which) (?:\w+ )?(?:not|cannot|never|\w+n['\u2019]t)\b|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
+    r"|(?<=\d )(?!of )[a-z][^,.]*\b(?:are|were) not (?!(?:the|an?|correct|right|enough|possible|valid)\b)"
     r"|(?<=\d )(?:[a-z]+ ){1,3}not (?=(?:on|in|at|of|[a-z]+ed|[a-z]+ing)\b)|\b(?:not|\w+n['\u2019]t) (?=[^,;]*\d[^,;]*=)"
     r"|\d[^,]*\sif\b(?!.*\b(?:would|were)\b)"
     r"|^[Tt]he (?:(?!\b(?:is|are|was|were|be)\b).)*\b(?:not|if|unless|never|cannot|\w+n['\u2019]t)\b(?=.*\b(?:is|are|was|were) [^a-z]*\d)"
@@ -69,29 +70,35 @@ REFUSAL = re.compile(
 CUT_OFF = re.compile(r"(?:(?<!\d)\s(?:and|or|of|the|to|is|are|with|from|by|at|in|for|which|that|so|we|than|per)|[-+*/=\u00d7\u00f7])$")
 """How a text ends that was cut off inside a sentence."""
 ASIDE = re.compile(
-    r"\s*\([^()]*=[^()]*\)\W*$|:\s+(?=\S+,\s+\S+,\s)|\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:not|because|since|rather than|instead of|so that)\b|\s*[,;(]*\s*\bi\.e\."
+    r"\s*\([^()]*=[^()]*\)\W*$|:\s+(?=[^,]*\d[^,]*,[^,]*\d[^,]*,)|(?:\s*[,;(\u2014-]+\s*(?:and\s+)?|\s+and\s+)not\b"
+    r"|\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:because|since|rather than|instead of|so that)\b|\s*[,;(]*\s*\bi\.e\."
     r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )"
 )
 ASIDE_AFTER_VALUE = re.compile(
     r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
 )
+MAIN_CLAUSE = re.compile(r"\b(?:is|are|was|were|equals?) [^a-z]*\d\S*(?: [a-z]+)?\W*$|,\s+(?:and|but|so)\b.*\d")
+"""How a sentence goes on behind an aside."""
 VALUE = re.compile(r"\d|\ue001|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|dozen|half)\b", re.IGNORECASE)
 CONCLUDING = re.compile(
     r"^\W*(?:so|thus|hence|therefore|finally|in conclusion|in total|altogether|overall|in summary|this means|that means)\b",
     re.IGNORECASE,
 )
+EXPLANATION = re.compile(r"\W*(?:explanation|reasoning|rationale|justification)\W*", re.IGNORECASE)
 CHECK = re.compile(
     r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)"
     r"|check\b|verification\b|indeed\b)",
     re.IGNORECASE,
 )
+NEW_TOTAL = re.compile(r"^\W*(?:so|therefore|thus|hence|in total|altogether)?,? ?(?:the |a )?total\b.*=", re.IGNORECASE)
+"""How a sentence begins that goes on calculating with announced answers."""
 CONNECTIVE = re.compile(
     r"^\W*(?:(?:step \d+:|so|thus|hence|therefore|finally|then|in conclusion|to answer (?:the|your|this) question|in total|overall|altogether|in summary|and|but|now|also|or"
     r"|(?:this|that|which|it) (?:also )?means(?: that)?|we can (?:say|see|conclude) that)(?!\w)[,:\s]*)+",
     re.IGNORECASE,
 )
 CONSEQUENCE = re.compile(
-    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
+    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d|\(?[A-Z]\)?\W*$)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
     re.IGNORECASE,
 )
 CONDITION = re.compile(
@@ -124,8 +131,14 @@ def prose_answer(text: str) -> Reading | None:
     """What a text without a delimited answer states as its answer."""
     hidden, formulas = hide(END_OF_PROOF.sub("", re.sub(r"<<[^<>]*>>", "", text)))
     lines = sentences(hidden)
-    found = announced_answer(lines, formulas) or last_statement(hidden, lines)
+    found = announced_answer(lines, formulas) or last_statement(hidden, before_explanation(lines))
     return None if found is None else Reading(show(found.text, formulas), found.mark)
+
+
+def before_explanation(lines: list[str]) -> list[str]:
+    """The sentences before the heading `Explanation:`, if there are some."""
+    start = next((place for place, line in enumerate(lines) if EXPLANATION.fullmatch(line)), 0)
+    return lines[:start] or lines
 
 
 def announced_answer(lines: list[str], formulas: list[str]) -> Reading | None:
@@ -134,7 +147,8 @@ def announced_answer(lines: list[str], formulas: list[str]) -> Reading | None:
         announced = announcement(lines, place)
         if announced is not None:
             later = [show(line, formulas) for line in lines[place + 1 :]]
-            return None if is_retracted(show(announced, formulas), later) else Reading(announced, "announced")
+            is_overridden = is_retracted(show(announced, formulas), later) or any(map(NEW_TOTAL.match, later))
+            return None if is_overridden else Reading(announced, "announced")
     return None
 
 
@@ -151,9 +165,9 @@ def announcement(lines: list[str], place: int) -> str | None:
     if not matches and not any(map(VALUE.search, lines[place + 1 :])):
         matches = list(OUTCOME.finditer(sentence))
     for match in reversed(matches):
-        rest = sentence[match.end() :].strip().removeprefix("}").strip()
+        rest = sentence[match.end() :].lstrip(" :}").strip()
         before = re.split(r"[,;:]|\b(?:so|thus|hence|therefore)\b", sentence[: match.start()])[-1]
-        if DENIAL.search(sentence[: match.end()]) or DOUBT.search(before):
+        if DENIAL.search(re.split(r",\s*but\b", sentence[: match.end()])[-1]) or DOUBT.search(before):
             return None
         contrast = CONTRAST.match(rest)
         if contrast:
@@ -186,7 +200,8 @@ def last_statement(text: str, lines: list[str]) -> Reading | None:
     place = len(lines) - 1
     while place and is_remark(lines[place]):
         place -= 1
-    sentence = lines[place] if CONCLUDING.match(lines[place]) and VALUE.search(lines[place]) else lines[-1]
+    is_conclusion = VALUE.search(lines[place]) and (CONCLUDING.match(lines[place]) or CHECK.match(lines[-1]))
+    sentence = lines[place] if is_conclusion else lines[-1]
     last = CONNECTIVE.sub("", sentence)
     if not VERDICT.match(last):
         last = RESTATED.sub("", CONDITION.sub("", CONNECTIVE.sub("", CONSEQUENCE.split(sentence)[-1])))
@@ -240,6 +255,6 @@ def without_aside(clause: str) -> str:
     kept = clause[: aside.start()] if aside else clause
     value = VALUE.search(kept)
     aside = ASIDE_AFTER_VALUE.search(kept, value.end()) if value else ASIDE_AFTER_VALUE.search(kept)
-    if aside and (value or not re.search(r"\d|\ue001|\b(?:is|are|was|be)\b", kept[aside.end() :])):
+    if aside and not (MAIN_CLAUSE if value else re.compile(r"\d|\ue001|\b(?:is|are|was|be)\b")).search(kept, aside.end()):
         kept = kept[: aside.start()]
     return kept.strip().rstrip(".!,;: ") or clause.strip()

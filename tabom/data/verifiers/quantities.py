@@ -16,7 +16,7 @@ MULTIPLIERS = {
 }  # fmt: skip
 OPERATORS = re.compile(
     r"(?:plus|minus|times(?=\s+(?:as|more|the|[\d$(\\]|[b-zB-Z]\b))|divided|multiplied|over|squared|cubed|factorial|mod|modulo|raised|to|or|and|out of|less than|"
-    r"[ap]\.?m\b|(?:more|fewer) than(?! (?-i:[A-Z][a-z])| (?:his|her|their|last)\b)|point\s+\d|half|halves|thirds?|quarter|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
+    r"[ap]\.?m\b|(?:more|fewer) than(?! (?-i:[A-Z][a-z])| (?:his|her|their|last|the)\b)|point\s+\d|half|halves|thirds?|quarter|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
     r"tenths?|hundredths?|thousandths?|th|nd|rd|st|root|roots|choose)\b",
     re.IGNORECASE,
 )

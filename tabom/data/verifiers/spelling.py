@@ -19,7 +19,7 @@ RESPELT = [
         (r"(?:^|(?<=\\\())\s*(?:≈|\\approx)", ""),
         (r"(?i)\b(that|it|there)['\u2019]s\b", r"\1 is"),
         (r"(?<=[\d}$)])( [a-z]+)?,? \(?(?:or |which is )?(?:about|approximately|roughly) (?=\$?[\d\\])", r"\1 ≈ "),
-        (r"((?:[-+*/\u00d7]|times|by|plus|minus|of)(?: the)? ?\$?\d[\d,.]*?\)?(?: [a-z]+)?),? or (?=\$?\d)", r"\1 = "),
+        (r"((?:[-+*/\u00d7]|times|by|plus|minus|(?:%|percent) of)(?: the)? ?\$?\d[\d,.]*?\)?(?: [a-z]+)?),? or (?=\$?\d)", r"\1 = "),
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
         (r"~", r"\\ "),

@@ -34,7 +34,8 @@ VERB = re.compile(
     re.IGNORECASE,
 )
 PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
-LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter) \(?$", re.IGNORECASE)
+LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter|question|step|grade|table|part|problem) \(?$", re.IGNORECASE)
+VARIABLE = re.compile(r"\d[xyzn]\b|\b[xyzn] [-+*/^] |[-+*/^] ?[xyzn]\b(?! ?\d)")
 ADJUNCT = re.compile(
     r"\b(?:(?:for|of|in|after|from|per|among|with|by|(?<!equal )to(?: \w+ all)?|at|on"
     r"|every|within|during|between|each|over|before|until|since|across|into|out of|than)\s+"
@@ -43,17 +44,19 @@ ADJUNCT = re.compile(
     re.IGNORECASE,
 )
 """What comes before a number that is not stated but given: a preposition, or a determiner as in `the 16 glasses`."""
+DEFINITE = re.compile(r"\b(?:the|his|their|its|these|those) $", re.IGNORECASE)
 QUANTITY = re.compile(
     r"\b(?:total(?: [a-z]+)?|sum|average|mean|median|profit|loss|distance|area|volume|perimeter|length|width|height|speed|rate|price|cost"
     r"|value|salary|score|weight|probability|chance|balance|difference|increase|decrease|discount|deficit|minimum|maximum"
-    r"|revenue|income|amount|temperature|ratio|radius|diameter|degree|age) of\s+$",
+    r"|revenue|income|amount|temperature|ratio|radius|diameter|degree|age) of\s+$"
+    r"|\blast[^\d]*\bfor\s+$",
     re.IGNORECASE,
 )
-"""What comes before a number that is stated although it follows `of`."""
+"""What comes before a number that is stated although it follows a preposition."""
 PURPOSE = re.compile(
-    r"(?<=\d)([^,\d]*?)\s+(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) .*"
+    r"(\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)([^,\d]*?)\s+(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) .*"
 )
-CALCULATING = re.compile(r"\b(?:add|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)", re.IGNORECASE)
+CALCULATING = re.compile(r"\b(?:add(?:s|ed|ing)?\b|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)", re.IGNORECASE)
 """Verbs of a calculation, whose result follows `to get`."""
 TOTAL = re.compile(
     r".*\b(?:total|sum) of (?=[\\$\d])"
@@ -61,7 +64,7 @@ TOTAL = re.compile(
 )
 """What comes before a total, or before the end of a change such as `drops from 20 to 15`."""
 CONCLUSION = re.compile(
-    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was)\b",
+    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|can|could|will|would|lasts|lasted)\b",
     re.IGNORECASE,
 )
 
@@ -98,8 +101,8 @@ def result(formula: str) -> str:
     first, *others = re.split(r"(?<![<>!])=|(?<=\d!)=(?=\d)", formula)
     if not others or re.search(r"[,;]|\b(?:and|or)\b", "=".join(others[:-1])):
         return formula
-    is_number = re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", COMMAND.sub("", first))) is None
-    return others[-1].strip() if len(others) > 1 or is_number or FUNCTION.match(first) else formula
+    is_equation = re.search(r"(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+", "", COMMAND.sub("", first)))
+    return others[-1].strip() if len(others) > 1 or not is_equation or FUNCTION.match(first) else formula
 
 
 def stated_segments(clause: str, found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -142,6 +145,8 @@ def whole(clause: str) -> str | None:
     """
     if not WORD.search(COMMAND.sub("", clause)) and re.search(r"[\d\\a-zA-Z]", clause):
         bare = re.sub(r"^[a-zA-Z]:\s+", "", clause.rstrip(" .,").lstrip("= "))
+        first, *others = re.split(r",? and |, ", bare)
+        bare = others[-1] if others and "=" in others[-1] and DERIVATION.match(first) else bare
         return bare.rpartition("=")[2].strip() if re.search(r"(?:\d|\\circ)\s*=[^=]*$", bare) else bare
     if system := SYSTEM.search(clause):
         return system[0]
@@ -173,8 +178,10 @@ def number_at_start(clause: str, mark: str) -> str | None:
 
 def only_number(clause: str) -> str | None:
     """A clause from the one number on that it states: what follows its last `=`, else the one that is no adjunct."""
+    if VARIABLE.search(clause):
+        return None
     if not CALCULATING.search(clause):
-        clause = PURPOSE.sub(r"\1", clause)
+        clause = PURPOSE.sub(r"\1\2", clause)
     if total := TOTAL.match(clause):
         clause = clause[total.end() :]
     _, sign, result = clause.rpartition("=")
@@ -188,7 +195,7 @@ def only_number(clause: str) -> str | None:
         if before not in stated if is_listed else is_given(clause, match):
             continue
         stated.append(match)
-    stated = stated or numbers
+    stated = stated or [match for match in numbers if not DEFINITE.search(clause[: match.start()])]
     if total := re.search(r"(?:in total|altogether|in all)\W*$", clause):
         stated = [match for match in numbers if match.end() <= total.start()]
     if len(stated) > 1 and (conclusion := total or CONCLUSION.match(clause)):
