@@ -17,7 +17,7 @@ DATE = re.compile(
 )
 WEEKDAY = re.compile(r"\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b", re.IGNORECASE)
 LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be)\b\s*", re.DOTALL)
-SUPERLATIVE = re.compile(r"\s+(?:is|was|has|had) the\b.*", re.DOTALL)
+SUPERLATIVE = re.compile(r"\s+(?:(?:is|was|has|had) the\b|\w+ the (?:\w+est|most|least|only)\b).*", re.DOTALL)
 BESIDE = re.compile(
     r"\b(?:before|after|but|except|until|since|than|following|preceding|from|not|excluding)\s+(?:the\s+|a\s+|next\s+|on\s+)*$",
     re.IGNORECASE,
@@ -94,7 +94,7 @@ def same_letter(letter: str, reading: Reading) -> bool:
     if clause == letter or (letter in "ABCDE" and clause.strip("()[]. ") == letter.lower()):
         return True
     found = LETTER.match(clause)
-    holder = re.fullmatch(r"(?:the )?[a-z]+ ([A-Z])", SUPERLATIVE.sub("", clause))
+    holder = re.fullmatch(r"(?:(?:the )?[a-z]+ )?([A-Z])", SUPERLATIVE.sub("", clause))
     if holder and holder[0] != clause:
         return holder[1] == letter
     if re.search(r"\bis (?:false|wrong|incorrect)\b", clause):

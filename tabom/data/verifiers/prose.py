@@ -75,7 +75,7 @@ ASIDE = re.compile(
     r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )"
 )
 ASIDE_AFTER_VALUE = re.compile(
-    r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
+    r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which(?! (?!is\b)\w+ [^.,]*\d)|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
 )
 MAIN_CLAUSE = re.compile(r"\b(?:is|are|was|were|equals?) [^a-z]*\d\S*(?: [a-z]+)?\W*$|,\s+(?:and|but|so)\b.*\d")
 """How a sentence goes on behind an aside."""
@@ -98,7 +98,7 @@ CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 CONSEQUENCE = re.compile(
-    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d|\(?[A-Z]\)?\W*$)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
+    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d|\(?[A-Z]\)?\W*$)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|,?\s+which (?:(?:amounts|comes|adds up|works out|sums up) to|totals?)\s+|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
     re.IGNORECASE,
 )
 CONDITION = re.compile(

@@ -9,6 +9,7 @@ import re
 from tabom.data.verifiers.formulas import COMMAND, are_prices
 from tabom.data.verifiers.numerals import in_digits
 from tabom.data.verifiers.prose import COMPARISON, Reading
+from tabom.data.verifiers.quantities import compound
 
 LATEX = re.compile(r"(?<![\\\d])\$((?:\\.|[^$\n\\])+)\$|\\\(((?:(?!\\\)).)+)\\\)")
 FUNCTION = re.compile(r"\s*\\(?:sin|cos|tan|cot|sec|csc|log|ln|det|angle|gcd|lfloor|lceil|overline|int|sum|prod|lim|max|min|text|mathrm|operatorname)\b|\s*[a-zA-Z]+\[")
@@ -33,6 +34,7 @@ VERB = re.compile(
     r"(?:\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|total of|(?<!such )that)\s*:?|:)(?:\s+(?:exactly|only|just|precisely|thus|therefore|then))?\s*$",
     re.IGNORECASE,
 )
+PLACE_BEFORE = re.compile(r"\b(?:at|when|for|if|where|with) $")
 PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
 LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter|question|step|grade|table|part|problem) \(?$", re.IGNORECASE)
 VARIABLE = re.compile(r"\d[xyzn]\b|\b[xyzn] [-+*/^] |[-+*/^] ?[xyzn]\b(?! ?\d)")
@@ -64,7 +66,7 @@ TOTAL = re.compile(
 )
 """What comes before a total, or before the end of a change such as `drops from 20 to 15`."""
 CONCLUSION = re.compile(
-    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|can|could|will|would|lasts|lasted)\b",
+    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|lasts|lasted)\b",
     re.IGNORECASE,
 )
 
@@ -110,7 +112,9 @@ def stated_segments(clause: str, found: list[tuple[int, int, str]]) -> list[tupl
     if all("=" in content for _, _, content in found):
         return found[-1:]
     numbers = [each for each in found if re.search(r"\d", each[2])]
-    return [each for each in numbers or found if VERB.search(clause[: each[0]])][-1:] or numbers or found[-1:]
+    candidates = [each for each in numbers or found if not PLACE_BEFORE.search(clause[: each[0]])] or numbers or found
+    after_verb = [each for each in candidates if any(kind.search(clause[: each[0]]) for kind in (VERB, QUANTITY))]
+    return after_verb[-1:] or (candidates if numbers else candidates[-1:])
 
 
 def without_dollars(text: str) -> str:
@@ -163,15 +167,12 @@ def whole(clause: str) -> str | None:
     return None
 
 
-PREDICATE = re.compile(r"\b(?:will|can|costs?|is|are|makes?|lasts?|takes?|gives?|would|has|have)\b.*\d")
-
-
 def number_at_start(clause: str, mark: str) -> str | None:
     """An announced clause from the number on that it starts with."""
     if mark == "last sentence" or not re.match(r"[^a-z]*\d", clause):
         return None
     start = NUMBER.match(clause) or NUMBER.search(clause)
-    if start and PREDICATE.search(clause, start.end()):
+    if start and not compound(clause) and any(not is_given(clause, other) for other in NUMBER.finditer(clause, start.end())):
         return None
     return clause[start.start() :] if start else clause
 
