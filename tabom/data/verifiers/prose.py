@@ -48,7 +48,7 @@ DOUBT = re.compile(
 )
 """What comes before an announcement of somebody else's, of an earlier one or of a supposition."""
 UNCOUNTED = re.compile(
-    r"\b(?:that|who|which) (?:\w+ )?(?:not|cannot|never|\w+n['\u2019]t)\b|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
+    r"\b(?:that|who|which) (?:\w+ )?(?:neither\b.*|not|cannot|never|\w+n['\u2019]t)\b|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
     r"|(?<=\d )(?!of )[a-z][^,.]*\b(?:are|were) not (?!(?:the|an?|correct|right|enough|possible|valid)\b)"
     r"|(?<=\d )(?:[a-z]+ ){1,3}not (?=(?:on|in|at|of|[a-z]+ed|[a-z]+ing)\b)|\b(?:not|\w+n['\u2019]t) (?=[^,;]*\d[^,;]*=)"
     r"|\d[^,]*\sif\b(?!.*\b(?:would|were)\b)"

@@ -66,7 +66,7 @@ TOTAL = re.compile(
 )
 """What comes before a total, or before the end of a change such as `drops from 20 to 15`."""
 CONCLUSION = re.compile(
-    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|lasts|lasted)\b",
+    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|to (?:get|obtain|give)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|lasts|lasted)\b",
     re.IGNORECASE,
 )
 
@@ -201,7 +201,7 @@ def only_number(clause: str) -> str | None:
         stated = [match for match in numbers if match.end() <= total.start()]
     if len(stated) > 1 and (conclusion := total or CONCLUSION.match(clause)):
         stated = stated[-1:] if total else [match for match in stated if match.start() >= conclusion.end()]
-        if not stated or re.search(r"\d\D*\b(?:and|but)\b\D*$", clause[: stated[0].start()]):
+        if not stated or re.search(r"\d\D*\b(?:and|but|while|whereas)\b\D*$", clause[: stated[0].start()]):
             return None  # `5 apples and 4 pears in total`
     if len({match[0] for match in stated}) != 1 or COMPARISON.search(clause[: stated[-1].start()]):
         return None
