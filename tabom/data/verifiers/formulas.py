@@ -10,10 +10,16 @@ DISPLAY = re.compile(
     rf"\$\$(?P<dollars>.+?)\$\$|\\\[(?P<brackets>.+?)\\\]|\\begin\{{(?P<name>{ENVIRONMENT})\}}(?P<lines>.+?)\\end\{{(?P=name)\}}",
     re.DOTALL,
 )
-INLINE = re.compile(r"\\\((?P<brackets>(?:(?!\\\)).)+)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\n\\])+)\$(?!\d)", re.DOTALL)
+INLINE = re.compile(
+    r"\\\((?P<brackets>(?:(?!\\\)).)+)\\\)|(?<![\\\d])\$(?P<dollars>(?:\\.|[^$\n\\])+)\$(?!\d)",
+    re.DOTALL,
+)
 NESTED = re.compile(rf"\\(?:begin|end)\{{{ENVIRONMENT}\}}(?:\{{\d\}})?")
 COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
-PRICES = re.compile(r"(?<![\\a-zA-Z])(?!and\b|or\b|sin\b|cos\b|tan\b|log\b|exp\b|sqrt\b)[a-zA-Z]{3,}|(?i:\b(?:it|no|we|he|so|by|is)\b)")
+PRICES = re.compile(
+    r"(?<![\\a-zA-Z])(?!and\b|or\b|sin\b|cos\b|tan\b|log\b|exp\b|sqrt\b)[a-zA-Z]{3,}"
+    r"|(?i:\b(?:it|no|we|he|so|by|is)\b)"
+)
 SIGN = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -23,13 +29,11 @@ def hide(text: str) -> tuple[str, list[str]]:
 
     def sign(content: str) -> str:
         content = last_line(content).strip()
-        bare = content.rstrip(" .,;~").removesuffix("\\")
-        formulas.append(bare)
-        return f"\ue000{len(formulas) - 1}\ue001" + re.sub(r"[^.,;]|(?<=.).", "", content[len(bare) :].strip())
+        formulas.append(content.rstrip(" .,;~").removesuffix("\\"))
+        return f"\ue000{len(formulas) - 1}\ue001" + (content[-1:] if content.endswith((".", ",", ";")) else "")
 
     def display(match: re.Match) -> str:
-        found = sign(match["dollars"] or match["brackets"] or match["lines"])
-        return f" {found} "
+        return f" {sign(match['dollars'] or match['brackets'] or match['lines'])} "
 
     def inline(match: re.Match) -> str:
         content = match["brackets"] or match["dollars"]
@@ -55,4 +59,4 @@ def last_line(content: str) -> str:
 def are_prices(content: str) -> bool:
     """Whether two dollars are those of two prices, because words or an unfinished calculation stand between them."""
     has_words = PRICES.search(COMMAND.sub("", content)) is not None and "\\" not in content
-    return has_words or re.search(r"(?:[-+*/=]|\\times)\s*$", content) is not None
+    return has_words or re.search(r"(?:[-+*/=]|\\times)\s*$|^\d.*\s$", content) is not None

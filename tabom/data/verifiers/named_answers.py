@@ -16,7 +16,7 @@ DATE = re.compile(
     re.IGNORECASE,
 )
 WEEKDAY = re.compile(r"\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b", re.IGNORECASE)
-LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be)\b\s*", re.DOTALL)
+LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be|gives|equals|becomes)\b\s*", re.DOTALL)
 SUPERLATIVE = re.compile(r"\s+(?:(?:is|was|has|had) the\b|\w+ the (?:\w+est|most|least|only)\b).*", re.DOTALL)
 BESIDE = re.compile(
     r"\b(?:before|after|but|except|until|since|than|following|preceding|from|not|excluding)\s+(?:the\s+|a\s+|next\s+|on\s+)*$",
@@ -29,7 +29,10 @@ TIME = re.compile(
 LETTER = re.compile(
     r"^(?:(?:option|choice|answer|letter)\s+)?[(\[]?([A-Z])[)\]]?(?=$|\s*[.,:;)\]]|\s+(?:because|since|which)\b|\s+\()"
 )
-MARKED_LETTER = re.compile(r"\(([A-Z])\)|(?<![\w(])([B-H])\)|\bis ([A-Z])$|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly|[Ss]tatement|[Ff]igure|[Gg]raph|[Dd]iagram|labeled)\s+\(?([A-Z])\b")
+MARKED_LETTER = re.compile(
+    r"\(([A-Z])\)|(?<![\w(])([B-H])\)|\bis ([A-Z])$"
+    r"|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly|[Ss]tatement|[Ff]igure|[Gg]raph|[Dd]iagram|labeled)\s+\(?([A-Z])\b"
+)
 ARTICLE = re.compile(r"^(?:the|a|an|on|in|option|choice|letter)\s+")
 VERDICTS = ("yes", "no", "true", "false")
 NO_SOLUTION = ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "\\{\\}")

@@ -30,34 +30,36 @@ OUTCOME = re.compile(
 )
 """What announces an answer where no later sentence holds a number."""
 REVERSED = re.compile(
-    r"^(?:so|thus|hence|therefore)?,?\s*(?!(?:I|it|this|that|which|what|here|your|my|the answer)\b)(?P<answer>[^.\n]{1,60}?)\s+is\s+(?:the\s+|our\s+|my\s+)?(?:final |correct |right |best )*"
-    r"(?:answer|correct|right|choice)\b[^.]*\.?$",
+    r"^(?:so|thus|hence|therefore)?,?\s*(?!(?:I|it|this|that|which|what|here|your|my|the answer)\b)(?P<answer>[^.\n]{1,60}?)\s+is\s+(?:the\s+|our\s+|my\s+)?(?:final |correct |right |best )*(?:answer|correct|right|choice)\b[^.]*\.?$",
     re.IGNORECASE,
 )
 DENIAL = re.compile(
-    r"\bnot\b|n['\u2019]t\b|\bnever\b|\bneither\b|\bnor\b|\bcannot\b|\bincorrect\b|\bwrong\b|\bunlikely\b|\bunable\b|\d fails?\b|\bfalse that\b|\bdoubt\b|\bno way\b|\bby no means\b"
-    r"|\banything but\b|\bfar from\b|\bif\b|\bunless\b|\bconsider\b|\bsuppose\b|\bassume\b|\bno longer\b|\bnicht\b|\bkein\w*|\bno es\b|n\u00e3o|\bnon?\s+\u00e8\b|n['\u2019]est pas|\b\u043d\u0435\b|\u4e0d\u662f|\u5e76\u975e"
-    r"|\u3067\u306f(?:\u306a|\u3042\u308a\u307e\u305b\u3093)|\uc544[\ub2c8\ub2d9]|\u0644\u064a\u0633|\u0928\u0939\u0940\u0902",
+    r"\bnot\b|n['\u2019]t\b|\bnever\b|\bneither\b|\bnor\b|\bcannot\b|\bincorrect\b|\bwrong\b|\bunlikely\b"
+    r"|\bunable\b|\d fails?\b|\bfalse that\b|\bdoubt\b|\bno way\b|\bby no means\b|\banything but\b"
+    r"|\bfar from\b|\bif\b|\bunless\b|\bconsider\b|\bsuppose\b|\bassume\b|\bno longer\b|\bnicht\b|\bkein\w*"
+    r"|\bno es\b|n\u00e3o|\bnon?\s+\u00e8\b|n['\u2019]est pas|\b\u043d\u0435\b|\u4e0d\u662f|\u5e76\u975e"
+    r"|\u3067\u306f(?:\u306a|\u3042\u308a\u307e\u305b\u3093)|\uc544[\ub2c8\ub2d9]|\u0644\u064a\u0633"
+    r"|\u0928\u0939\u0940\u0902",
     re.IGNORECASE,
 )
 DOUBT = re.compile(
-    r"\b(?:doubt|false|wrongly|nobody|no one|suppose|assume|imagine|pretend|says?|said|claims?|claimed|thought|thinks"
-    r"|believed|(?:might|may|could|would) (?:think|say|believe|guess))\b(?:\s+(?:that|if|the|my|our|an?|final|correct))*\s*$"
+    r"\b(?:doubt|false|wrongly|nobody|no one|suppose|assume|imagine|pretend|says?|said|claims?|claimed|thought|thinks|believed|(?:might|may|could|would) (?:think|say|believe|guess))\b(?:\s+(?:that|if|the|my|our|an?|final|correct))*\s*$"
     r"|\b(?:previous|earlier|initial|old|former|tempting)\s+$",
     re.IGNORECASE,
 )
 """What comes before an announcement of somebody else's, of an earlier one or of a supposition."""
 UNCOUNTED = re.compile(
-    r"\b(?:that|who|which) (?:\w+ )?(?:neither\b.*|not|cannot|never|\w+n['\u2019]t)\b|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
+    r"\b(?:that|who|which) (?:\w+ )?(?:neither\b.*|not|cannot|never|\w+n['\u2019]t)\b"
+    r"|(?<=\d )[a-z ]+\bdid(?: not|n['\u2019]t)\b"
     r"|(?<=\d )(?!of )[a-z][^,.]*\b(?:are|were) not (?!(?:the|an?|correct|right|enough|possible|valid)\b)"
-    r"|(?<=\d )(?:[a-z]+ ){1,3}not (?=(?:on|in|at|of|[a-z]+ed|[a-z]+ing)\b)|\b(?:not|\w+n['\u2019]t) (?=[^,;]*\d[^,;]*=)"
-    r"|\d[^,]*\sif\b(?!.*\b(?:would|were)\b)"
+    r"|(?<=\d )(?:[a-z]+ ){1,3}not (?=(?:on|in|at|of|[a-z]+ed|[a-z]+ing)\b)"
+    r"|\b(?:not|\w+n['\u2019]t) (?=[^,;]*\d[^,;]*=)"
+    r"|^(?!.*\b(?:would|were|could|might)\b).*?\d[^,]*\sif\b"
     r"|^[Tt]he (?:(?!\b(?:is|are|was|were|be)\b).)*\b(?:not|if|unless|never|cannot|\w+n['\u2019]t)\b(?=.*\b(?:is|are|was|were) [^a-z]*\d)"
 )
 """What is no denial of an answer: `218 seats that are not taken`, `did not use 243 - 125 = 118 cubes`."""
 RETRACTION = re.compile(
-    r"^\W*(?:oh\W+|hmm\W+|but\W+)*(?:wait|actually|no\b[,:]|however\b(?=.*(?:\b(?:is|be|get)\b|=)\W*\d)|oops|correction|let me re|my mistake|sorry"
-    r"|on second thought|I made (?:a mistake|an error)|(?:the|my) (?:new|real|right|true) one\b)",
+    r"^\W*(?:oh\W+|hmm\W+|but\W+)*(?:wait|actually|no\b[,:]|however\b(?=.*(?:\b(?:is|be|get)\b|=)\W*\d)|oops|correction|let me re|my mistake|sorry|on second thought|I made (?:a mistake|an error)|(?:the|my) (?:new|real|right|true) one\b)",
     re.IGNORECASE,
 )
 """How a sentence begins that takes back what was announced before it."""
@@ -67,55 +69,66 @@ CONTRAST = re.compile(
 REFUSAL = re.compile(
     r"\bI(?:['\u2019]m| am) (?:sorry|unable)|\bI can(?:['\u2019]t|not)|\bI do(?:n['\u2019]t| not) know"
 )
-CUT_OFF = re.compile(r"(?:(?<!\d)\s(?:and|or|of|the|to|is|are|with|from|by|at|in|for|which|that|so|we|than|per)|[-+*/=\u00d7\u00f7])$")
+CUT_OFF = re.compile(
+    r"(?:(?<!\d)\s(?:and|or|of|the|to|is|are|with|from|by|at|in|for|which|that|so|we|than|per)|[-+*/=\u00d7\u00f7])$"
+)
 """How a text ends that was cut off inside a sentence."""
 ASIDE = re.compile(
     r"\s*\([^()]*=[^()]*\)\W*$|:\s+(?=[^,]*\d[^,]*,[^,]*\d[^,]*,)|(?:\s*[,;(\u2014-]+\s*(?:and\s+)?|\s+and\s+)not\b"
     r"|\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:because|since|rather than|instead of|so that)\b|\s*[,;(]*\s*\bi\.e\."
-    r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )"
+    r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )|,\s+who\b[^,]*$"
 )
 ASIDE_AFTER_VALUE = re.compile(
     r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which(?! (?!is\b)\w+ [^.,]*\d)|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
 )
 MAIN_CLAUSE = re.compile(r"\b(?:is|are|was|were|equals?) [^a-z]*\d\S*(?: [a-z]+)?\W*$|,\s+(?:and|but|so)\b.*\d")
 """How a sentence goes on behind an aside."""
-VALUE = re.compile(r"\d|\ue001|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|dozen|half)\b", re.IGNORECASE)
+VALUE = re.compile(
+    r"\d|\ue001|\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|dozen|half)\b",
+    re.IGNORECASE,
+)
 CONCLUDING = re.compile(
     r"^\W*(?:so|thus|hence|therefore|finally|in conclusion|in total|altogether|overall|in summary|this means|that means)\b",
     re.IGNORECASE,
 )
 EXPLANATION = re.compile(r"\W*(?:explanation|reasoning|rationale|justification)\W*", re.IGNORECASE)
 CHECK = re.compile(
-    r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)"
-    r"|check\b|verification\b|indeed\b)",
+    r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)|check\b|verification\b|indeed\b)",
     re.IGNORECASE,
 )
 NEW_TOTAL = re.compile(r"^\W*(?:so|therefore|thus|hence|in total|altogether)?,? ?(?:the |a )?total\b.*=", re.IGNORECASE)
 """How a sentence begins that goes on calculating with announced answers."""
 CONNECTIVE = re.compile(
-    r"^\W*(?:(?:step \d+:|so|thus|hence|therefore|finally|then|in conclusion|to answer (?:the|your|this) question|in total|overall|altogether|in summary|and|but|now|also|or"
-    r"|(?:this|that|which|it) (?:also )?means(?: that)?|we can (?:say|see|conclude) that)(?!\w)[,:\s]*)+",
+    r"^\W*(?:(?:step \d+:|so|thus|hence|therefore|finally|then|in conclusion|to answer (?:the|your|this) question|in total|overall|altogether|in summary|and|but|now|also|or|(?:this|that|which|it) (?:also )?means(?: that)?|we can (?:say|see|conclude) that)(?!\w)[,:\s]*)+",
     re.IGNORECASE,
 )
 CONSEQUENCE = re.compile(
-    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d|\(?[A-Z]\)?\W*$)|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)|,?\s+which (?:(?:amounts|comes|adds up|works out|sums up) to|totals?)\s+|\s+and (?:we|you|I) (?:get|obtain)\s+|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
+    r"(?:[,;]\s*(?:and\s+)?|\s+and\s+)(?:so|thus|hence|therefore)\b,?\s+"
+    r"|,\s*leaving (?:\w+ )?(?:with )?(?=[^,.]*\d|\(?[A-Z]\)?\W*$)"
+    r"|,?\s+which (?:would |will )?(?:is|was|be|makes?|means?|gives?|leaves?|equals?)\s+(?=[^,.]*\d)(?!(?:\$?\d\S* )?(?:more|less|fewer|greater|larger|smaller|over|under|above|below)\b)"
+    r"|,?\s+which (?:(?:amounts|comes|adds up|works out|sums up) to|totals?)\s+"
+    r"|\s+and (?:we|you|I) (?:get|obtain)\s+"
+    r"|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)"
+    r"|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)"
+    r"|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)"
+    r"|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
     re.IGNORECASE,
 )
 CONDITION = re.compile(
-    r"^if\b.*?\bthen\b\s+|^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based"
-    r"|rounded|according|\w+ing)\b[^,]*,\s+(?:then\s+)?",
+    r"^if\b.*?\bthen\b\s+"
+    r"|^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based|rounded|according|\w+ing)\b[^,]*,\s+(?:then\s+)?",
     re.IGNORECASE,
 )
 VERDICT = re.compile(r"\W*(yes|no|true|false)\b(?=[.,:;!]|\s*(?:\n|$))", re.IGNORECASE)
 RESTATED = re.compile(r"^(?:\D*,\s*(?:i\.e\.|that is),?\s+(?=[^a-z]*\d)|.*,\s*(?:i\.e\.|that is),?\s+(?=[^a-z]*=))")
 """What comes before the first number or before a calculation, as in `half a dozen, i.e. 6 eggs`."""
-CALCULATION = re.compile(r"^(?!.*=.*(?:,|\b(?:and|or)\b)[^=]{1,15}=).*(?:[-+*/x\u00d7\u00f7] ?[$\d(].*|[a-z]{3}\W*)=\s*(?=\S*\d)(?![^(]*\))", re.DOTALL)
+CALCULATION = re.compile(
+    r"^(?!.*=.*(?:,|\b(?:and|or)\b)[^=()]{1,15}=).*(?:[-+*/x\u00d7\u00f7] ?[$\d(].*|[a-z]{3}\W*)=\s*(?=\S*\d)(?![^(]*\))",
+    re.DOTALL,
+)
 """A calculation in words up to its last sign of equality."""
 COMPARISON = re.compile(
-    r"\b(?:than(?: to)?|least|most|between|up to|nearly|under|over|above|below|fewer|not|never|no|minimum of|either"
-    r"|but|except|first|last|next|without|excluding|near|close to|different from|twice|thrice|double|triple|half"
-    r"|(?:root|square|cube|reciprocal|factorial|negative|opposite|inverse|logarithm|log|half|third|quarter|fourth)"
-    r" of(?: the| number)*)\s*$",
+    r"\b(?:than(?: to)?|least|most|between|(?<!add )(?<!adds )(?<!sum )up to|nearly|under|over|above|below|fewer|not|never|no|minimum of|either|but|except|first|last|next|without|excluding|near|close to|different from|twice|thrice|double|triple|half|(?:root|square|cube|reciprocal|factorial|negative|opposite|inverse|logarithm|log|half|third|quarter|fourth) of(?: the| number)*)\s*$",
     re.IGNORECASE,
 )
 
@@ -255,6 +268,8 @@ def without_aside(clause: str) -> str:
     kept = clause[: aside.start()] if aside else clause
     value = VALUE.search(kept)
     aside = ASIDE_AFTER_VALUE.search(kept, value.end()) if value else ASIDE_AFTER_VALUE.search(kept)
-    if aside and not (MAIN_CLAUSE if value else re.compile(r"\d|\ue001|\b(?:is|are|was|be)\b")).search(kept, aside.end()):
+    if aside and not (MAIN_CLAUSE if value else re.compile(r"\d|\ue001|\b(?:is|are|was|be)\b")).search(
+        kept, aside.end()
+    ):
         kept = kept[: aside.start()]
     return kept.strip().rstrip(".!,;: ") or clause.strip()

@@ -12,7 +12,10 @@ from tabom.data.verifiers.prose import COMPARISON, Reading
 from tabom.data.verifiers.quantities import compound
 
 LATEX = re.compile(r"(?<![\\\d])\$((?:\\.|[^$\n\\])+)\$|\\\(((?:(?!\\\)).)+)\\\)")
-FUNCTION = re.compile(r"\s*\\(?:sin|cos|tan|cot|sec|csc|log|ln|det|angle|gcd|lfloor|lceil|overline|int|sum|prod|lim|max|min|text|mathrm|operatorname)\b|\s*[a-zA-Z]+\[")
+FUNCTION = re.compile(
+    r"\s*\\(?:sin|cos|tan|cot|sec|csc|log|ln|det|angle|gcd|lfloor|lceil|overline|int|sum|prod|lim|max|min|text|mathrm|operatorname)\b"
+    r"|\s*[a-zA-Z]+\["
+)
 UNIT = re.compile(r"[^.,;:()$\\]*(?:(?<=times )[$\\].*)?")
 DERIVATION = re.compile(r"(?!\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?\s*=|\s*\()[^=]+=")
 """An equation that is solved further: its left side is no name."""
@@ -36,29 +39,31 @@ VERB = re.compile(
 )
 PLACE_BEFORE = re.compile(r"\b(?:at|when|for|if|where|with) $")
 PLACE = re.compile(r"^(?:at |in |the (?:point|interval|set|pair|ordered pair|vector) )+(?=[(\[{\\])")
-LABEL = re.compile(r"\b(?:page|case|formula|equation|figure|chapter|question|step|grade|table|part|problem) \(?$", re.IGNORECASE)
+LABEL = re.compile(
+    r"\b(?:page|case|formula|equation|figure|chapter|question|step|grade|table|part|problem) \(?$",
+    re.IGNORECASE,
+)
 VARIABLE = re.compile(r"\d[xyzn]\b|\b[xyzn] [-+*/^] |[-+*/^] ?[xyzn]\b(?! ?\d)")
 ADJUNCT = re.compile(
-    r"\b(?:(?:for|of|in|after|from|per|among|with|by|(?<!equal )to(?: \w+ all)?|at|on"
-    r"|every|within|during|between|each|over|before|until|since|across|into|out of|than)\s+"
-    r"(?:(?:the|his|her|their|its|these|those|all|each|every|an?|only|just|age|first|last|next|other)\s+)*"
-    r"|(?:the|his|her|their|its|my|our|these|those|all|an?)\s+(?:[a-z]+\s+)?|(?:first|last|next|other)\s+|\w+['\u2019]s?\s+)$",
+    r"\b(?:(?:for|of|in|after|from|per|among|with|by|(?<!equal )to(?: \w+ all)?|at|on|every|within|during|between|each|over|before|until|since|across|into|out of|than)\s+(?:(?:the|his|her|their|its|these|those|all|each|every|an?|only|just|age|first|last|next|other)\s+)*|(?:the|his|her|their|its|my|our|these|those|all|an?)\s+(?:[a-z]+\s+)?|(?:first|last|next|other)\s+|\w+['\u2019]s?\s+)$",
     re.IGNORECASE,
 )
 """What comes before a number that is not stated but given: a preposition, or a determiner as in `the 16 glasses`."""
 DEFINITE = re.compile(r"\b(?:the|his|their|its|these|those) $", re.IGNORECASE)
 QUANTITY = re.compile(
-    r"\b(?:total(?: [a-z]+)?|sum|average|mean|median|profit|loss|distance|area|volume|perimeter|length|width|height|speed|rate|price|cost"
-    r"|value|salary|score|weight|probability|chance|balance|difference|increase|decrease|discount|deficit|minimum|maximum"
-    r"|revenue|income|amount|temperature|ratio|radius|diameter|degree|age) of\s+$"
+    r"\b(?:total(?: [a-z]+)?|sum|average|mean|median|profit|loss|commission|distance|area|volume|perimeter|length|width|height|speed|rate|price|cost|value|salary|score|weight|probability|chance|balance|difference|increase|decrease|discount|deficit|minimum|maximum|revenue|income|amount|temperature|ratio|radius|diameter|degree|age) of\s+$"
     r"|\blast[^\d]*\bfor\s+$",
     re.IGNORECASE,
 )
 """What comes before a number that is stated although it follows a preposition."""
 PURPOSE = re.compile(
-    r"(\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)([^,\d]*?)\s+(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) .*"
+    r"(\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)([^,\d]*?)\s+"
+    r"(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) (?:[^,]|,(?=\d))*"
 )
-CALCULATING = re.compile(r"\b(?:add(?:s|ed|ing)?\b|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)", re.IGNORECASE)
+CALCULATING = re.compile(
+    r"\b(?:add(?:s|ed|ing)?\b|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)",
+    re.IGNORECASE,
+)
 """Verbs of a calculation, whose result follows `to get`."""
 TOTAL = re.compile(
     r".*\b(?:total|sum) of (?=[\\$\d])"
@@ -172,7 +177,11 @@ def number_at_start(clause: str, mark: str) -> str | None:
     if mark == "last sentence" or not re.match(r"[^a-z]*\d", clause):
         return None
     start = NUMBER.match(clause) or NUMBER.search(clause)
-    if start and not compound(clause) and any(not is_given(clause, other) for other in NUMBER.finditer(clause, start.end())):
+    if (
+        start
+        and not compound(clause)
+        and any(not is_given(clause, other) for other in NUMBER.finditer(clause, start.end()))
+    ):
         return None
     return clause[start.start() :] if start else clause
 
@@ -186,7 +195,7 @@ def only_number(clause: str) -> str | None:
     if total := TOTAL.match(clause):
         clause = clause[total.end() :]
     _, sign, result = clause.rpartition("=")
-    if sign and (NUMBER.match(result.strip()) or len(NUMBER.findall(result)) < 2):
+    if sign and not CONCLUSION.match(result) and (NUMBER.match(result.strip()) or len(NUMBER.findall(result)) < 2):
         return up_to_comma(result.strip())
     numbers = [match for match in NUMBER.finditer(clause) if not LABEL.search(clause[: match.start()])]
     numbers = [match for match in numbers if not re.match(r"-[a-z]", clause[match.end() :])] or numbers

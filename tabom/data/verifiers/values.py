@@ -31,7 +31,9 @@ def same_value_of(gold: str, reading: Reading) -> bool:
     if found is None or mine is None:
         return False
     text, is_latex = found
-    return any(same_amount(mine, amount(each, is_latex and not mine[1])) for each in dict.fromkeys((text, result(text))))
+    return any(
+        same_amount(mine, amount(each, is_latex and not mine[1])) for each in dict.fromkeys((text, result(text)))
+    )
 
 
 def same_amount(gold, found) -> bool:  # noqa: ANN001
