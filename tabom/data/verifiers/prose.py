@@ -79,7 +79,7 @@ ASIDE = re.compile(
     r"|\s+[\u2014-]\s+[a-z]|\s*\((?!\s*-?[\d.]+\s*,)(?=[^)\\]*[a-z]{3})|\.\s*$|\s+(?:I hope|Have )|,\s+who\b[^,]*$"
 )
 ASIDE_AFTER_VALUE = re.compile(
-    r"(?<=.)\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which(?! (?!is\b)\w+ [^.,]*\d)|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b"
+    r"(?<=.)(?:\s+\u2014\s+|\s*[,;(\u2014-]*\s*\b(?:and\s+)?(?:such that|for which|for all|(?<!times )as|which(?! (?!is\b)\w+ [^.,]*\d)|where|including|given|if|(?:when|after)\b(?![^.]*\b(?:is|are|was|were|be)\b))\b)"
 )
 MAIN_CLAUSE = re.compile(r"\b(?:is|are|was|were|equals?) [^a-z]*\d\S*(?: [a-z]+)?\W*$|,\s+(?:and|but|so)\b.*\d")
 """How a sentence goes on behind an aside."""
@@ -93,7 +93,7 @@ CONCLUDING = re.compile(
 )
 EXPLANATION = re.compile(r"\W*(?:explanation|reasoning|rationale|justification)\W*", re.IGNORECASE)
 CHECK = re.compile(
-    r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)|check\b|verification\b|indeed\b)",
+    r"^\W*(?:note\b|to (?:check|verify|confirm)|(?:we|you) (?:can|may) (?:even |also |easily )?(?:check|verify|confirm)|let(?:'s| me|us) (?:double-)?(?:check|verify)|check\b|verification\b|indeed\b)",
     re.IGNORECASE,
 )
 NEW_TOTAL = re.compile(r"^\W*(?:so|therefore|thus|hence|in total|altogether)?,? ?(?:the |a )?total\b.*=", re.IGNORECASE)
@@ -111,12 +111,14 @@ CONSEQUENCE = re.compile(
     r"|,\s+(?:and\s+)?we (?:have|get|obtain|find|see|know)(?: that)?\s+(?=[^,.]*\d)"
     r"|,\s+(?:giving|yielding)(?: us)?\s+(?=[^,.]*\d)"
     r"|,?\s+(?:which (?:implies|yields|shows)|from which (?:we|it)) (?:\w+ )?(?:that )?(?=[^,.]*\d)"
+    r"|,\s+and\s+(?:since|because|as|if|when)\b[^,]*,\s+(?=[^,.]*\d)"
+    r"|;\s+(?=(?:since|because|as|given)\b[^,;]*,)"
     r"|\s(?:\u2192|\u21d2|\u27f9|=>)\s",
     re.IGNORECASE,
 )
 CONDITION = re.compile(
     r"^if\b.*?\bthen\b\s+"
-    r"|^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based|rounded|according|\w+ing)\b[^,]*,\s+(?:then\s+)?",
+    r"|^(?:if|since|as|because|when|after|before|once|with|without|given|for|in|at|on|out of|of|among|by|to|from|over|during|within|based|rounded|according|\w+ing)\b(?!(?<=ing)[^,]*\b(?:gives?|leaves?|yields?|makes?|results?|is|equals?)\b)[^,]*,\s+(?:then\s+)?",
     re.IGNORECASE,
 )
 VERDICT = re.compile(r"\W*(yes|no|true|false)\b(?=[.,:;!]|\s*(?:\n|$))", re.IGNORECASE)

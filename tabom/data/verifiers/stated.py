@@ -67,11 +67,11 @@ CALCULATING = re.compile(
 """Verbs of a calculation, whose result follows `to get`."""
 TOTAL = re.compile(
     r".*\b(?:total|sum) of (?=[\\$\d])"
-    r"|.*\b(?:drop|f[ea]ll|ris|ros|increas|decreas|reduc|gr[eo]w|go|went|chang)\w* from [^,]*?\d\S* to (?=\S*\d)"
+    r"|.*\b(?:drop|f[ea]ll|ris|ros|increas|decreas|reduc|gr[eo]w|go|went|chang|improv|climb|jump|cut|shr[iau]nk|lower|rais)\w* from [^,]*?\d\S* to (?=\S*\d)"
 )
 """What comes before a total, or before the end of a change such as `drops from 20 to 15`."""
 CONCLUSION = re.compile(
-    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|to (?:get|obtain|give)|makes|gives|gets|equals?|totals?|costs?|is|are|be|has|have|was|lasts|lasted)\b",
+    r".*\b(?:so|thus|hence|therefore|then|leaving|(?<!to )(?:make|give|get)|to (?:get|obtain|give)|makes|gives|gets|equals?|totals|costs?|is|are|be|has|have|was|lasts|lasted)\b",
     re.IGNORECASE,
 )
 
@@ -86,6 +86,9 @@ def expression(reading: Reading) -> tuple[str, bool] | None:
         return in_digits(text[1]) if text else content, True
     clause = reading.text.strip()
     found = segments(clause)
+    calculations = [content for _, _, content in found if result(content) != content]
+    if len(calculations) == 1 and NUMBER.search(LATEX.sub(" ", clause)):
+        return result(calculations[0]), True
     has_number_after = found and NUMBER.search(in_digits(clause[found[-1][1] :]))
     if found and not has_number_after and not NUMBER.search(LATEX.sub(" ", clause)):
         stated = found[:1] if reading.mark == "announced" else stated_segments(clause, found)
