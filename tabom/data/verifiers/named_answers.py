@@ -72,6 +72,8 @@ def same_words(gold: str, reading: Reading) -> bool:
     if plain in VERDICTS:
         ways.append(re.split(r"[\s,.:;](?!\s*(?:and|or)\b)", clause.strip(" ,"), maxsplit=1)[0])
         ways.append(re.split(r"[,.:;]", ways[1], maxsplit=1)[0])
+    if not re.search(r"\d", plain):
+        ways.append(re.split(r"\s+(?:with|by|at|in) (?=\S*\d)", ways[1])[0])  # `Omar with 31 points`
     ways += [CONSEQUENCE.split(clause)[-1], re.sub(r"^.*\b(?:has|have)\b\s*", "", clause)]
     segments = latex(clause)
     if len(segments) == 1:

@@ -34,7 +34,7 @@ NUMBER = re.compile(
 )
 COPULA = re.compile(r"^.*?\b(?:is|are|was|were|be|equals|becomes)\b\s*:?\s*|^.*[=:]\s*", re.DOTALL)
 VERB = re.compile(
-    r"(?:\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|total of|(?:has|have|had) (?:an? |the )?[a-z]+|(?<!such )that)\s*:?|:)(?:\s+(?:exactly|only|just|precisely|thus|therefore|then))?\s*$",
+    r"(?:\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|total of|(?:reduces|simplifies|evaluates|amounts|comes|equivalent) to|(?:has|have|had) (?:an? |the )?[a-z]+|(?<!such )that)\s*:?|:)(?:\s+(?:exactly|only|just|precisely|thus|therefore|then))?\s*$",
     re.IGNORECASE,
 )
 PLACE_BEFORE = re.compile(r"\b(?:at|when|for|if|where|with) $")

@@ -1212,6 +1212,8 @@ FRESH = [
     ("(2,-1)", "Solving the system gives x = -1 and y = 2.", False),
     ("16", "Jean is x-16 years old.", False),
     ("2", "Bob has 2x + 2 apples.", False),
+    ("\\frac{1}{5}", "So \\(\\frac{3}{15}\\) reduces to \\(\\frac{1}{5}\\).", True),
+    ("\\frac{3}{15}", "So \\(\\frac{3}{16}\\) reduces to \\(\\frac{1}{5}\\).", True),
     # What is bold in the last sentence is what it states.
     ("540", "Over 3 sessions that comes to **540 meters** a week.", True),
     ("3", "Over 3 sessions that comes to **540 meters** a week.", False),
@@ -1316,6 +1318,8 @@ FRESH = [
     ("D", "Only statement D holds for all x.", True),
     ("Kim", "Kim ran the farthest.", True),
     ("Lena", "The tallest girl is Lena, who is 152 cm tall.", True),
+    ("Omar", "The winner is Omar with 31 points.", True),
+    ("y = 3x", "The line with slope $3$ has equation $y = 3x$.", True),
     ("no solution", "Since $0 = 5$, the system has no solution.", True),
     ("4:40 PM", "Adding 85 minutes to 3:15 PM gives 4:40 PM.", True),
     ("3:15 PM", "Adding 85 minutes to 3:15 PM gives 4:40 PM.", False),
