@@ -189,7 +189,10 @@ def announcement(lines: list[str], place: int) -> str | None:
             return without_aside(contrast["answer"])
         if DENIAL.match(rest):
             return None
-        return without_aside(outcome(rest)) if rest else under_heading(lines[place + 1 :])
+        if not rest:
+            return under_heading(lines[place + 1 :])
+        announced = without_aside(outcome(rest))
+        return None if VALUE.search(announced) and DENIAL.search(UNCOUNTED.sub("", announced)) else announced
     return None
 
 

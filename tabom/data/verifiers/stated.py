@@ -28,11 +28,11 @@ WORD = re.compile(
 SYSTEM = re.compile(r"(?<![\w\\])[a-zA-Z] ?= ?[^=a-z]+?(?:,| and|, and) [a-zA-Z] ?= ?[^=a-z]+$")
 """The values of two unknowns, as in `x = 2 and y = -1`."""
 NUMBER = re.compile(
-    r"(?<![A-Za-z\d_.])(?<![A-Za-z)][-+*/^])(?<!\b[a-zA-Z] [-+*/^] )[-+]?[$\u20ac\u00a3\u00a5\u20b9]?-?"
+    r"(?<![A-Za-z\d_.])(?<![A-Za-z)][-+*/^])(?<![a-zA-Z] [-+*/^] )(?<!\d:)(?!\d+:\d)[-+]?[$\u20ac\u00a3\u00a5\u20b9]?-?"
     r"(?:\d+\\frac\{\d+\}\{\d+\}|\\frac\{\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)"
     r"(?: \\times 10\^\{-?\d+\})?(?:\s*\\?%|\s*percent\b)?"
 )
-COPULA = re.compile(r"^.*?\b(?:is|are|was|were|be|equals|becomes)\b\s*:?\s*|^.*[=:]\s*", re.DOTALL)
+COPULA = re.compile(r"^.*?\b(?:is|are|was|were|be|equals|becomes)\b\s*:?\s*|^.*(?:=|(?<!\d):|:(?!\d))\s*", re.DOTALL)
 VERB = re.compile(
     r"(?:\b(?:is|are|was|be|equals?|equal to|becomes?|makes?|gives?|get|find|have|has|obtain|yields?|total of|(?:reduces|simplifies|evaluates|amounts|comes|equivalent) to|(?:has|have|had) (?:an? |the )?[a-z]+|(?<!such )that)\s*:?|:)(?:\s+(?:exactly|only|just|precisely|thus|therefore|then))?\s*$",
     re.IGNORECASE,

@@ -1297,6 +1297,8 @@ FRESH = [
     ),
     ("120", "The shop sold 45 + 75 = 120 muffins. Great job!", True),
     ("50", "There are a total of 50 apartments and", False),
+    ("16", "Since the answer is negative, this means that Faye does not have enough to fill all 16 rows.", False),
+    ("0", "1000 people had not voted by 16:00.", False),
     # Denials of something else.
     ("118", "So he did not use 243 - 125 = 118 cubes.", True),
     ("-6", "The number of steps that cannot be seen is 9 - 15 = -6.", True),
