@@ -144,7 +144,8 @@ class Reading(NamedTuple):
 
 def prose_answer(text: str) -> Reading | None:
     """What a text without a delimited answer states as its answer."""
-    hidden, formulas = hide(END_OF_PROOF.sub("", re.sub(r"<<[^<>]*>>", "", text)))
+    text = re.sub(r"[ \t]+", " ", re.sub(r"<<[^<>]*>>", "", text))
+    hidden, formulas = hide(END_OF_PROOF.sub("", text))
     lines = sentences(hidden)
     found = announced_answer(lines, formulas) or last_statement(hidden, before_explanation(lines))
     return None if found is None else Reading(show(found.text, formulas), found.mark)

@@ -222,7 +222,7 @@ def only_number(clause: str) -> str | None:
 
 def is_given(clause: str, number: re.Match) -> bool:
     """Whether the words before a number say that it is given rather than stated."""
-    before = clause[: number.start()]
+    before = clause[max(0, number.start() - 80) : number.start()]
     is_part = re.match(r" (?:out )?of (?:the|these|those|his|her|their) \d", clause[number.end() :])
     return not is_part and ADJUNCT.search(before) is not None and QUANTITY.search(before) is None
 
