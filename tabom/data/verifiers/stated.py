@@ -58,7 +58,7 @@ QUANTITY = re.compile(
 """What comes before a number that is stated although it follows a preposition."""
 PURPOSE = re.compile(
     r"(\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b)([^,\d]*?)\s+"
-    r"(?:(?:in order )?to [a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) (?:[^,]|,(?=\d))*"
+    r"(?:(?:in order )?to (?!(?:the|her|his|their|its|an?|my|each|all|every)\b)[a-z]+|(?:by|for|from|after|before|when|while|without) [a-z]+ing) (?:[^,]|,(?=\d))*"
 )
 CALCULATING = re.compile(
     r"\b(?:add(?:s|ed|ing)?\b|plus|sum|multipl|divid|subtract|\d times \d|minus|combin|convert|simplif|round)",

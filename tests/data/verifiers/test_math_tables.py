@@ -1262,6 +1262,7 @@ FRESH = [
     ("120", "He typed 120 words in total \u2014 40 words per minute for 3 minutes.", True),
     ("41", "Adding 1 gives us 41, which is a prime number.", True),
     ("10", "x = 10 or x = -10; since x is positive, x = 10.", True),
+    ("75", "Goldy gave 75 kilograms to her cousin and 100 kilograms to her brother.", False),
     # A heading announces what stands under it, as a whole.
     ("3", "Answer:\nJennifer has 12 oranges. She gives 9 away. She remains with 3 oranges.", True),
     ("12", "Answer:\nJennifer has 12 oranges. She gives 9 away. She remains with 3 oranges.", False),
