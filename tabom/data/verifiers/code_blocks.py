@@ -16,6 +16,8 @@ INLINE_FENCE = re.compile(r"(?<=[^\s>])[ \t]*(```(?:python3?|py)[ \t]*\n)", re.I
 TAGS = (("[PYTHON]", "[/PYTHON]"), ("[BEGIN]", "[DONE]"), ("<code>", "</code>"), ("<answer>", "</answer>"))
 PYTHON = ("", "python", "python3", "py", "python2", "py3", "python-repl", "ipython")
 CODE_LINE = re.compile(r"(?P<indent>[ \t]*)(?:async def|def|class|import|from|@)\s*\w")
+READING = {"input", "open", "sys"}
+"""Whose calls read the program's input, so that they are no constants."""
 MOST_CLOSINGS = 8
 """Fences that are tried as the end of a block that does not parse; a docstring may hold some."""
 
@@ -165,15 +167,24 @@ def contains_call(node: ast.AST) -> bool:
     return any(isinstance(each, ast.Call) for each in ast.walk(node))
 
 
+def called_names(node: ast.AST) -> set[str]:
+    """The plain names of what is called in a syntax tree: `set` of `set("ab")`, `sys` of `sys.stdin.read()`."""
+    return set().union(*(used_names(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)))
+
+
 def borrowed(tree: ast.Module, others: Sequence[ast.Module], wanted: set[str]) -> str:
-    """The imports and definitions of other blocks that a block or its tests use and that the block does not make."""
+    """The imports and definitions of other blocks that a block or its tests use and that the block does not make.
+
+    A variable is taken if it is a constant, such as `VOWELS = set("aeiou")`: an example of a call is none.
+    """
     used = wanted.union(*map(used_names, [tree, *others]))
     missing = used - definitions(tree)
     latest: dict[str, ast.stmt] = {}
+    running = READING | {node.name for each in [tree, *others] for node in each.body if hasattr(node, "name")}
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
     for each in others:
         for node in each.body:
-            if isinstance(node, kinds) or (isinstance(node, ast.Assign) and not contains_call(node)):
+            if isinstance(node, kinds) or (isinstance(node, ast.Assign) and called_names(node).isdisjoint(running)):
                 names = {node.name} if hasattr(node, "name") else bound_names(node)
                 if names & missing or "*" in names:
                     latest |= dict.fromkeys(names, node)

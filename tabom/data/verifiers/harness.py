@@ -289,7 +289,7 @@ def run_with_pytest(module: types.ModuleType) -> None:
     try:
         import pytest
     except ImportError as error:
-        raise NothingToRun("the tests need pytest: pip install 'tabom[code]'") from error
+        raise NothingToRun("the tests need pytest: pip install pytest (the extra code)") from error
     from _pytest.config import main
     from _pytest.python import Module
 

@@ -13,8 +13,9 @@ import signal
 import sys
 
 from tabom.data.verifiers import named_answers as named
-from tabom.data.verifiers.final_answer import DENIAL, Reading, final_answer
+from tabom.data.verifiers.final_answer import final_answer
 from tabom.data.verifiers.numerals import NUMERAL, in_digits
+from tabom.data.verifiers.prose import DENIAL, VERDICT, Reading
 from tabom.data.verifiers.spelling import respell
 from tabom.data.verifiers.stated import latex
 from tabom.data.verifiers.values import amount, same_value_of
@@ -32,6 +33,8 @@ def compare(answer: str, response: str, prompt: str) -> tuple[bool | None, str]:
     reading = final_answer(response)
     if reading is None:
         return False, "no final answer found in the response"
+    if named.words(gold) in named.VERDICTS and reading.mark != "announced" and (verdict := VERDICT.match(response)):
+        reading = reading if VERDICT.match(reading.text) else Reading(verdict[1], "first word")
     found = Reading(respell(reading.text).strip(), reading.mark)
     compared = f"compared {found.text!r:.80} ({found.mark})"
     is_right = is_answer(gold, found, prompt)
@@ -105,7 +108,8 @@ def in_the_form_of(gold: str, text: str) -> str:
         text = re.sub(r"(?<=\d) to (?=\d)", ":", text)
     if re.fullmatch(r"\d+/\d+|\\[dt]?frac\{\d+\}\{\d+\}", gold):
         text = re.sub(r"(?<=\d) (?:out of|in) (?=\d)", "/", in_digits(text))
-    return re.sub(r"^.*(?:≈|\\approx)" if re.fullmatch(r"[\d.,]+", gold) else r"\s*(?:≈|\\approx).*$", "", text)
+    rounded, exact = r"(?:^|(?<=\\\())(?:(?!\\\().)*(?:≈|\\approx)", r"\s*(?:≈|\\approx)(?:(?!\\\)).)*"
+    return re.sub(rounded if re.fullmatch(r"[\d.,]+", gold) else exact, "", text)
 
 
 def serve() -> None:

@@ -2,8 +2,9 @@
 
 import re
 
-from tabom.data.verifiers.final_answer import CONSEQUENCE, Reading
-from tabom.data.verifiers.stated import COPULA, TEXT, latex
+from tabom.data.verifiers.formulas import COMMAND
+from tabom.data.verifiers.prose import CONSEQUENCE, Reading
+from tabom.data.verifiers.stated import COPULA, latex
 
 MONTHS = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
@@ -15,8 +16,8 @@ DATE = re.compile(
     re.IGNORECASE,
 )
 WEEKDAY = re.compile(r"\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b", re.IGNORECASE)
-LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be)\b\s*", re.DOTALL)
-SUPERLATIVE = re.compile(r"\s+(?:is|was|has|had) the\b.*", re.DOTALL)
+LAST_COPULA = re.compile(r"^.*\b(?:is|are|was|be|gives|equals|becomes)\b\s*", re.DOTALL)
+SUPERLATIVE = re.compile(r"\s+(?:(?:is|was|has|had) the\b|\w+ the (?:\w+est|most|least|only)\b).*", re.DOTALL)
 BESIDE = re.compile(
     r"\b(?:before|after|but|except|until|since|than|following|preceding|from|not|excluding)\s+(?:the\s+|a\s+|next\s+|on\s+)*$",
     re.IGNORECASE,
@@ -28,8 +29,12 @@ TIME = re.compile(
 LETTER = re.compile(
     r"^(?:(?:option|choice|answer|letter)\s+)?[(\[]?([A-Z])[)\]]?(?=$|\s*[.,:;)\]]|\s+(?:because|since|which)\b|\s+\()"
 )
-MARKED_LETTER = re.compile(r"\(([A-Z])\)|\bis ([A-Z])$|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly)\s+\(?([A-Z])\b")
+MARKED_LETTER = re.compile(
+    r"\(([A-Z])\)|(?<![\w(])([B-H])\)|\bis ([A-Z])$"
+    r"|\b(?:[Oo]ption|[Cc]hoice|[Oo]nly|[Ss]tatement|[Ff]igure|[Gg]raph|[Dd]iagram|labeled)\s+\(?([A-Z])\b"
+)
 ARTICLE = re.compile(r"^(?:the|a|an|on|in|option|choice|letter)\s+")
+VERDICTS = ("yes", "no", "true", "false")
 NO_SOLUTION = ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set", "\\{\\}")
 SYNONYMS = dict.fromkeys(("infinitely many solutions", "infinite", "infinitely many values"), "infinitely many")
 SYNONYMS |= dict.fromkeys(NO_SOLUTION, "\\emptyset") | dict.fromkeys(("dne", "does not exist"), "undefined")
@@ -37,7 +42,7 @@ SYNONYMS |= dict.fromkeys(NO_SOLUTION, "\\emptyset") | dict.fromkeys(("dne", "do
 
 def words(text: str) -> str:
     """A text answer without LaTeX's markup, brackets, stops, articles and capitals."""
-    plain = TEXT.sub(r" \1 ", text).replace("\\ ", " ").replace("\u2019", "'")
+    plain = re.sub(r"\\[() ]", " ", COMMAND.sub(r" \1 ", text)).replace("\u2019", "'")
     plain = " ".join(plain.strip(" *()[]$\"'`").rstrip(" .,;:!*()[]$\"'`").casefold().split())
     plain = ARTICLE.sub("", plain)
     return SYNONYMS.get(plain, plain)
@@ -45,13 +50,13 @@ def words(text: str) -> str:
 
 def has_words(gold: str) -> bool:
     """Whether an answer holds words beside LaTeX's commands, or says in a sign that there is no solution."""
-    plain = re.sub(r"\\[a-zA-Z]+", "", TEXT.sub(r" \1 ", gold).lower())
+    plain = re.sub(r"\\[a-zA-Z]+", "", COMMAND.sub(r" \1 ", gold).lower())
     return re.search(r"[a-z]{2}", plain) is not None or words(gold) == "\\emptyset"
 
 
 def is_text(gold: str) -> bool:
     """Whether an answer is words alone, such as `even` or `\\text{no solution}`."""
-    is_marked = TEXT.search(gold) is not None
+    is_marked = COMMAND.search(gold) is not None
     return has_words(gold) and not re.search(r"\d", gold) and (is_marked or not re.search(r"[\\=^<>()]", gold))
 
 
@@ -64,10 +69,12 @@ def same_words(gold: str, reading: Reading) -> bool:
     """Whether a reading is this text, says that something is, or names no other day of the week or month."""
     plain, clause = words(gold), reading.text
     ways = [clause, COPULA.sub("", clause, count=1), LAST_COPULA.sub("", clause), SUPERLATIVE.sub("", clause)]
-    if plain in ("yes", "no", "true", "false"):
+    if plain in VERDICTS:
         ways.append(re.split(r"[\s,.:;](?!\s*(?:and|or)\b)", clause.strip(" ,"), maxsplit=1)[0])
         ways.append(re.split(r"[,.:;]", ways[1], maxsplit=1)[0])
-    ways.append(CONSEQUENCE.split(clause)[-1])
+    if not re.search(r"\d", plain):
+        ways.append(re.split(r"\s+(?:with|by|at|in) (?=\S*\d)", ways[1])[0])  # `Omar with 31 points`
+    ways += [CONSEQUENCE.split(clause)[-1], re.sub(r"^.*\b(?:has|have)\b\s*", "", clause)]
     segments = latex(clause)
     if len(segments) == 1:
         ways += segments
@@ -82,17 +89,19 @@ def same_words(gold: str, reading: Reading) -> bool:
 
 def letter_of(gold: str) -> str | None:
     """The letter of an answer that is a choice, such as `(C)` or `\\text{C}`."""
-    letter = re.fullmatch(r"[(\[]?([A-Z])[)\].]*", TEXT.sub(r"\1", gold).strip(" $*."))
+    letter = re.fullmatch(r"[(\[]?([A-Z])[)\].]*", COMMAND.sub(r"\1", gold).strip(" $*."))
     return letter[1] if letter else None
 
 
 def same_letter(letter: str, reading: Reading) -> bool:
     """Whether a reading chooses this letter and no other."""
-    clause = TEXT.sub(r"\1", reading.text).strip(" $*\"'")
-    clause = clause.replace("$", "")
+    clause = re.sub(r"\\[()]|\$", "", COMMAND.sub(r"\1", reading.text)).strip(" *.\"'")
     if clause == letter or (letter in "ABCDE" and clause.strip("()[]. ") == letter.lower()):
         return True
     found = LETTER.match(clause)
+    holder = re.fullmatch(r"(?:(?:the )?[a-z]+ )?([A-Z])", SUPERLATIVE.sub("", clause))
+    if holder and holder[0] != clause:
+        return holder[1] == letter
     if re.search(r"\bis (?:false|wrong|incorrect)\b", clause):
         return False
     if found:

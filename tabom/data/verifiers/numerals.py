@@ -20,12 +20,14 @@ NUMERAL = re.compile(
     rf"(?:[- ](?P<part>{'|'.join(DENOMINATORS)})s?| and a (?P<rest>half|third|quarter))?\b|\b(?:a |one[- ])?half\b",
     re.IGNORECASE,
 )
+COUNTING = re.compile(r"\b(?:is|has|have|had|gets?|needs?|only|exactly|just|eats?) $", re.IGNORECASE)
+COUNTED = re.compile(r" (?!(?:of|who|that|which|more than|less than)\b)[a-z]+")
 SHARE = re.compile(rf" (?:in|out of) (?:\d|{ONE_WORD})", re.IGNORECASE)
 """What follows `one` where it is a number: `one in six`."""
 
 
 def in_digits(text: str) -> str:
-    """A text with its numerals in digits. `one` is left among words, because it is rather a pronoun there.
+    """A text with its numerals in digits. `one` is left where it may be a pronoun.
 
     A number that is given twice, as in `eight (8)`, is written once.
     """
@@ -34,7 +36,7 @@ def in_digits(text: str) -> str:
         if match["words"] is None:
             return "1/2"
         value = number(re.findall(r"[a-z]+", match["words"].lower()))
-        is_alone = match[0].strip() == text.strip(" .") or SHARE.match(text, match.end())
+        is_alone = match[0].strip() == text.strip(" .") or SHARE.match(text, match.end()) or is_counted(text, match)
         if value is None or (match[0].lower() == "one" and not is_alone):
             return match[0]
         part, rest = (DENOMINATORS.get((match[name] or "").lower()) for name in ("part", "rest"))
@@ -45,6 +47,11 @@ def in_digits(text: str) -> str:
 
     text = re.sub(r"(?<![-\w])(?:minus|negative)\s+(?=\d)", "-", NUMERAL.sub(digits, text), flags=re.IGNORECASE)
     return re.sub(r"\b(\d+) \(\1\)", r"\1", text)
+
+
+def is_counted(text: str, one: re.Match) -> bool:
+    """Whether a `one` counts what follows, as in `has one apple`."""
+    return COUNTING.search(text, 0, one.start()) is not None and COUNTED.match(text, one.end()) is not None
 
 
 def number(words: list[str]) -> int | None:

@@ -7,8 +7,8 @@ from sympy import Expr, Integer, Rational, Symbol
 from sympy.physics import units
 from sympy.physics.units import Quantity
 
-from tabom.data.verifiers.final_answer import DENIAL
 from tabom.data.verifiers.numerals import NUMERAL
+from tabom.data.verifiers.prose import DENIAL, UNCOUNTED
 
 MULTIPLIERS = {
     "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
@@ -16,7 +16,7 @@ MULTIPLIERS = {
 }  # fmt: skip
 OPERATORS = re.compile(
     r"(?:plus|minus|times(?=\s+(?:as|more|the|[\d$(\\]|[b-zB-Z]\b))|divided|multiplied|over|squared|cubed|factorial|mod|modulo|raised|to|or|and|out of|less than|"
-    r"[ap]\.?m\b|more than|fewer than|point\s+\d|half|halves|thirds?|quarter|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
+    r"[ap]\.?m\b|(?:more|fewer) than(?! (?-i:[A-Z][a-z])| (?:his|her|their|last|the)\b)|point\s+\d|half|halves|thirds?|quarter|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
     r"tenths?|hundredths?|thousandths?|th|nd|rd|st|root|roots|choose)\b",
     re.IGNORECASE,
 )
@@ -96,7 +96,7 @@ def split(text: str, is_latex: bool) -> "Amount | None":
     if (
         JUDGED.match(words)
         or FURTHER.match(words)
-        or DENIAL.search(words)
+        or DENIAL.search(UNCOUNTED.sub("", f"0 {words}"))
         or (found["value"].endswith("%") and re.match(r"of\s+\$?\d", words))
     ):
         return None

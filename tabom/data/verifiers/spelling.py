@@ -12,14 +12,17 @@ def share(match: re.Match) -> str:
     return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+OPERATION = (
+    r"((?:[-+*/\u00d7]|times|by|plus|minus|(?:%|percent) of)(?: the)? ?\$?\d[\d,.]*?\)?(?: [a-z]+)?)"  # and its result
+)
 RESPELT = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"`|(?<!\S)~", " "),
-        (r"^\s*(?:≈|\\approx)", ""),
+        (r"(?:^|(?<=\\\())\s*(?:≈|\\approx)", ""),
         (r"(?i)\b(that|it|there)['\u2019]s\b", r"\1 is"),
         (r"(?<=[\d}$)])( [a-z]+)?,? \(?(?:or |which is )?(?:about|approximately|roughly) (?=\$?[\d\\])", r"\1 ≈ "),
-        (r"((?:[-+*/\u00d7]|times|by|plus|minus|of)(?: the)? ?\$?\d[\d,.]*?\)?(?: [a-z]+)?),? or (?=\$?\d)", r"\1 = "),
+        (OPERATION + r",? or (?=\$?\d)", r"\1 = "),
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
         (r"~", r"\\ "),

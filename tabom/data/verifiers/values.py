@@ -10,9 +10,9 @@ from math_verify.grader import should_treat_as_complex
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from tabom.data.verifiers.final_answer import Reading
+from tabom.data.verifiers.prose import Reading
 from tabom.data.verifiers.quantities import conversion, split
-from tabom.data.verifiers.stated import expression
+from tabom.data.verifiers.stated import expression, result
 
 NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
@@ -31,14 +31,17 @@ def same_value_of(gold: str, reading: Reading) -> bool:
     if found is None or mine is None:
         return False
     text, is_latex = found
-    theirs = amount(text, is_latex and not mine[1])
-    if theirs is None:
-        return False
-    factor = conversion(mine[1], theirs[1])
+    return any(
+        same_amount(mine, amount(each, is_latex and not mine[1])) for each in dict.fromkeys((text, result(text)))
+    )
+
+
+def same_amount(gold, found) -> bool:  # noqa: ANN001
+    """Whether two amounts (see below) are equal in the gold's unit."""
+    factor = conversion(gold[1], found[1]) if found else None
     if factor is None:
         return False
-    value = theirs[0] * factor if factor != 1 else theirs[0]
-    return same_value(mine[0], value, mine[2], theirs[2])
+    return same_value(gold[0], found[0] * factor if factor != 1 else found[0], gold[2], found[2])
 
 
 def amount(text: str, is_latex: bool):  # noqa: ANN201

@@ -38,6 +38,7 @@ RESPONSES = {
     "shell without a language": f"{FENCED}```\n$ python f.py\n```",
     "tests after it": f"{FENCED}```python\nassert f(2) == 4\n```",
     "imports in an earlier block": "```python\nimport math\n```\n```python\ndef f(x):\n    return int(math.pow(x, 2))\n```",
+    "a constant in an earlier block": "```python\nTWO = int(round(2.0))\n```\n```python\ndef f(x):\n    return x**TWO\n```",
     "a helper in an earlier block": "```python\ndef g(x): return x * x\n```\nThen\n```python\ndef f(x):\n    return g(x)\n```",
     "a closing fence alone": f"{F}```",
     "a closing fence alone and words": f"{F}```\nThis squares x.",
