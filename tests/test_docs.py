@@ -48,7 +48,7 @@ def test_the_documents_use_flags_that_there_are_in_one_spelling():
     assert len(lines) > 30
     for path, name, words in lines:
         known = {field.name for each in COMMANDS[name].types for field in dataclasses.fields(each)}
-        known |= {"config", "recipe"} | (set(training_fields()) if name in ("train", "plan") else set())
+        known |= {"config", "recipe"} | (set(training_fields()) if name in ("train", "improve", "plan") else set())
         assert [word for word in words if word[2:] not in known] == [], (path, name)
 
 

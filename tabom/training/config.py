@@ -42,15 +42,15 @@ class TabomConfig(TabomSettings, TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         TrainingArguments.__post_init__(self)
         TabomSettings.__post_init__(self)
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, float) and not isfinite(value):
-                raise ValueError(f"{each.name}={value}: expected a finite number")
         check_reporting(self.report_to)
         self.check_effects()
 
     def check_numbers(self) -> None:
         """Raises a ValueError for a number of transformers that is out of its range, before any work is done."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"{each.name}={value}: expected a finite number")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):

@@ -96,7 +96,7 @@ def test_a_number_that_is_not_finite_is_named_and_costs_no_other_record(tmp_path
 
 def test_a_document_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "d.json"
-    (tmp_path / ".d.json.part").write_text("[1, ")  # of a process that was killed
+    (tmp_path / ".d.part.json").write_text("[1, ")  # of a process that was killed
     write_json(path, [1])
     for bad, error in ((float("nan"), FloatingPointError), (object(), TypeError)):
         with pytest.raises(error):
