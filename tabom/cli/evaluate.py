@@ -8,7 +8,8 @@ from tabom.cli.model import load_to_sample
 from tabom.cli.prompts import read
 from tabom.data.json_files import write_json
 from tabom.data.prompts import PromptSet
-from tabom.evaluation.compare import compare, comparison_table, draw, results_table
+from tabom.evaluation.accuracy_picture import draw
+from tabom.evaluation.compare import compare, comparison_table, results_table
 from tabom.evaluation.config import EvaluateConfig
 from tabom.evaluation.evaluate import Cell, evaluate
 from tabom.lab.tasks import make_task

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 INK = "#808080"
 """Of text and axes: readable on white and on black."""
@@ -37,18 +37,15 @@ LOOK = {
 
 
 @contextmanager
-def picture(path: str | Path, width: float = 5.0, height: float = 4.2) -> Iterator["Figure"]:
+def picture(path: str | Path, width: float = 5.0, height: float = 4.2) -> Iterator[Figure]:
     """Yields a figure of this size in inches, and saves it: 5 inches are 800 pixels, or the width of a phone."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(path, dpi=160)
 
 
-def legend_below(figure: "Figure", columns: int = 2) -> None:
+def legend_below(figure: Figure, columns: int = 2) -> None:
     """The names of the lines of the first axes, where no line runs."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

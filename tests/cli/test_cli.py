@@ -194,13 +194,18 @@ def test_a_loss_that_is_not_finite_ends_in_one_line_with_a_status_of_its_own(cap
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_missing_extra_is_named_before_any_work(capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["quickstart", "lab study", "evaluate --task addition --num_prompts 2"])
+def test_a_missing_extra_is_named_before_any_work(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    for name in ("lab.report", "lab.study_report", "lab.quickstart", "cli.quickstart"):
+    for name in ("evaluation.pictures", "evaluation.accuracy_picture", "lab.report", "lab.study_report"):
         monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
-    assert run("quickstart") == 2
-    assert "needs matplotlib; pip install matplotlib (the extra plot)" in capsys.readouterr().err
+    for name in ("lab.quickstart", "cli.quickstart", "cli.lab_study", "cli.evaluate"):
+        monkeypatch.delitem(sys.modules, f"tabom.{name}", raising=False)
+    assert run(*command.split(), "--output_dir", str(tmp_path / "out")) == 2
+    said = capsys.readouterr()
+    assert "needs matplotlib; pip install matplotlib (the extra plot)" in said.err
+    assert said.out == "" and not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_cannot_run_code_unasked(model_folder, tmp_path):
