@@ -95,10 +95,13 @@ class Improvement:
 
     @contextmanager
     def model(self) -> Iterator[DiffusionModel]:
-        """The model with its current weights, ready to decode; those that FSDP2 has sharded are whole meanwhile."""
+        """The model with its current weights, ready to decode in the precision of its training.
+
+        Weights that FSDP2 has sharded are whole meanwhile.
+        """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         model.to(self.trainer.args.device)  # with FSDP it stays on the CPU until the first training
-        with whole_weights(model):
+        with self.trainer.accelerator.autocast(), whole_weights(model):
             yield describe(model, self.trainer.processing_class)
 
     def make_round(self, number: int, seed: int) -> Record:

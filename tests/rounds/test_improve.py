@@ -126,6 +126,12 @@ def test_an_adapter_improves_and_continues(tmp_path):
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_in_mixed_precision_responses_are_decoded_as_they_are_trained(tmp_path):
+    """Before the first update the policy is the one that acted; decoded in fp32, its KL would be 3e-5."""
+    assert run(tmp_path / "run", "--bf16", "true", "--max_steps", "1", rounds=1) == 0
+    assert figures(tmp_path / "run")[1]["kl"] < 1e-6
+
+
 def test_expert_iteration_learns_right_responses_only(tmp_path):
     assert run(tmp_path / "run", "--eval_samples", "4", objective="tabom", rounds=1) == 0
     base, first = figures(tmp_path / "run")
