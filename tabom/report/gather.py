@@ -1,6 +1,6 @@
 """Gathers the data of a report from trajectory files and from folders of training runs and evaluations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -89,10 +89,10 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         if states:
             found.training[name] = read_list(states[-1], "log_history", TORN_STATE)
         if (path / "results.json").exists():
-            found.results += read_results(path / "results.json")
+            found.results += read_parts(path / "results.json", "result", FIGURES)
         roles: dict[Path, str] = {}
         if (path / "comparison.json").exists():
-            comparisons = read_comparisons(path / "comparison.json")
+            comparisons = read_parts(path / "comparison.json", "comparison", {"base", "tuned", "comparisons"})
             found.comparisons += comparisons
             roles = roles_of_cells(comparisons, path)
         cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
@@ -118,32 +118,22 @@ def read_list(path: Path, name: str, remedy: str) -> list[Any]:
     return content
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of an evaluation.
+def read_parts(path: Path, kind: str, names: Set[str]) -> list[dict[str, Any]]:
+    """The results or comparisons of an evaluation.
 
-    Raises:
-        ValueError: one of them lacks a figure.
-    """
-    results = read_json(path, list, TORN_RESULTS)
-    for number, result in enumerate(results):
-        missing = FIGURES - (result.keys() if isinstance(result, dict) else set())
-        if missing:
-            raise ValueError(f"{path}: result {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
-    return results
-
-
-def read_comparisons(path: Path) -> list[dict[str, Any]]:
-    """The comparisons of an evaluation, of each model with the base.
+    Args:
+        kind: what errors call one of them.
+        names: what each must have.
 
     Raises:
         ValueError: one of them lacks a part.
     """
-    comparisons = read_json(path, list, TORN_RESULTS)
-    for number, comparison in enumerate(comparisons):
-        missing = {"base", "tuned", "comparisons"} - (comparison.keys() if isinstance(comparison, dict) else set())
+    parts = read_json(path, list, TORN_RESULTS)
+    for number, part in enumerate(parts):
+        missing = names - (part.keys() if isinstance(part, dict) else set())
         if missing:
-            raise ValueError(f"{path}: comparison {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
-    return comparisons
+            raise ValueError(f"{path}: {kind} {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
+    return parts
 
 
 def roles_of_cells(comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[Path, str]:
