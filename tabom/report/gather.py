@@ -88,14 +88,16 @@ def gather(inputs: Sequence[str], limit: int) -> Gathered:
         states = sorted(path.glob("**/trainer_state.json"), key=lambda state: state.stat().st_mtime)
         if states:
             found.training[name] = read_list(states[-1], "log_history", TORN_STATE)
+        results: list[dict[str, Any]] = []
         if (path / "results.json").exists():
-            found.results += read_parts(path / "results.json", "result", FIGURES)
+            results = read_parts(path / "results.json", "result", FIGURES)
+            found.results += results
         roles: dict[Path, str] = {}
         if (path / "comparison.json").exists():
             comparisons = read_parts(path / "comparison.json", "comparison", {"base", "tuned", "comparisons"})
             found.comparisons += comparisons
             roles = roles_of_cells(comparisons, path)
-        cells = sorted(settings.parent for settings in path.glob("**/settings.json"))
+        cells = cells_of(path, results)
         for cell in cells:
             responses = ResponseFolder(cell)
             records = list(islice(responses.records(), limit))
@@ -134,6 +136,14 @@ def read_parts(path: Path, kind: str, names: Set[str]) -> list[dict[str, Any]]:
         if missing:
             raise ValueError(f"{path}: {kind} {number} has no {', '.join(sorted(missing))}; {TORN_RESULTS}")
     return parts
+
+
+def cells_of(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
+    """The folders of responses in the order of the results, so the base before what was compared with it."""
+    measured = [Cell(each["model"], each["prompts"], each["sampler"]).folder(folder) for each in results]
+    order = {cell: number for number, cell in enumerate(measured)}
+    cells = sorted(settings.parent for settings in folder.glob("**/settings.json"))
+    return sorted(cells, key=lambda cell: order.get(cell, len(order)))
 
 
 def roles_of_cells(comparisons: Sequence[dict[str, Any]], folder: Path) -> dict[Path, str]:

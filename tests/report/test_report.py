@@ -102,9 +102,9 @@ def test_everything_is_found(tmp_path, capsys):
     (run / "trainer_state.json").write_text(json.dumps({"log_history": log}).replace("null", "NaN"))
     rejected = collected.with_name("t.jsonl.rejected")
     found = gather(list(map(str, (evaluated, run, collected, rejected))), 200)
-    assert [(len(source.records), source.role) for source in found.sources[:2]] == [(4, "tuned"), (4, "base")]
+    assert [(len(source.records), source.role) for source in found.sources[:2]] == [(4, "base"), (4, "tuned")]
     assert sum(len(source.records) for source in found.sources[2:]) == 12
-    assert {source.settings["model"] for source in found.sources[1:]} == {str(SHIPPED_PATH)}
+    assert {source.settings["model"] for source in [found.sources[0], *found.sources[2:]]} == {str(SHIPPED_PATH)}
     assert found.training[str(run)] == log
     page = tmp_path / "r.html"
     assert main(["report", str(evaluated), str(run), str(collected), "--replay", "true", "-o", str(page)]) == 0
