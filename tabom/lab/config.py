@@ -1,5 +1,6 @@
 """Settings of the lab's commands. Imports no torch, so that the command line can check them quickly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Method(NamedTuple):
     settings: dict[str, Any]  # fields of `TabomConfig`
     shuffles_pairs: bool = False
     on_truth: bool = False  # trains on the right answers to all prompts instead of the base's own responses
+    paces: tuple[int, ...] = (1,)  # tokens a step of the decodings whose right responses are all trained on
 
 
 def both_windows(size: int | str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def both_windows(size: int | str) -> dict[str, Any]:
     return {"supervised_window": size, "rank_window": size}
 
 
-METHODS = {
+OBJECTIVES = {
     "NELBO, truth of all prompts": Method({"objective": "nelbo"}, on_truth=True),
     "NELBO": Method({"objective": "nelbo"}),
     "NELBO, exact weights": Method({"objective": "nelbo_exact"}),
@@ -51,6 +53,53 @@ METHODS = {
     "TABOM, whole path": Method({"objective": "tabom", **both_windows("all")}),
     "whole path, pairs shuffled": Method({"objective": "tabom", **both_windows("all")}, shuffles_pairs=True),
 }
+
+
+def rank_losses(
+    form: str, scale: str, at_default: float, weights: Sequence[float], at_weight: float, scales: Sequence[float]
+) -> dict[str, Method]:
+    """Methods with one form of the rank loss over the whole path: at several weights, and at several scales.
+
+    Args:
+        form: of the rank loss.
+        scale: "temperature" or "margin", which is `at_default` for all of `weights`.
+        at_weight: the weight for all of `scales`.
+    """
+    points = [(weight, at_default) for weight in weights] + [(at_weight, value) for value in scales]
+    return {
+        f"{form}, weight {weight:g}, {scale} {value:g}": Method(
+            {
+                "objective": "tabom",
+                **both_windows("all"),
+                "rank_loss": form,
+                "rank_weight": weight,
+                "rank_margin": 0.0,
+                f"rank_{scale}": value,
+            }
+        )
+        for weight, value in points
+    }
+
+
+WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0)
+RANK_LOSSES = {
+    **rank_losses("logistic", "temperature", 1.0, WEIGHTS, 0.3, (0.05, 0.2, 0.5)),
+    **rank_losses("hinge", "margin", 0.1, WEIGHTS, 0.3, (0.0, 0.3, 1.0)),
+    **rank_losses("plackett_luce", "temperature", 1.0, WEIGHTS, 0.3, (0.2, 0.5)),
+}
+"""The forms of the rank loss, each over weights and over temperatures or margins."""
+
+LIGHT_RANKING = {"rank_loss": "logistic", "rank_weight": 0.1, "rank_margin": 0.0}
+SEVERAL_PACES = {
+    "NELBO, exact weights, several paces": Method({"objective": "nelbo_exact"}, paces=(1, 2, 4)),
+    "whole path, several paces": Method({"objective": "window", **both_windows("all")}, paces=(1, 2, 4)),
+    "TABOM, several paces": Method({"objective": "tabom", **both_windows("all"), **LIGHT_RANKING}, paces=(1, 2, 4)),
+}
+"""For parallel decoding: learnt from responses that were decoded at 1, 2 and 4 tokens a step."""
+
+METHODS = OBJECTIVES | RANK_LOSSES | SEVERAL_PACES
+METHOD_SETS = {"objectives": OBJECTIVES, "rank_losses": RANK_LOSSES, "several_paces": SEVERAL_PACES}
+"""What `--methods` can be given instead of the names of all methods of a set."""
 
 
 @dataclass
@@ -99,7 +148,8 @@ class StudyConfig:
     model: list[str] = field(default_factory=lambda: [SHIPPED], metadata={"help": "The bases: shipped, or folders."})
     task: list[str] = field(default_factory=lambda: ["subtraction"], metadata={"help": "subtraction, sudoku."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "Objectives; the base is measured in any case."}
+        default_factory=lambda: ["objectives"],
+        metadata={"help": f"Names of methods, or {', '.join(METHOD_SETS)}; the base is measured in any case."},
     )
     learning_rates: list[float] = field(default_factory=lambda: [2e-4, 3e-4], metadata={"help": "Peaks."})
     attempts: list[int] = field(
@@ -124,6 +174,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
+        self.methods = [name for each in self.methods for name in METHOD_SETS.get(each, [each])]
         for name, known in (("task", WEAK_TASK_NAMES), ("methods", METHODS)):
             for value in getattr(self, name):
                 if value not in known:

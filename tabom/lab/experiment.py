@@ -37,19 +37,22 @@ def other_tasks(weak: Task) -> list[Task]:
 
 
 def right_answers(
-    base: DiffusionModel, prompts: PromptSet, length: int, attempts: int = 1, seed: int = 0
+    base: DiffusionModel, prompts: PromptSet, length: int, attempts: int = 1, seed: int = 0, pace: int = 1
 ) -> list[Trajectory]:
-    """The base's right responses, at most one for each prompt, decoded one token a step, lowest entropy first.
+    """The base's right responses, at most one for each prompt, decoded lowest entropy first.
 
     Args:
         length: of the responses, tokens.
         attempts: 1: the greedy response. More: as many samples at temperature 1 with seeds seed, seed + 1, ..., of
             which the first right one is kept.
+        pace: tokens a step.
     """
     waiting = list(range(len(prompts.prompts)))
     found: dict[int, Trajectory] = {}
     for attempt in range(attempts):
-        sampler = SamplerConfig(max_new_tokens=length, temperature=float(attempts > 1), seed=seed + attempt)
+        sampler = SamplerConfig(
+            max_new_tokens=length, temperature=float(attempts > 1), seed=seed + attempt, tokens_per_step=pace
+        )
         asked = replace(prompts, prompts=[prompts.prompts[i] for i in waiting])
         for index, completion in zip(waiting, complete(base, asked, sampler), strict=True):
             trajectory = to_trajectory(base, prompts, index, completion, sampler.policy)
@@ -111,7 +114,9 @@ def post_train(
     seed: int,
     after_step: Callable[[int, DiffusionModel], None] = lambda step, model: None,
 ) -> DiffusionModel:
-    """Trains a fresh copy of the base; hinge of margin 0.1 nats, cosine schedule after 20 steps of warm-up.
+    """Trains a fresh copy of the base, with a cosine schedule after 20 steps of warm-up.
+
+    The rank loss is a hinge with a margin of 0.1 nats, unless the method has another.
 
     Args:
         after_step: is given the number of steps taken and the model.
@@ -120,8 +125,6 @@ def post_train(
     diffusion_model = load(base)
     arguments = TabomConfig(
         output_dir=str(folder),
-        rank_loss="hinge",
-        rank_margin=0.1,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -135,7 +138,7 @@ def post_train(
         dataloader_pin_memory=False,
         use_cpu=True,  # large enough for the tiny model, and the same figures on every machine
         seed=seed,
-        **method.settings,
+        **{"rank_loss": "hinge", "rank_margin": 0.1} | method.settings,
     )
     trainer = TabomTrainer(
         model=diffusion_model.model,

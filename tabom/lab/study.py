@@ -133,7 +133,10 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
             path[step] = {"1 a step": weak_task(run, model)} | other_tasks_of(run, model, run.num_path_problems)
 
     method = METHODS[run.method]
-    data = truth_of(run, base) if method.on_truth else trajectories_of(run, "train", output, base)
+    if method.on_truth:
+        data = truth_of(run, base)
+    else:
+        data = [each for pace in method.paces for each in trajectories_of(run, "train", output, base, pace)]
     with tempfile.TemporaryDirectory() as work:  # nothing is kept of it, and runs at the same time need their own
         model = post_train(
             run.base,
@@ -159,16 +162,21 @@ def truth_of(run: Run, base: DiffusionModel) -> list[Trajectory]:
     return ground_truth(base, WEAK_TASKS[run.task].prompt_set(run.num_prompts, "train", run.seed))
 
 
-def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel) -> list[Trajectory]:
-    """The base's right responses, collected once and stored; held-out ones are greedy, with seed 0."""
+def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel, pace: int = 1) -> list[Trajectory]:
+    """The base's right responses, collected once and stored; held-out ones are greedy, with seed 0.
+
+    Args:
+        pace: tokens a step.
+    """
     if split == "test":
         run = replace(run, seed=0, attempts=1, num_prompts=run.num_problems)
-    name = f"{Path(run.base).name}-{run.task}-{split}-{run.num_prompts}-{run.attempts}-{run.seed}.jsonl"
+    numbers = f"{run.num_prompts}-{run.attempts}-{run.seed}-{pace}"
+    name = f"{Path(run.base).name}-{run.task}-{split}-{numbers}.jsonl"
     path = output / "trajectories" / name
     if not path.exists():
         task = WEAK_TASKS[run.task]
         prompts = task.prompt_set(run.num_prompts, split, run.seed)
-        found = right_answers(base, prompts, task.response_length, run.attempts, seed=1000 * run.seed)
+        found = right_answers(base, prompts, task.response_length, run.attempts, seed=1000 * run.seed, pace=pace)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{name}.{os.getpid()}")
         unfinished.unlink(missing_ok=True)
