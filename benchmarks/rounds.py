@@ -36,8 +36,9 @@ CPU = torch.device("cpu")
 TASKS = {"shipped": "subtraction", "shipped-block": "sudoku"}
 """What each base learns; the block-causal one cannot subtract."""
 
-ROUNDS, PROMPTS, SAMPLES, EXAMPLES = 6, 300, 8, 5120
-"""Rounds; and of each round the prompts, the responses to each, and the examples that are trained on."""
+ROUNDS, SAMPLES, EXAMPLES = 6, 8, 5120
+PROMPTS = {"shipped": 300, "shipped-block": 100}
+"""Rounds; and of each round the responses to each prompt, the examples that are trained on, and the prompts."""
 
 PROBLEMS, OTHER_PROBLEMS, PASS_PROBLEMS, PASS_SAMPLES, BASE_SAMPLES = 300, 100, 100, 16, 64
 """Held-out problems; and the responses to each for pass@16, and with which a problem counts as never solved."""
@@ -83,8 +84,8 @@ def improved(base: str, method: Method, seed: int, folder: Path) -> DiffusionMod
     )
     trainer = TabomTrainer(model.model, args, processing_class=model.tokenizer)
     trainer.remove_callback(PrinterCallback)
-    prompts = task.prompt_set(ROUNDS * PROMPTS, "train", seed)
-    config = ImproveConfig(rounds=method.rounds, samples_per_prompt=SAMPLES, prompts_per_round=share * PROMPTS)
+    prompts = task.prompt_set(ROUNDS * PROMPTS[base], "train", seed)
+    config = ImproveConfig(rounds=method.rounds, samples_per_prompt=SAMPLES, prompts_per_round=share * PROMPTS[base])
     sampler = SamplerConfig(max_new_tokens=task.response_length, temperature=1.0, seed=1000 * seed)
     Improvement(trainer, prompts, config, sampler).run()
     model.model.eval()
@@ -161,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {(run["base"], run["method"], run["seed"]) for run in runs}
     if (base, "base", 0) not in done:
         runs.append({"base": base, "method": "base", "seed": 0, "measured": measured(base, model, unsolved)})
+        write_json(result_name("rounds", CPU), result)
     for seed in options.seeds:
         for name, method in METHODS.items():
             if (base, name, seed) in done:

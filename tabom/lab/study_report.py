@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tabom.data.json_files import finished_lines
-from tabom.evaluation.metrics import pass_at_k
+from tabom.evaluation.metrics import accuracy_under_parallelism, pass_at_k
 from tabom.evaluation.pictures import BASE as BASE_LOOK
 from tabom.evaluation.pictures import OTHERS, TUNED, legend_below, picture
-from tabom.lab.config import METHODS, PASS_SAMPLES
+from tabom.lab.config import METHODS, PASS_SAMPLES, RANK_LOSSES
+from tabom.lab.experiment import WEAK_TASKS
 from tabom.lab.study import BASE, SIZES, TOKENS_PER_STEP
 
 Result = dict[str, Any]
 """A line of results.jsonl."""
 
-MEASURES = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order", "TDS")
-COMPARED = ("1 a step", "2 a step", "4 a step", "pass@16", "other tasks", "pair order")
+MEASURES = ("1 a step", "2 a step", "4 a step", "AUP", "pass@16", "other tasks", "pair order", "TDS")
+COMPARED = ("1 a step", "2 a step", "4 a step", "AUP", "pass@16", "other tasks", "pair order")
 ATTENTION_MEASURES = ("1 a step", "2 a step", "4 a step", "other tasks")
 COMPARISONS = (
     ("TABOM, whole path", "NELBO"),
@@ -33,6 +34,11 @@ COMPARISONS = (
     ("NELBO with ranking", "NELBO"),
     ("NELBO, exact weights", "NELBO"),
     ("whole path", "NELBO, exact weights"),
+    ("TABOM, several paces", "NELBO, exact weights"),
+    ("TABOM, several paces", "whole path"),
+    ("TABOM, several paces", "NELBO, exact weights, several paces"),
+    ("TABOM, several paces", "whole path, several paces"),
+    ("whole path, several paces", "whole path"),
 )
 """Paired by base, task, attempts, seed and learning rate: the first less the second."""
 LOOKS = {"TABOM, whole path": TUNED, "NELBO": OTHERS[0], "TABOM": OTHERS[1]}
@@ -66,7 +72,9 @@ def groups_of(results: Iterable[Result]) -> list[Group]:
 
 
 def scores(result: Result, measure: str) -> np.ndarray:
-    """One score a problem: percent, TDS in thousandths of nats^2."""
+    """One score a problem: percent, TDS in thousandths of nats^2. AUP is one score for all problems."""
+    if measure == "AUP":
+        return np.array([accuracy_under_parallelism(*zip(*curve(result), strict=True))])
     if measure in result["right"]:
         return digits_of(result["right"][measure])
     if measure == "other tasks":
@@ -76,6 +84,17 @@ def scores(result: Result, measure: str) -> np.ndarray:
         k = int(measure.removeprefix("pass@"))
         return 100 * pass_at_k(np.array(result["right_samples"]), PASS_SAMPLES, k)
     return 100 * np.array(result["pair_order"]) if measure == "pair order" else 1000 * np.array(result["tds"])
+
+
+def curve(result: Result, policy: str = "threshold") -> list[tuple[float, float]]:
+    """Points of (tokens a forward pass, accuracy in percent): one token a step, and each bound of an adaptive policy.
+
+    All are of the same problems; a run that tried no adaptive policy has the first point only, of all problems.
+    """
+    run, length = result["run"], WEAK_TASKS[result["run"]["task"]].response_length
+    slowest = digits_of(result["right"]["1 a step"][: run["num_adaptive_problems"] or None]).mean()
+    adaptive = [each for each in result["adaptive"] if each["policy"] == policy]
+    return [(1.0, slowest), *((length / each["forward_passes"], 100 * each["accuracy"]) for each in adaptive)]
 
 
 def error(values: np.ndarray) -> float:
@@ -126,16 +145,17 @@ def table(corner: str, rows: dict[str, list[Result]]) -> list[str]:
 
 
 def cell(by_seed: np.ndarray) -> str:
-    """`70.8 ±0.8 (2.1)` of (seeds, problems) scores; one seed has no error over seeds."""
+    """`70.8 ±0.8 (2.1)` of (seeds, problems) scores; one seed or one score has no error over seeds or problems."""
     over_seeds = f" ±{error(by_seed.mean(1)):.1f}" if len(by_seed) > 1 else ""
-    return f"{by_seed.mean():.1f}{over_seeds} ({error(by_seed.mean(0)):.1f})"
+    over_problems = f" ({error(by_seed.mean(0)):.1f})" if by_seed.shape[1] > 1 else ""
+    return f"{by_seed.mean():.1f}{over_seeds}{over_problems}"
 
 
 def paired_table(runs: list[Result]) -> list[str]:
     """Differences of two methods at the same seed and learning rate, ± standard error over these pairs."""
     found = {(r["run"]["method"], r["run"]["seed"], r["run"]["learning_rate"]): r for r in runs}
     lines = [f"| paired difference | pairs | {' | '.join(COMPARED)} |", f"| --- |{' --- |' * (len(COMPARED) + 1)}"]
-    for first, second in COMPARISONS:
+    for first, second in (*COMPARISONS, *((name, "whole path") for name in RANK_LOSSES)):
         pairs = [
             (r, found[second, *key])
             for (method, *key), r in found.items()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tabom.evaluation.metrics import count_pairs_in_order, entropy_by_step, pass_at_k
+from tabom.evaluation.metrics import accuracy_under_parallelism, count_pairs_in_order, entropy_by_step, pass_at_k
 from tests.largest_memory import LargestMemory
 
 
@@ -15,6 +15,15 @@ def test_pass_at_k_against_the_definition(seed):
     for k in (1, 2, 4, 8, 16):
         subsets = np.array([rng.choice(16, k, replace=False) for _ in range(10000)])
         assert pass_at_k(right.sum(0), 16, k) == pytest.approx(right[subsets].any(1).mean(0), abs=0.03)
+
+
+def test_accuracy_under_parallelism_by_hand():
+    """A perfect model has its parallelism times 100; a point that loses over 5 points of accuracy adds nothing."""
+    assert accuracy_under_parallelism([4, 1], [100, 100]) == pytest.approx(400)
+    assert accuracy_under_parallelism([1, 2, 4], [80, 75, 74.9]) == pytest.approx(
+        80 + (80 * np.exp(-0.6) + 75 * np.exp(-0.75)) / 2
+    )
+    assert accuracy_under_parallelism([2], [50]) == 100
 
 
 def test_pairs_in_order_by_hand():

@@ -12,11 +12,12 @@ from matplotlib.lines import Line2D
 
 from tabom import load
 from tabom.data.json_files import finished_lines
+from tabom.lab.config import SEVERAL_PACES
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
 from tabom.lab.study import BASE, SIZES, StudyConfig, study
-from tabom.lab.study_report import attempts_table, attention_table, cell, paired_table, report, scores, tables
+from tabom.lab.study_report import attempts_table, attention_table, cell, curve, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.models.loading import SHIPPED_PATH
 from tabom.training.examples import TrajectoryDataset
@@ -136,13 +137,17 @@ def test_the_report_of_a_study(finished, tmp_path):
 
 
 def made_up(method, seed, right, **changes):
-    run = {"base": "b", "task": "t", "method": method, "learning_rate": 1e-4, "attempts": 1, "seed": seed}
+    run = {"base": "b", "task": "subtraction", "method": method, "learning_rate": 1e-4, "attempts": 1, "seed": seed}
     return {
-        "run": run | changes,
+        "run": {**run, "num_adaptive_problems": 2} | changes,
         "right": {"1 a step": right, "2 a step": "00", "4 a step": "00", "addition": "10", "sorting": "11"},
         "right_samples": [0, 16],
         "pair_order": [0.5, 1.0],
         "tds": [0.001, 0.003],
+        "adaptive": [
+            {"policy": "entropy_bound", "bound": 0.1, "accuracy": 1.0, "forward_passes": 1},
+            {"policy": "threshold", "bound": 0.9, "accuracy": 0.5, "forward_passes": 2},
+        ],
     }
 
 
@@ -152,6 +157,8 @@ def test_scores_and_errors_worked_out_by_hand():
     assert scores(run, "other tasks").tolist() == [100, 0, 100, 100]
     assert scores(run, "pass@16").tolist() == [0, 100]
     assert scores(run, "TDS") == pytest.approx([1, 3])
+    assert curve(run) == [(1, 50), (2, 50)], "of the first two problems: 4 tokens in 2 passes"
+    assert scores(run, "AUP") == pytest.approx([50 + 50 * np.exp(-1.5)])
     # Seeds: 50 and 100, so 75 +- 25. Problems: 50, 100, 100, 50, a standard deviation of 28.9 over the root of 4.
     assert cell(np.array([[0, 100, 100, 0], [100, 100, 100, 100]])) == "75.0 ±25.0 (14.4)"
 
@@ -173,7 +180,9 @@ def test_more_attempts_are_compared_with_one_at_the_same_seed():
     runs = [made_up("TABOM", seed, right, attempts=n) for seed, n, right in ((0, 1, "00"), (0, 8, "11"), (1, 8, "11"))]
     for run in runs:
         run["run"]["num_problems"] = 2
-    assert attempts_table(runs)[-2] == "| t, b, TABOM: 8 less 1 | 1 | +100.0, 1 up | +0.0, 0 up | +0.0, 0 up |"
+    assert (
+        attempts_table(runs)[-2] == "| subtraction, b, TABOM: 8 less 1 | 1 | +100.0, 1 up | +0.0, 0 up | +0.0, 0 up |"
+    )
 
 
 def test_the_two_kinds_of_attention_stand_beside_each_other():
@@ -193,10 +202,10 @@ def test_the_two_kinds_of_attention_stand_beside_each_other():
         run("runs/block", "NELBO", 1, "1111", 4),
     ]
     assert [line.split(" | 0.0")[0] for line in attention_table(runs)[4:-1]] == [
-        "| t | base | shipped | full | 1 | 25.0 (25.0)",
-        "| t | base | block | blocks of 4 | 1 | 25.0 (25.0)",
-        "| t | NELBO | shipped | full | 1 | 50.0 (28.9)",
-        "| t | NELBO | block | blocks of 4 | 2 | 87.5 ±12.5 (12.5)",
+        "| subtraction | base | shipped | full | 1 | 25.0 (25.0)",
+        "| subtraction | base | block | blocks of 4 | 1 | 25.0 (25.0)",
+        "| subtraction | NELBO | shipped | full | 1 | 50.0 (28.9)",
+        "| subtraction | NELBO | block | blocks of 4 | 2 | 87.5 ±12.5 (12.5)",
     ]
     assert attention_table(runs)[5].endswith("| 75.0 (25.0) | 6.25, 4.00 |")
     assert attention_table(runs)[4].endswith("| 75.0 (25.0) | not counted |")
@@ -227,6 +236,24 @@ def test_more_attempts_keep_more_and_one_answer_a_prompt():
         assert len(set(asked)) == len(asked) and asked == [p for p in prompts.prompts if p in asked]
         truth = dict(zip(prompts.prompts, prompts.answers, strict=True))
         assert all(trajectory.response == truth[trajectory.prompt] for trajectory in found)
+
+
+def test_answers_of_a_pace_are_decoded_at_it():
+    base = load(SHIPPED_PATH)
+    prompts = Subtraction().prompt_set(40, "train", 1)
+    for pace in (1, 2, 4):
+        found = right_answers(base, prompts, 4, pace=pace)
+        assert found and {max(trajectory.decoding_order) + 1 for trajectory in found} == {4 // pace}
+
+
+def test_responses_of_all_paces_are_trained_on(tmp_path):
+    """Also a name of a set stands for its methods."""
+    sizes = TINY | {"methods": ["several_paces"], "seeds": [0], "num_prompts": 12}
+    config = StudyConfig(output_dir=str(tmp_path), **sizes)
+    results = list(finished_lines(study(config)))
+    assert [result["run"]["method"] for result in results[1:]] == list(SEVERAL_PACES)
+    kept = [path.read_text().count("\n") for path in sorted(tmp_path.glob("trajectories/*-train-*"))]
+    assert len(kept) == 3 and all(result["kept"] == sum(kept) for result in results[1:])
 
 
 def test_verdicts():
