@@ -33,7 +33,7 @@ class Method(NamedTuple):
     settings: dict[str, Any]  # fields of `TabomConfig`
     shuffles_pairs: bool = False
     on_truth: bool = False  # trains on the right answers to all prompts instead of the base's own responses
-    paces: tuple[int, ...] = (1,)  # tokens a step of the decodings whose right responses are all trained on
+    paces: tuple[int, ...] = (1,)  # tokens a step; of the right responses to a prompt the slowest is trained on
 
 
 def both_windows(size: int | str) -> dict[str, Any]:
@@ -89,13 +89,23 @@ RANK_LOSSES = {
 }
 """The forms of the rank loss, each over weights and over temperatures or margins."""
 
-LIGHT_RANKING = {"rank_loss": "logistic", "rank_weight": 0.1, "rank_margin": 0.0}
+PACES = (1, 2, 4)
 SEVERAL_PACES = {
-    "NELBO, exact weights, several paces": Method({"objective": "nelbo_exact"}, paces=(1, 2, 4)),
-    "whole path, several paces": Method({"objective": "window", **both_windows("all")}, paces=(1, 2, 4)),
-    "TABOM, several paces": Method({"objective": "tabom", **both_windows("all"), **LIGHT_RANKING}, paces=(1, 2, 4)),
+    "NELBO, exact weights, several paces": Method({"objective": "nelbo_exact"}, paces=PACES),
+    "whole path, several paces": Method({"objective": "window", **both_windows("all")}, paces=PACES),
+    "TABOM, parallel": Method(
+        {
+            "objective": "tabom",
+            **both_windows("all"),
+            "rank_loss": "logistic",
+            "rank_weight": 0.1,
+            "rank_margin": 0.0,
+            "tokens_per_step": 4,
+        },
+        paces=PACES,
+    ),
 }
-"""For parallel decoding: learnt from responses that were decoded at 1, 2 and 4 tokens a step."""
+"""For parallel decoding: learnt from responses that were decoded at 1, 2 or 4 tokens a step."""
 
 METHODS = OBJECTIVES | RANK_LOSSES | SEVERAL_PACES
 METHOD_SETS = {"objectives": OBJECTIVES, "rank_losses": RANK_LOSSES, "several_paces": SEVERAL_PACES}

@@ -34,10 +34,11 @@ COMPARISONS = (
     ("NELBO with ranking", "NELBO"),
     ("NELBO, exact weights", "NELBO"),
     ("whole path", "NELBO, exact weights"),
-    ("TABOM, several paces", "NELBO, exact weights"),
-    ("TABOM, several paces", "whole path"),
-    ("TABOM, several paces", "NELBO, exact weights, several paces"),
-    ("TABOM, several paces", "whole path, several paces"),
+    ("TABOM, parallel", "NELBO, exact weights"),
+    ("TABOM, parallel", "whole path"),
+    ("TABOM, parallel", "NELBO, exact weights, several paces"),
+    ("TABOM, parallel", "whole path, several paces"),
+    ("NELBO, exact weights, several paces", "NELBO, exact weights"),
     ("whole path, several paces", "whole path"),
 )
 """Paired by base, task, attempts, seed and learning rate: the first less the second."""

@@ -10,7 +10,16 @@ from tabom.data.tokenized import TokenizedTrajectory
 from tabom.data.trajectories import Trajectory
 from tabom.training.blocks import split_into_blocks
 from tabom.training.settings import REPLAYED, DrawnPer, Objective, ScaleRewards
-from tabom.training.windows import WindowSize, WindowUnit, break_ties, draw_cut, example_rng, last_cut, window_at
+from tabom.training.windows import (
+    WindowSize,
+    WindowUnit,
+    break_ties,
+    draw_cut,
+    example_rng,
+    last_cut,
+    parallel_cuts,
+    window_at,
+)
 
 Replayable = Trajectory | TokenizedTrajectory
 
@@ -30,6 +39,8 @@ class ObjectiveSettings:
     rank_window: WindowSize = "all"
     window_unit: WindowUnit = "steps"
     mask_ratio: float = 0.5
+    tokens_per_step: int = 1
+    parallel_share: float = 0.2
     cut_among_non_ltr: bool = False
     skip_last_step: bool = False
     rank_ties: bool = False
@@ -146,6 +157,9 @@ def replayed(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random
     which for one token a step is the NELBO in its order-agnostic form (`nelbo_exact`), with the states of the decoding
     in place of random ones.
 
+    With `tokens_per_step` above 1 the cuts of a share of the examples are drawn from those that a decoding of so many
+    tokens a step passes through (`parallel_cuts`), which are more often at the beginning.
+
     With `skip_last_step` the cut ends at s_max - M, as released. With `drop_short` a trajectory of at most M steps
     has no loss. With `rank_ties` tokens of one step are ranked as if they were unmasked one by one (`break_ties`).
     """
@@ -156,7 +170,10 @@ def replayed(trajectory: Replayable, settings: ObjectiveSettings, rng: np.random
         return Target(~nothing, nothing, np.full(len(steps), -1), ones(steps), num_tokens=0)
 
     last = max(last_cut(steps, window, unit) - settings.skip_last_step, 0)
-    cut = draw_cut(steps, last, rng, trajectory.non_ltr_positions if settings.cut_among_non_ltr else None)
+    if settings.tokens_per_step > 1 and rng.random() < settings.parallel_share:
+        cut = int(rng.choice(parallel_cuts(steps, last, settings.tokens_per_step)))
+    else:
+        cut = draw_cut(steps, last, rng, trajectory.non_ltr_positions if settings.cut_among_non_ltr else None)
     return target_at(trajectory, cut, settings)
 
 

@@ -22,6 +22,7 @@ WITH_OBJECTIVES = {
     "complementary_masks": ("nelbo", "nelbo_exact", "fixed_ratio", "random_ratio"),
     "drawn_per": ("nelbo", "nelbo_exact", "fixed_ratio", "random_ratio"),
     "every_cut": REPLAYED,
+    "tokens_per_step": REPLAYED,
     "epsilon": ("policy",),
     "epsilon_high": ("policy",),
     "scale_rewards": ("policy",),
@@ -97,6 +98,14 @@ class TabomSettings:
         default=False,
         metadata={"help": "Learn each record twice in a batch, the second time with the other tokens masked."},
     )
+    tokens_per_step: int = field(
+        default=1,
+        metadata={
+            "help": "Tokens a step that the model is to decode well besides one a step. Above 1, parallel_share of the "
+            "cuts are among the states that such a decoding passes through."
+        },
+    )
+    parallel_share: float = field(default=0.2, metadata={"help": "See tokens_per_step."})
     cut_among_non_ltr: bool = field(
         default=False, metadata={"help": "Draw the cut among the steps of the record's non_ltr_positions."}
     )
@@ -215,9 +224,10 @@ class TabomSettings:
                     f"{name}={value!r} with objective={self.objective!r}: it has an effect with "
                     f"{', '.join(objectives)} only"
                 )
-        for name in ("cut_among_non_ltr", "skip_last_step") if self.every_cut else ():
-            if getattr(self, name):
-                raise ValueError(f"{name}=True with every_cut=True: no cut is drawn; use one of the two")
+        for name in ("cut_among_non_ltr", "skip_last_step", "tokens_per_step") if self.every_cut else ():
+            if (value := self.changed(name)) is not None:
+                raise ValueError(f"{name}={value!r} with every_cut=True: no cut is drawn; use one of the two")
+        self.check_parallel()
         if self.every_cut and self.window_unit == "tokens":
             raise ValueError("window_unit='tokens' with every_cut=True: the cuts are whole steps apart; use 'steps'")
         check_at_least("rank_weight", self.rank_weight, 0)
@@ -225,6 +235,17 @@ class TabomSettings:
             raise ValueError(f"rank_temperature={self.rank_temperature}: expected above 0 nats")
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: expected a share in (0, 1]")
+
+    def check_parallel(self) -> None:
+        """Raises a ValueError for a pace or share that is out of its range or has no effect."""
+        check_at_least("tokens_per_step", self.tokens_per_step, 1)
+        if not 0 < self.parallel_share <= 1:
+            raise ValueError(f"parallel_share={self.parallel_share}: expected a share in (0, 1]")
+        if self.tokens_per_step == 1 and self.changed("parallel_share") is not None:
+            raise ValueError(
+                f"parallel_share={self.parallel_share} with tokens_per_step=1: all cuts are those of one token a step; "
+                "give tokens_per_step as well"
+            )
 
     def check_policy(self) -> None:
         """Raises a ValueError for settings that a policy loss cannot have, or that have no effect on it."""

@@ -79,6 +79,15 @@ def draw_cut(
     return int(rng.integers(last + 1))
 
 
+def parallel_cuts(steps: np.ndarray, last: int, tokens_per_step: int) -> np.ndarray:
+    """The cuts up to `last` that a decoding of so many tokens a step passes through.
+
+    Before them a multiple of `tokens_per_step` tokens is visible. The first is 0.
+    """
+    visible = np.searchsorted(np.sort(steps[steps >= 0]), np.arange(last + 1))
+    return np.flatnonzero(visible % tokens_per_step == 0)
+
+
 def window_at(
     steps: np.ndarray,
     cut: int,

@@ -16,7 +16,7 @@ from tabom.lab.config import SEVERAL_PACES
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
-from tabom.lab.study import BASE, SIZES, StudyConfig, study
+from tabom.lab.study import BASE, SIZES, Run, StudyConfig, slowest_right, study, trajectories_of
 from tabom.lab.study_report import attempts_table, attention_table, cell, curve, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.models.loading import SHIPPED_PATH
@@ -246,14 +246,25 @@ def test_answers_of_a_pace_are_decoded_at_it():
         assert found and {max(trajectory.decoding_order) + 1 for trajectory in found} == {4 // pace}
 
 
-def test_responses_of_all_paces_are_trained_on(tmp_path):
+def test_the_slowest_right_response_to_a_prompt_is_trained_on(tmp_path):
     """Also a name of a set stands for its methods."""
-    sizes = TINY | {"methods": ["several_paces"], "seeds": [0], "num_prompts": 12}
+    sizes = TINY | {"methods": ["several_paces"], "seeds": [0], "num_prompts": 40}
     config = StudyConfig(output_dir=str(tmp_path), **sizes)
     results = list(finished_lines(study(config)))
     assert [result["run"]["method"] for result in results[1:]] == list(SEVERAL_PACES)
-    kept = [path.read_text().count("\n") for path in sorted(tmp_path.glob("trajectories/*-train-*"))]
-    assert len(kept) == 3 and all(result["kept"] == sum(kept) for result in results[1:])
+    base, run = load(SHIPPED_PATH), Run(**results[1]["run"])
+    kept = slowest_right(run, (4, 1, 2), tmp_path, base)
+    assert all(result["kept"] == len(kept) for result in results[1:])
+    prompts = {
+        pace: {each.prompt for each in trajectories_of(run, "train", tmp_path, base, pace)} for pace in (1, 2, 4)
+    }
+    assert prompts[2] - prompts[1] and prompts[4] - prompts[2] - prompts[1], "or nothing is shown"
+    assert {each.prompt for each in kept} == set().union(*prompts.values()) and len(kept) == len(
+        set().union(*prompts.values())
+    )
+    for each in kept:
+        steps = max(each.decoding_order) + 1
+        assert steps == next(4 // pace for pace in (1, 2, 4) if each.prompt in prompts[pace])
 
 
 def test_verdicts():
