@@ -89,26 +89,26 @@ RANK_LOSSES = {
 }
 """The forms of the rank loss, each over weights and over temperatures or margins."""
 
+DEFAULT = "TABOM, defaults"
+DEFAULT_SETTINGS = {
+    "objective": "tabom",
+    **both_windows("all"),
+    "rank_loss": "logistic",
+    "rank_weight": 0.1,
+    "rank_margin": 0.0,
+}
+"""The defaults of `TabomConfig`."""
+
 PACES = (1, 2, 4)
-SEVERAL_PACES = {
+PARALLEL = {
     "NELBO, exact weights, several paces": Method({"objective": "nelbo_exact"}, paces=PACES),
     "whole path, several paces": Method({"objective": "window", **both_windows("all")}, paces=PACES),
-    "TABOM, parallel": Method(
-        {
-            "objective": "tabom",
-            **both_windows("all"),
-            "rank_loss": "logistic",
-            "rank_weight": 0.1,
-            "rank_margin": 0.0,
-            "tokens_per_step": 4,
-        },
-        paces=PACES,
-    ),
+    "TABOM, parallel": Method(DEFAULT_SETTINGS | {"tokens_per_step": 4}, paces=PACES),
 }
-"""For parallel decoding: learnt from responses that were decoded at 1, 2 or 4 tokens a step."""
+"""For parallel decoding, and the controls: learnt from responses that were decoded at 1, 2 or 4 tokens a step."""
 
-METHODS = OBJECTIVES | RANK_LOSSES | SEVERAL_PACES
-METHOD_SETS = {"objectives": OBJECTIVES, "rank_losses": RANK_LOSSES, "several_paces": SEVERAL_PACES}
+METHODS = {**OBJECTIVES, **RANK_LOSSES, DEFAULT: Method(DEFAULT_SETTINGS), **PARALLEL}
+METHOD_SETS = {"objectives": OBJECTIVES, "rank_losses": RANK_LOSSES, "parallel": PARALLEL}
 """What `--methods` can be given instead of the names of all methods of a set."""
 
 

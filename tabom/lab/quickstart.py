@@ -11,18 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from tabom.data.json_files import finished_lines, write_json
+from tabom.lab.config import DEFAULT, PACES, QuickstartConfig, StudyConfig
 from tabom.lab.config import METHODS as SETTINGS
-from tabom.lab.config import QuickstartConfig, StudyConfig
 from tabom.lab.report import draw_entropy_by_step, means_and_errors, print_table, print_verdicts
 from tabom.lab.study import BASE, grid, study, trajectories_of
 from tabom.lab.study_report import Result, draw_paths, groups_of
 from tabom.models.loading import load, path_of
 
-METHODS = ("NELBO, truth of all prompts", "NELBO", "window", "TABOM", "TABOM, whole path")
+METHODS = ("NELBO, exact weights", DEFAULT, "TABOM, parallel")
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, list[Result]]:
-    """Collects trajectories, post-trains five ways from each seed, measures every model and reports.
+    """Collects trajectories, post-trains three ways from each seed, measures every model and reports.
 
     Returns:
         method -> the results of its seeds.
@@ -57,7 +57,7 @@ def report(config: QuickstartConfig, results: list[Result], console: Console) ->
 def inputs(config: QuickstartConfig) -> dict[str, Any]:
     """All that the figures depend on besides the config: the base's weights and the settings of the methods."""
     weights = (Path(path_of(config.model)) / "model.safetensors").read_bytes()
-    methods = {name: SETTINGS[name]._asdict() for name in METHODS}
+    methods = {name: SETTINGS[name]._asdict() | {"paces": list(SETTINGS[name].paces)} for name in METHODS}
     return {"base": f"sha256 {hashlib.sha256(weights).hexdigest()}", "methods": methods}
 
 
@@ -81,12 +81,15 @@ def as_study(config: QuickstartConfig) -> StudyConfig:
 
 
 def show_collecting(config: QuickstartConfig, console: Console) -> None:
-    """Collects for every seed and shows one trajectory."""
+    """Collects for every seed and shows one trajectory of each pace."""
     base = load(config.model)
     for run in grid(as_study(config)):
         if run.method == METHODS[-1]:
-            kept = trajectories_of(run, "train", Path(config.output_dir), base)
-            console.print(
-                f"{len(kept)} of {run.num_prompts} {run.task} prompts were answered rightly in {run.attempts} "
-                f"attempts; e.g. {kept[0].prompt}{kept[0].response} in the order {kept[0].decoding_order}"
-            )
+            for pace in PACES:
+                kept = trajectories_of(run, "train", Path(config.output_dir), base, pace)
+                console.print(
+                    f"{len(kept)} of {run.num_prompts} {run.task} prompts were answered rightly in {run.attempts} "
+                    f"attempts at {pace} tokens a step; e.g. {kept[0].prompt}{kept[0].response}, tokens unmasked at "
+                    f"the steps {kept[0].decoding_order}",
+                    highlight=False,
+                )

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from tabom.evaluation.pictures import BASE as BASE_LOOK
 from tabom.evaluation.pictures import legend_below, picture
+from tabom.lab.config import DEFAULT
 from tabom.lab.study import BASE
-from tabom.lab.study_report import LOOKS, Result, error, scores
+from tabom.lab.study_report import Result, error, looks_of, scores
 
 Results = dict[str, list[Result]]
 """Maps a method to the results of its seeds; the base has one result."""
@@ -94,8 +95,8 @@ def print_table(console: Console, results: Results) -> None:
 def print_verdicts(console: Console, results: Results) -> None:
     """Sentences that compare both TABOM methods with the base and the other methods, measure by measure."""
     for ours, others in (
-        ("TABOM, whole path", ("base", "NELBO", "NELBO, truth of all prompts", "TABOM")),
-        ("TABOM", ("NELBO", "window")),
+        ("TABOM, parallel", (BASE, "NELBO, exact weights", DEFAULT)),
+        (DEFAULT, (BASE, "NELBO, exact weights")),
     ):
         for other in others:
             console.print(f"\n[bold]{ours}, against {other}[/bold]")
@@ -131,7 +132,7 @@ def draw_entropy_by_step(results: Results, path: Path) -> None:
     """Mean entropy of the token unmasked at each step."""
     with picture(path) as figure:
         axes = figure.subplots()
-        for method, look in {BASE: BASE_LOOK, **LOOKS}.items():
+        for method, look in {BASE: BASE_LOOK, **looks_of(results)}.items():
             values = np.mean([run["entropy_by_step"] for run in results[method]], axis=0)
             axes.plot(range(1, len(values) + 1), values, label=method, **look)
             axes.set_xticks(range(1, len(values) + 1))

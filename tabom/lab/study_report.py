@@ -1,7 +1,7 @@
 """What a study found: tables and pictures from its JSON lines."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from tabom.data.json_files import finished_lines
 from tabom.evaluation.metrics import accuracy_under_parallelism, pass_at_k
 from tabom.evaluation.pictures import BASE as BASE_LOOK
 from tabom.evaluation.pictures import OTHERS, TUNED, legend_below, picture
-from tabom.lab.config import METHODS, PASS_SAMPLES, RANK_LOSSES
+from tabom.lab.config import DEFAULT, METHODS, PASS_SAMPLES, RANK_LOSSES
 from tabom.lab.experiment import WEAK_TASKS
 from tabom.lab.study import BASE, SIZES, TOKENS_PER_STEP
 
@@ -42,9 +42,8 @@ COMPARISONS = (
     ("whole path, several paces", "whole path"),
 )
 """Paired by base, task, attempts, seed and learning rate: the first less the second."""
-LOOKS = {"TABOM, whole path": TUNED, "NELBO": OTHERS[0], "TABOM": OTHERS[1]}
-PASSES_LOOKS = {"TABOM, whole path": TUNED, "NELBO": OTHERS[0], "whole path": OTHERS[1]}
-"""The methods in the pictures."""
+PICTURED = ("TABOM, parallel", "TABOM, whole path", DEFAULT, "whole path", "NELBO, exact weights", "NELBO")
+"""A picture shows the first three of these that a study has."""
 
 
 class Group(NamedTuple):
@@ -221,16 +220,20 @@ def difference(pairs: list[tuple[Result, Result]], measure: str) -> str:
     return f"{values.mean():+.1f}{over_pairs}, {(values > 0).sum()} up"
 
 
+def looks_of(methods: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The methods that a picture shows, and how."""
+    return dict(zip([name for name in PICTURED if name in methods], (TUNED, *OTHERS), strict=False))
+
+
 def draw_paths(results: list[Result], group: Group, path: Path) -> None:
     """Plots accuracy on the weak task against the others during training, the mean over seeds and learning rates."""
     methods = by_method(r for r in results if group_of(r) == group)
     base = base_of(results, next(iter(methods.values()))[0])
     with picture(path) as figure:
         axes = figure.subplots()
-        for name, look in LOOKS.items():
-            if name in methods:
-                points = np.mean([path_of(base, run) for run in methods[name]], axis=0)
-                axes.plot(*points.T, label=name, **look)
+        for name, look in looks_of(methods).items():
+            points = np.mean([path_of(base, run) for run in methods[name]], axis=0)
+            axes.plot(*points.T, label=name, **look)
         axes.plot(*points_of(base), label=BASE, **BASE_LOOK | {"markersize": 10, "linestyle": "", "zorder": 3})
         axes.set_title("What training gains, and what it forgets", fontsize=12)
         axes.set_xlabel("accuracy on the other tasks, %")
@@ -260,22 +263,16 @@ def digits_of(right: str) -> np.ndarray:
     return 100 * np.array([int(digit) for digit in right])
 
 
-def draw_passes(results: list[Result], group: Group, path: Path, policy: str = "threshold") -> None:
-    """Accuracy against forward passes of an adaptive policy; means over seeds and learning rates."""
+def draw_passes(results: list[Result], group: Group, path: Path) -> None:
+    """Accuracy against the tokens a forward pass of an adaptive policy; means over seeds and learning rates."""
     methods = by_method(r for r in results if group_of(r) == group)
-    base = base_of(results, next(iter(methods.values()))[0])
+    methods[BASE] = [base_of(results, next(iter(methods.values()))[0])]
     with picture(path) as figure:
         axes = figure.subplots()
-        for name, look in {BASE: BASE_LOOK, **PASSES_LOOKS}.items():
-            runs = [base] if name == BASE else methods.get(name, [])
-            points = [
-                [(a["forward_passes"], 100 * a["accuracy"]) for a in run["adaptive"] if a["policy"] == policy]
-                for run in runs
-            ]
-            if points:
-                axes.plot(*np.mean(points, axis=0).T, label=name, **look)
-        axes.set_title("The ranking costs forward passes", fontsize=12)
-        axes.set_xlabel(f"forward passes an answer, policy {policy}")
+        for name, look in {BASE: BASE_LOOK, **looks_of(methods)}.items():
+            axes.plot(*np.mean([sorted(curve(run)) for run in methods[name]], axis=0).T, label=name, **look)
+        axes.set_title("What several tokens a step cost", fontsize=12)
+        axes.set_xlabel("tokens a forward pass")
         axes.set_ylabel(f"accuracy on {group.task}, %")
         legend_below(figure)
 

@@ -317,6 +317,11 @@ def test_complementary_masks_mask_each_token_once(rng, seed, objective, block_si
 @pytest.mark.parametrize(
     "settings, problem",
     [
+        ({"tokens_per_step": 0}, "^tokens_per_step=0: expected at least 1"),
+        ({"tokens_per_step": 4, "parallel_share": 0.0}, "^parallel_share=0.0: expected a share in"),
+        ({"parallel_share": 0.5}, "^parallel_share=0.5 with tokens_per_step=1: all cuts are those of one token a step"),
+        ({"tokens_per_step": 4, "objective": "nelbo"}, "^tokens_per_step=4 with objective='nelbo': it has an effect"),
+        ({"tokens_per_step": 4, "every_cut": True}, "^tokens_per_step=4 with every_cut=True: no cut is drawn"),
         ({"drawn_per": "response"}, "^drawn_per='response' with objective='tabom': it has an effect with nelbo,"),
         ({"complementary_masks": True}, "^complementary_masks=True with objective='tabom': "),
         (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tabom.data.trajectories import Trajectory
 from tabom.training.objectives import ObjectiveSettings, make_target
-from tabom.training.windows import break_ties, draw_cut, example_rng, last_cut, window_at
+from tabom.training.windows import break_ties, draw_cut, example_rng, last_cut, parallel_cuts, window_at
 
 # Worked out by hand. Position:   0  1  2  3  4  5   (4 is never unmasked, 0 and 3 share a step)
 STEPS = np.array([1, 0, 3, 1, -1, 2])
@@ -186,6 +186,35 @@ def test_cut_among_non_ltr_positions():
     for none in ([3], [2]):  # never decoded; too late
         draws = [draw_cut(np.array([0, 1, 2, -1]), 1, np.random.default_rng(i), none) for i in range(50)]
         assert set(draws) == {0, 1}
+
+
+@given(trajectories, st.integers(1, 6))
+def test_parallel_cuts_are_those_before_which_a_multiple_of_the_pace_is_visible(steps, tokens_per_step):
+    last = max(int(steps.max()), 0)
+    visible = [int(((steps >= 0) & (steps < cut)).sum()) for cut in range(last + 1)]
+    expected = [cut for cut in range(last + 1) if visible[cut] % tokens_per_step == 0]
+    assert parallel_cuts(steps, last, tokens_per_step).tolist() == expected and expected[0] == 0
+
+
+def test_parallel_cuts_worked_out_by_hand():
+    assert parallel_cuts(np.arange(16), 15, 4).tolist() == [0, 4, 8, 12]
+    assert parallel_cuts(np.array([0, 0, 1, 1, 2, 2, -1]), 2, 4).tolist() == [0, 2]
+
+
+def test_a_share_of_the_cuts_is_that_of_a_parallel_decoding(seed):
+    """Sixteen tokens: with a share of 0.5 a cut on the grid of 4 has the probability 1/32 + 1/8, any other 1/32."""
+    trajectory = Trajectory("p", "x" * 16, [1] * 16, list(range(16)))
+
+    def cuts(**settings):
+        drawn = ObjectiveSettings("window", **settings)
+        targets = [make_target(trajectory, drawn, example_rng(seed, 0, index)) for index in range(4000)]
+        return np.array([(~target.masked).sum() for target in targets])
+
+    counts = np.bincount(cuts(tokens_per_step=4, parallel_share=0.5), minlength=16)
+    expected = 4000 * np.array([5 / 32, 1 / 32, 1 / 32, 1 / 32] * 4)
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+    assert set(cuts(tokens_per_step=4, parallel_share=1.0)) == {0, 4, 8, 12}
+    assert (cuts() == cuts(tokens_per_step=1)).all()
 
 
 def test_nelbo_weighs_by_the_inverse_of_its_probability(rng):
