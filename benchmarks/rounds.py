@@ -132,7 +132,7 @@ def unsolved_by(base: str, model: DiffusionModel) -> list[int]:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Markdown: the mean over the seeds in percent, and its standard error."""
     names = [name for name in runs[0]["measured"] if runs[0]["measured"][name] is not None]
-    lines = [f"| {' | '.join(['', *names])} |", "| --- |" + " ---: |" * len(names)]
+    lines = [f"| {' | '.join([runs[0]['base'], *names])} |", f"| --- |{' --- |' * len(names)}"]
     for method in dict.fromkeys(run["method"] for run in runs):
         found = [run["measured"] for run in runs if run["method"] == method]
         cells = [percent([each[name] for each in found]) for name in names]
@@ -143,7 +143,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def percent(values: Sequence[float]) -> str:
     """A mean over seeds in percent, with its standard error if there are several."""
     mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+    return mean if len(values) == 1 else f"{mean} ±{100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,13 +5,20 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
+from benchmarks import rounds
 from tabom.data.json_files import finished_lines
 from tabom.lab.quickstart import QuickstartConfig, inputs
 from tabom.lab.report import markdown_table
 from tabom.lab.study_report import attention_table, tables
 
 ROOT = Path(__file__).parents[2]
-STUDY = list(finished_lines(ROOT / "docs" / "study_results.jsonl"))
+STUDIES = {
+    name: list(finished_lines(ROOT / "docs" / f"study_{name}.jsonl")) for name in ("results", "rank_losses", "parallel")
+}
+STUDY = STUDIES["results"]
+LINES = (ROOT / "docs" / "study.md").read_text().splitlines()
 
 
 def test_the_table_of_the_demo_is_what_its_json_says():
@@ -35,13 +42,26 @@ def test_what_the_demo_depends_on_is_what_its_json_was_made_from():
     assert document["inputs"] == inputs(QuickstartConfig())
 
 
-def test_the_tables_of_the_study_are_what_its_json_lines_say():
-    assert tables(STUDY).strip() in (ROOT / "docs" / "study.md").read_text()
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_tables_of_the_study_are_what_its_json_lines_say(name):
+    assert tables(STUDIES[name]).strip() in (ROOT / "docs" / "study.md").read_text()
+
+
+@pytest.mark.parametrize("base", rounds.TASKS)
+def test_the_tables_of_learning_in_rounds_are_what_its_json_says(base):
+    result = json.loads((rounds.RESULTS / "rounds-cpu.json").read_text())
+    runs = [run for run in result["runs"] if run["base"] == base]
+    assert {(run["method"], run["seed"]) for run in runs} == {
+        ("base", 0),
+        *((method, seed) for method in rounds.METHODS for seed in range(3)),
+    }
+    assert rounds.table(runs) in (ROOT / "docs" / "study.md").read_text()
 
 
 def test_the_prose_of_the_study_quotes_its_tables():
     """Every figure with an error over seeds or pairs stands in a table with the same digits."""
-    prose, tables_of_study = (ROOT / "docs" / "study.md").read_text().split("\n## Tables\n")
+    prose = "\n".join(line for line in LINES if not line.startswith("|"))
+    tables_of_study = "\n".join(line for line in LINES if line.startswith("|"))
     quoted = re.findall(r"[+-]?\d+\.\d ±\d+\.\d", prose)
     assert len(quoted) > 10
     shown = set(re.findall(r"[+-]?\d+\.\d ±\d+\.\d", tables_of_study))
