@@ -1,0 +1,1 @@
+"""Post-training of pretrained models: `python -m benchmarks.pretrained`."""

