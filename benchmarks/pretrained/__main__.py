@@ -28,8 +28,9 @@ from tabom.data.prompts import PromptSet
 from tabom.data.trajectories import Trajectory, read_trajectories
 from tabom.evaluation.replay import order_accuracy
 from tabom.evaluation.responses import complete
+from tabom.lab.config import DEFAULT, PACES
 from tabom.lab.config import METHODS as LAB
-from tabom.lab.experiment import post_train
+from tabom.lab.experiment import post_train, slowest_right
 from tabom.lab.study import digits
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
@@ -39,16 +40,7 @@ from tabom.sampling.config import CollectConfig, SamplerConfig
 
 CPU = torch.device("cpu")
 BASES = {"smollm2": smollm2.BASE, "antiberty": antiberty.BASE}
-PACES = (1, 2, 4)
-"""Tokens a step."""
-
-METHODS = {
-    "NELBO, exact weights": LAB["NELBO, exact weights"],
-    "whole path": LAB["whole path"],
-    "TABOM, whole path": LAB["TABOM, whole path"],
-    "NELBO, exact weights, several paces": LAB["NELBO, exact weights"]._replace(paces=PACES),
-    "TABOM, whole path, several paces": LAB["TABOM, whole path"]._replace(paces=PACES),
-}
+METHODS = ("NELBO, exact weights", "whole path", DEFAULT, "NELBO, exact weights, several paces", "TABOM, parallel")
 UNTRAINED = "base"
 REPLAYED = 40
 """Held-out right answers of the base whose pairs are ordered."""
@@ -71,7 +63,7 @@ def trained(base: Base, folder: Path, method: str, data: Sequence[Trajectory], s
     """A copy of the prepared base after training with a method."""
     sizes = {"max_steps": base.max_steps, "batch_size": base.batch_size, "learning_rate": base.learning_rate}
     with TemporaryDirectory() as work:
-        return post_train(str(folder), METHODS[method], data, Path(work), **sizes, seed=seed)
+        return post_train(str(folder), LAB[method], data, Path(work), **sizes, seed=seed)
 
 
 def answers_of(model: DiffusionModel, prompts: PromptSet, task: Task, pace: int, path: Path) -> list[Trajectory]:
@@ -175,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method, seed in missing:
             start, kept = time.process_time(), None
             if method != UNTRAINED:
-                data = [each for pace in METHODS[method].paces for each in answers[pace]]
+                data = slowest_right({pace: answers[pace] for pace in LAB[method].paces})
                 model, kept = trained(base, folder, method, data, seed), len(data)
             run = where | {
                 "method": method,

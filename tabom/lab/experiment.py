@@ -1,6 +1,6 @@
 """One experiment of the lab: a base's own right answers, a model post-trained on them, and what it can do then."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,19 @@ def right_answers(
                 found[index] = trajectory
         waiting = [index for index in waiting if index not in found]
     return [found[index] for index in sorted(found)]
+
+
+def slowest_right(at_paces: Mapping[int, Sequence[Trajectory]]) -> list[Trajectory]:
+    """For each prompt that was answered right at one of the paces, the response at the slowest of these.
+
+    Args:
+        at_paces: the right responses by tokens a step.
+    """
+    found: dict[str, Trajectory] = {}
+    for pace in sorted(at_paces):
+        for trajectory in at_paces[pace]:
+            found.setdefault(str(trajectory.prompt), trajectory)
+    return list(found.values())
 
 
 def ground_truth(base: DiffusionModel, prompts: PromptSet) -> list[Trajectory]:

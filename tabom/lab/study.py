@@ -7,7 +7,7 @@ nothing; another grid with the same output adds to it. The runs are computed wit
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
@@ -34,6 +34,7 @@ from tabom.lab.experiment import (
     other_tasks,
     post_train,
     right_answers,
+    slowest_right,
 )
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
@@ -133,7 +134,10 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
             path[step] = {"1 a step": weak_task(run, model)} | other_tasks_of(run, model, run.num_path_problems)
 
     method = METHODS[run.method]
-    data = truth_of(run, base) if method.on_truth else slowest_right(run, method.paces, output, base)
+    if method.on_truth:
+        data = truth_of(run, base)
+    else:
+        data = slowest_right({pace: trajectories_of(run, "train", output, base, pace) for pace in method.paces})
     with tempfile.TemporaryDirectory() as work:  # nothing is kept of it, and runs at the same time need their own
         model = post_train(
             run.base,
@@ -157,15 +161,6 @@ def result_of(run: Run, output: Path, save_models: bool = False) -> dict[str, An
 def truth_of(run: Run, base: DiffusionModel) -> list[Trajectory]:
     """The right answers to all prompts of the run."""
     return ground_truth(base, WEAK_TASKS[run.task].prompt_set(run.num_prompts, "train", run.seed))
-
-
-def slowest_right(run: Run, paces: Sequence[int], output: Path, base: DiffusionModel) -> list[Trajectory]:
-    """For each prompt that was answered right at one of the paces, the response at the slowest of these."""
-    found: dict[str, Trajectory] = {}
-    for pace in sorted(paces):
-        for trajectory in trajectories_of(run, "train", output, base, pace):
-            found.setdefault(trajectory.prompt, trajectory)
-    return list(found.values())
 
 
 def trajectories_of(run: Run, split: str, output: Path, base: DiffusionModel, pace: int = 1) -> list[Trajectory]:

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from tabom import load
 from tabom.data.json_files import finished_lines
 from tabom.lab.config import PARALLEL
-from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers
+from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers, slowest_right
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
-from tabom.lab.study import BASE, SIZES, Run, StudyConfig, slowest_right, study, trajectories_of
+from tabom.lab.study import BASE, SIZES, Run, StudyConfig, study, trajectories_of
 from tabom.lab.study_report import attempts_table, attention_table, cell, curve, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.models.loading import SHIPPED_PATH
@@ -253,15 +253,12 @@ def test_the_slowest_right_response_to_a_prompt_is_trained_on(tmp_path):
     results = list(finished_lines(study(config)))
     assert [result["run"]["method"] for result in results[1:]] == list(PARALLEL)
     base, run = load(SHIPPED_PATH), Run(**results[1]["run"])
-    kept = slowest_right(run, (4, 1, 2), tmp_path, base)
+    right = {pace: trajectories_of(run, "train", tmp_path, base, pace) for pace in (4, 1, 2)}
+    kept = slowest_right(right)
     assert all(result["kept"] == len(kept) for result in results[1:])
-    prompts = {
-        pace: {each.prompt for each in trajectories_of(run, "train", tmp_path, base, pace)} for pace in (1, 2, 4)
-    }
+    prompts = {pace: {each.prompt for each in trajectories} for pace, trajectories in right.items()}
     assert prompts[2] - prompts[1] and prompts[4] - prompts[2] - prompts[1], "or nothing is shown"
-    assert {each.prompt for each in kept} == set().union(*prompts.values()) and len(kept) == len(
-        set().union(*prompts.values())
-    )
+    assert sorted(each.prompt for each in kept) == sorted(set().union(*prompts.values()))
     for each in kept:
         steps = max(each.decoding_order) + 1
         assert steps == next(4 // pace for pace in (1, 2, 4) if each.prompt in prompts[pace])
