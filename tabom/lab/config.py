@@ -94,7 +94,7 @@ DEFAULT_SETTINGS = {
     "objective": "tabom",
     **both_windows("all"),
     "rank_loss": "logistic",
-    "rank_weight": 0.1,
+    "rank_weight": 0.3,
     "rank_margin": 0.0,
 }
 """The defaults of `TabomConfig`."""
@@ -103,7 +103,7 @@ PACES = (1, 2, 4)
 PARALLEL = {
     "NELBO, exact weights, several paces": Method({"objective": "nelbo_exact"}, paces=PACES),
     "whole path, several paces": Method({"objective": "window", **both_windows("all")}, paces=PACES),
-    "TABOM, parallel": Method(DEFAULT_SETTINGS | {"tokens_per_step": 4}, paces=PACES),
+    "TABOM, parallel": Method(DEFAULT_SETTINGS | {"rank_weight": 0.1, "tokens_per_step": 4}, paces=PACES),
 }
 """For parallel decoding, and the controls: learnt from responses that were decoded at 1, 2 or 4 tokens a step."""
 

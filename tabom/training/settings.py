@@ -69,7 +69,7 @@ class TabomSettings:
     )
     window_unit: WindowUnit = field(default="steps", metadata={"help": "What supervised_window and rank_window count."})
     rank_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the rank loss. Default: 1 for tabom, 0 for the other objectives."}
+        default=None, metadata={"help": "Weight of the rank loss. Default: 0.3 for tabom, 0 for the other objectives."}
     )
     rank_loss: Literal["logistic", "hinge", "plackett_luce"] = field(
         default="logistic", metadata={"help": "Form of the rank loss."}
@@ -200,7 +200,7 @@ class TabomSettings:
         self.supervised_window = window_size("supervised_window", self.supervised_window)
         self.rank_window = window_size("rank_window", self.rank_window)
         if self.rank_weight is None:
-            self.rank_weight = 1.0 if self.objective == "tabom" else 0.0
+            self.rank_weight = 0.3 if self.objective == "tabom" else 0.0
         for name in ("max_prompt_length", "max_response_length", "eval_num_prompts", "peer_timeout"):
             check_at_least(name, getattr(self, name), 1)
         if self.pad_response and self.max_response_length is None:

@@ -144,7 +144,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     arguments = ["--config", str(recipe), "--model", model_folder, "--data", data, "--output_dir", str(tmp_path)]
     assert run("train", *arguments, "--rank_margin", "0.3") == 0
     [config] = seen
-    assert (config.learning_rate, config.rank_margin, config.rank_loss, config.rank_weight) == (2e-5, 0.3, "hinge", 1.0)
+    assert (config.learning_rate, config.rank_margin, config.rank_loss, config.rank_weight) == (2e-5, 0.3, "hinge", 0.3)
 
 
 @pytest.mark.parametrize(

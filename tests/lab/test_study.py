@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from tabom import load
 from tabom.data.json_files import finished_lines
-from tabom.lab.config import PARALLEL
+from tabom.lab.config import DEFAULT_SETTINGS, PARALLEL
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers, slowest_right
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
@@ -20,6 +20,7 @@ from tabom.lab.study import BASE, SIZES, Run, StudyConfig, study, trajectories_o
 from tabom.lab.study_report import attempts_table, attention_table, cell, curve, paired_table, report, scores, tables
 from tabom.lab.tasks import Subtraction
 from tabom.models.loading import SHIPPED_PATH
+from tabom.training.config import TabomConfig
 from tabom.training.examples import TrajectoryDataset
 from tabom.training.objectives import ObjectiveSettings
 
@@ -262,6 +263,11 @@ def test_the_slowest_right_response_to_a_prompt_is_trained_on(tmp_path):
     for each in kept:
         steps = max(each.decoding_order) + 1
         assert steps == next(4 // pace for pace in (1, 2, 4) if each.prompt in prompts[pace])
+
+
+def test_the_default_settings_of_the_lab_are_those_of_the_trainer(tmp_path):
+    config = TabomConfig(str(tmp_path), use_cpu=True, report_to="none")
+    assert {name: getattr(config, name) for name in DEFAULT_SETTINGS} == DEFAULT_SETTINGS
 
 
 def test_verdicts():
