@@ -315,8 +315,9 @@ def test_nelbo_with_ranking_is_its_cross_entropy_and_the_hinge_over_all_masked_p
 
 def test_only_tabom_is_ranked_unless_a_weight_is_given(tmp_path):
     for objective in OBJECTIVES:
-        assert config(tmp_path, objective=objective).loss_settings["rank_weight"] == (0.3 if objective == "tabom" else 0.0)
-        assert config(tmp_path, objective=objective, rank_weight=0.3).loss_settings["rank_weight"] == 0.3
+        weight = 0.3 if objective == "tabom" else 0.0
+        assert config(tmp_path, objective=objective).loss_settings["rank_weight"] == weight
+        assert config(tmp_path, objective=objective, rank_weight=0.7).loss_settings["rank_weight"] == 0.7
 
 
 def test_reference_and_torch_backends_train_to_the_same_weights(tmp_path, rng):
