@@ -13,9 +13,9 @@ from rich.console import Console
 from tabom.data.json_files import finished_lines, write_json
 from tabom.lab.config import DEFAULT, PACES, QuickstartConfig, StudyConfig
 from tabom.lab.config import METHODS as SETTINGS
-from tabom.lab.report import draw_entropy_by_step, means_and_errors, print_table, print_verdicts
+from tabom.lab.report import draw_accuracy_by_pace, draw_entropy_by_step, means_and_errors, print_table, print_verdicts
 from tabom.lab.study import BASE, grid, study, trajectories_of
-from tabom.lab.study_report import Result, draw_paths, groups_of
+from tabom.lab.study_report import Result
 from tabom.models.loading import load, path_of
 
 METHODS = ("NELBO, exact weights", DEFAULT, "TABOM, parallel")
@@ -46,7 +46,7 @@ def report(config: QuickstartConfig, results: list[Result], console: Console) ->
     found = {method: sorted(runs, key=lambda run: run["run"]["seed"]) for method, runs in found.items()}
     print_table(console, found)
     print_verdicts(console, found)
-    draw_paths(results, groups_of(results)[0], output / "accuracy_retention.png")
+    draw_accuracy_by_pace(found, output / "accuracy_by_pace.png")
     draw_entropy_by_step(found, output / "entropy_by_step.png")
     document = {"config": asdict(config), "inputs": inputs(config), "measures": means_and_errors(found)}
     write_json(output / "results.json", document)

@@ -10,7 +10,7 @@ from rich.table import Table
 from tabom.evaluation.pictures import BASE as BASE_LOOK
 from tabom.evaluation.pictures import legend_below, picture
 from tabom.lab.config import DEFAULT
-from tabom.lab.study import BASE
+from tabom.lab.study import BASE, TOKENS_PER_STEP
 from tabom.lab.study_report import Result, error, looks_of, scores
 
 Results = dict[str, list[Result]]
@@ -31,6 +31,7 @@ ROWS = {
 
 MEASURES = {
     "1 a step": "accuracy on the weak task",
+    "2 a step": "accuracy at 2 tokens a step",
     "4 a step": "accuracy at 4 tokens a step",
     "pass@16": "pass@16",
     "other tasks": "accuracy on the other tasks",
@@ -126,6 +127,21 @@ def verdict(mean: float, error: float) -> str:
     if abs(mean) <= 2 * error:
         return "no clear difference"
     return "higher" if mean > 0 else "lower"
+
+
+def draw_accuracy_by_pace(results: Results, path: Path) -> None:
+    """Accuracy on the weak task against the tokens that a step unmasks."""
+    with picture(path) as figure:
+        axes = figure.subplots()
+        for method, look in {BASE: BASE_LOOK, **looks_of(results)}.items():
+            accuracies = [by_seed(results[method], f"{pace} a step").mean() for pace in TOKENS_PER_STEP]
+            axes.plot(TOKENS_PER_STEP, accuracies, label=method, **look)
+        axes.set_xticks(TOKENS_PER_STEP)
+        axes.set_ylim(0, 100)
+        axes.set_title("Several tokens a step cost accuracy", fontsize=12)
+        axes.set_xlabel("tokens unmasked a step")
+        axes.set_ylabel("accuracy on subtraction, %")
+        legend_below(figure)
 
 
 def draw_entropy_by_step(results: Results, path: Path) -> None:

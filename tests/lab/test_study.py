@@ -291,10 +291,10 @@ def test_the_quickstart_end_to_end(tmp_path, capsys):
     columns = ["base", "NELBO, exact weights", "TABOM, defaults", "TABOM, parallel"]
     assert list(results) == columns and [len(runs) for runs in results.values()] == [1, 1, 1, 1]
     assert results["TABOM, parallel"][0]["kept"] >= results["TABOM, defaults"][0]["kept"] > 0
-    for name in ("accuracy_retention.png", "entropy_by_step.png"):
+    for name in ("accuracy_by_pace.png", "entropy_by_step.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert load(tmp_path / "models" / "TABOM-parallel-seed-0").model.num_parameters() > 1e6
     measures = json.loads((tmp_path / "results.json").read_text())["measures"]
-    assert list(measures) == columns and len(markdown_table(measures).splitlines()) == 8
+    assert list(measures) == columns and len(markdown_table(measures).splitlines()) == 9
     out = capsys.readouterr().out
     assert "TABOM, defaults, against NELBO" in out and "two standard errors" in out
