@@ -73,4 +73,4 @@ def test_no_code_is_cut_or_behind_its_copy_button(site, browser, width):
 def test_the_front_page_shows_a_result_before_the_installation(site):
     page = (site / "index.html").read_text()
     before, _ = page.split('id="install"')
-    assert "accuracy_by_pace.png" in before and "% after" in before
+    assert "accuracy_by_pace.png" in before and "TABOM, parallel" in before
