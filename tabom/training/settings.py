@@ -105,7 +105,9 @@ class TabomSettings:
             "cuts are among the states that such a decoding passes through."
         },
     )
-    parallel_share: float = field(default=0.2, metadata={"help": "See tokens_per_step."})
+    parallel_share: float = field(
+        default=0.2, metadata={"help": "The share of the cuts that tokens_per_step decides; the others are any step."}
+    )
     cut_among_non_ltr: bool = field(
         default=False, metadata={"help": "Draw the cut among the steps of the record's non_ltr_positions."}
     )
