@@ -23,6 +23,7 @@ from benchmarks.tools.measure import RESULTS, environment, result_name, write_js
 from tabom.data.prompts import PromptSet
 from tabom.evaluation.metrics import estimate, pass_at_k
 from tabom.evaluation.responses import accuracy
+from tabom.lab.config import PAPER
 from tabom.lab.experiment import WEAK_TASKS, other_tasks
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
@@ -46,7 +47,7 @@ PROBLEMS, OTHER_PROBLEMS, PASS_PROBLEMS, PASS_SAMPLES, BASE_SAMPLES = 300, 100, 
 FIRST_SEED = 10**6
 """Of the samples that are measured; those of the rounds are far below it."""
 
-TABOM = {"objective": "tabom", "rank_loss": "hinge", "rank_margin": 0.1, "per_device_train_batch_size": 64}
+TABOM = PAPER | {"per_device_train_batch_size": 64}
 POLICY = {"objective": "policy", "per_device_train_batch_size": 256, "learning_rate": 1e-4}
 
 

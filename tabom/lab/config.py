@@ -41,17 +41,20 @@ def both_windows(size: int | str) -> dict[str, Any]:
     return {"supervised_window": size, "rank_window": size}
 
 
+PAPER = {"objective": "tabom", "rank_loss": "hinge", "rank_margin": 0.1, "rank_weight": 1.0}
+"""The ranking of the paper and its release."""
+
 OBJECTIVES = {
     "NELBO, truth of all prompts": Method({"objective": "nelbo"}, on_truth=True),
     "NELBO": Method({"objective": "nelbo"}),
     "NELBO, exact weights": Method({"objective": "nelbo_exact"}),
-    "NELBO with ranking": Method({"objective": "nelbo", "rank_weight": 1.0}),
+    "NELBO with ranking": Method(PAPER | {"objective": "nelbo"}),
     "window": Method({"objective": "window", **both_windows(2)}),
-    "TABOM as released": Method({"objective": "tabom", "skip_last_step": True, **both_windows(2)}),
-    "TABOM": Method({"objective": "tabom", **both_windows(2)}),
+    "TABOM as released": Method(PAPER | {"skip_last_step": True} | both_windows(2)),
+    "TABOM": Method(PAPER | both_windows(2)),
     "whole path": Method({"objective": "window", **both_windows("all")}),
-    "TABOM, whole path": Method({"objective": "tabom", **both_windows("all")}),
-    "whole path, pairs shuffled": Method({"objective": "tabom", **both_windows("all")}, shuffles_pairs=True),
+    "TABOM, whole path": Method(PAPER | both_windows("all")),
+    "whole path, pairs shuffled": Method(PAPER | both_windows("all"), shuffles_pairs=True),
 }
 
 

@@ -129,8 +129,6 @@ def post_train(
 ) -> DiffusionModel:
     """Trains a fresh copy of the base, with a cosine schedule after 20 steps of warm-up.
 
-    The rank loss is a hinge with a margin of 0.1 nats, unless the method has another.
-
     Args:
         after_step: is given the number of steps taken and the model.
     """
@@ -151,7 +149,7 @@ def post_train(
         dataloader_pin_memory=False,
         use_cpu=True,  # large enough for the tiny model, and the same figures on every machine
         seed=seed,
-        **{"rank_loss": "hinge", "rank_margin": 0.1} | method.settings,
+        **method.settings,
     )
     trainer = TabomTrainer(
         model=diffusion_model.model,

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from tabom import load
 from tabom.data.json_files import finished_lines
-from tabom.lab.config import DEFAULT_SETTINGS, PARALLEL
+from tabom.lab.config import DEFAULT_SETTINGS, METHODS, PARALLEL
 from tabom.lab.experiment import ShuffledPairs, ground_truth, right_answers, slowest_right
 from tabom.lab.quickstart import QuickstartConfig, quickstart
 from tabom.lab.report import markdown_table, verdict
@@ -268,6 +268,13 @@ def test_the_slowest_right_response_to_a_prompt_is_trained_on(tmp_path):
 def test_the_default_settings_of_the_lab_are_those_of_the_trainer(tmp_path):
     config = TabomConfig(str(tmp_path), use_cpu=True, report_to="none")
     assert {name: getattr(config, name) for name in DEFAULT_SETTINGS} == DEFAULT_SETTINGS
+
+
+def test_every_ranked_method_names_its_ranking_in_full():
+    """Else a new default would change what the results of the study were made with."""
+    for name, method in METHODS.items():
+        if method.settings["objective"] == "tabom" or "rank_weight" in method.settings:
+            assert {"rank_loss", "rank_weight", "rank_margin"} <= method.settings.keys(), name
 
 
 def test_verdicts():
