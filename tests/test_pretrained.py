@@ -135,7 +135,7 @@ def test_every_run_is_made_once(packages, tmp_path, monkeypatch, capsys):
     of_other_task = {"base": "antiberty", "task": "framework 2", "method": pretrained.UNTRAINED, "seed": 0}
     pretrained.RESULT.write_text(json.dumps(of_other_task) + "\n")
     pretrained.main(arguments)
-    assert "3 runs are missing, about 0.5 hours" in capsys.readouterr().out
+    assert "3 runs are missing, about 0.4 hours" in capsys.readouterr().out
     _, *runs = finished_lines(pretrained.RESULT)
     assert [run["method"] for run in runs] == [pretrained.UNTRAINED, *methods]
     assert [run["kept"] for run in runs] == [None, 3, 3]
@@ -150,3 +150,22 @@ def test_every_run_is_made_once(packages, tmp_path, monkeypatch, capsys):
     assert "1 runs are missing" in capsys.readouterr().out
     _, *again = finished_lines(pretrained.RESULT)
     assert again[:-1] == runs[:-1] and again[-1]["measured"] == runs[-1]["measured"]
+
+
+def test_the_tables_pair_runs_by_seed():
+    """Errors over seeds and over problems, by hand."""
+
+    def run(method, seed, right):
+        scores = {"right": right, "recovered": [1 if digit == "1" else 0.5 for digit in right]}
+        names = ("1 a step", "2 a step", "4 a step", "other task")
+        measured = {name: scores for name in names} | {"pair order": [0.25, 0.75]}
+        return {"method": method, "seed": seed, "measured": measured}
+
+    first, second = "whole path", "NELBO, exact weights"
+    runs = [run(second, 2, "0000"), run(first, 0, "1100"), run(first, 2, "1000"), run(second, 0, "1000")]
+    lines = pretrained.tables([*runs, run(pretrained.UNTRAINED, 0, "1000"), run(first, 1, "1111")]).split("\n")
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines if line}
+    assert cells["base"][:3] == ["1", "25.0 (25.0)", "62.5 (12.5)"]
+    assert cells[second][:4] == ["2", "12.5 ±12.5 (12.5)", "56.2 ±6.2 (6.2)", "12.5 ±12.5 (12.5)"]
+    assert cells[f"{first}, less {second}"][0] == "+25.0 ±0.0 (14.4)"  # seed 1 has no partner
+    assert cells[f"{first}, less {second}"][-1] == "+0.0 ±0.0 (0.0)"

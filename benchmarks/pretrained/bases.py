@@ -8,24 +8,24 @@ from tabom.data.prompts import PromptSet
 
 
 class Task(NamedTuple):
-    """Prompts with their answers, apart for training and for testing, and the settings of the sampler."""
+    """Prompts with their answers, apart for training and for testing, the settings of the sampler, and the costs.
+
+    The seconds are those of one core and serve for an estimate, until the runs have their own.
+    """
 
     train: PromptSet
     test: PromptSet
     sampler: dict[str, int | bool]  # fields of `SamplerConfig`
+    seconds_to_collect: int  # at all paces
+    seconds_of_run: int  # training and measures
 
 
 class Base(NamedTuple):
-    """A model, its tasks by name, and the sizes and costs of a run.
-
-    The seconds are those of one core and serve for an estimate, until the runs have their own.
-    """
+    """A model, its tasks by name, and the sizes of a training."""
 
     prepare: Callable[[Path], None]  # writes a folder that `tabom.load` opens
     tasks: Callable[[], dict[str, Task]]
     max_steps: int
     batch_size: int
     learning_rate: float
-    seconds_to_prepare: int
-    seconds_to_collect: int  # at all paces
-    seconds_of_run: int  # training and measures
+    seconds_to_prepare: int  # of one core

@@ -16,10 +16,10 @@ from tabom.lab.config import METHODS
 from tabom.lab.experiment import post_train
 from tabom.models.loading import load
 
-TRAIN, TEST = 400, 150
+TRAIN, TEST = 240, 80
 """Prompts of each task."""
 
-ADAPTATION = {"max_steps": 80, "batch_size": 8, "learning_rate": 2e-4, "seed": 0}
+ADAPTATION = {"max_steps": 55, "batch_size": 8, "learning_rate": 2e-4, "seed": 0}
 
 WORDS = "apple river stone cloud bread chair green horse lemon music night ocean paper queen silver table train water"
 MONTHS = "January February March April May June July August September October November December"
@@ -63,7 +63,7 @@ def number(value: int, names: str) -> str:
     return f"{first}-{names.split()[units - 1]}" if units else first
 
 
-def task(name: str, instruction: str, draw: Callable[[random.Random], Problem], length: int) -> Task:
+def task(name: str, instruction: str, draw: Callable[[random.Random], Problem], length: int, **costs: int) -> Task:
     """A task with different prompts throughout, so that none for training is tested.
 
     The instruction is the system message. Without one the chat template writes its own, which is longer.
@@ -78,14 +78,16 @@ def task(name: str, instruction: str, draw: Callable[[random.Random], Problem], 
     system = {"role": "system", "content": instruction}
     prompts = [[system, {"role": "user", "content": text}] for text in drawn]
     every = PromptSet(name, prompts, list(drawn.values()))
-    return Task(every.first(TRAIN), every.without(range(TRAIN)), {"max_new_tokens": length, "stop_early": True})
+    return Task(
+        every.first(TRAIN), every.without(range(TRAIN)), {"max_new_tokens": length, "stop_early": True}, **costs
+    )
 
 
 def tasks() -> dict[str, Task]:
     """Both tasks by name."""
     return {
-        "repeat": task("repeat", "Repeat the words.", words, 8),
-        "dates": task("dates", "Write the date in words.", date, 12),
+        "repeat": task("repeat", "Repeat the words.", words, 8, seconds_to_collect=350, seconds_of_run=190),
+        "dates": task("dates", "Write the date in words.", date, 12, seconds_to_collect=600, seconds_of_run=300),
     }
 
 
@@ -111,10 +113,8 @@ def prepare(folder: Path) -> None:
 BASE = Base(
     prepare,
     tasks,
-    max_steps=40,
+    max_steps=24,
     batch_size=8,
-    learning_rate=5e-5,
-    seconds_to_prepare=260,
-    seconds_to_collect=780,
-    seconds_of_run=440,
+    learning_rate=1e-4,
+    seconds_to_prepare=190,
 )
