@@ -81,7 +81,7 @@ def trained(
     base: Base, folder: Path, method: str, data: Sequence[Trajectory], learning_rate: float, seed: int
 ) -> DiffusionModel:
     """A copy of the prepared base after training with a method."""
-    sizes = {"max_steps": base.max_steps, "batch_size": base.batch_size}
+    sizes = {"max_steps": base.max_steps, "warmup_steps": base.warmup_steps, "batch_size": base.batch_size}
     with TemporaryDirectory() as work:
         return post_train(str(folder), LAB[method], data, Path(work), **sizes, learning_rate=learning_rate, seed=seed)
 

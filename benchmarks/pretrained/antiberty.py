@@ -162,6 +162,7 @@ BASE = Base(
     prepare,
     tasks,
     max_steps=30,
+    warmup_steps=20,
     batch_size=8,
     learning_rate=5e-5,
     seconds_to_prepare=1,

@@ -26,6 +26,7 @@ class Base(NamedTuple):
     prepare: Callable[[Path], None]  # writes a folder that `tabom.load` opens
     tasks: Callable[[], dict[str, Task]]
     max_steps: int
+    warmup_steps: int
     batch_size: int
     learning_rate: float
     seconds_to_prepare: int  # of one core

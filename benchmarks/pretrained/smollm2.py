@@ -114,7 +114,8 @@ BASE = Base(
     prepare,
     tasks,
     max_steps=24,
+    warmup_steps=3,
     batch_size=8,
-    learning_rate=1e-4,
+    learning_rate=5e-5,
     seconds_to_prepare=190,
 )

@@ -125,9 +125,10 @@ def post_train(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    warmup_steps: int = 20,
     after_step: Callable[[int, DiffusionModel], None] = lambda step, model: None,
 ) -> DiffusionModel:
-    """Trains a fresh copy of the base, with a cosine schedule after 20 steps of warm-up.
+    """Trains a fresh copy of the base, with a cosine schedule after the warm-up.
 
     Args:
         after_step: is given the number of steps taken and the model.
@@ -140,7 +141,7 @@ def post_train(
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=20,
+        warmup_steps=warmup_steps,
         weight_decay=0.01,
         logging_strategy="no",
         save_strategy="no",
