@@ -1,7 +1,7 @@
 """Post-training of pretrained models: objectives x seeds, from one base and from its own right answers.
 
     python -m benchmarks.pretrained --base smollm2 [--task repeat] [--seeds 0 1 2] [--folder runs/pretrained]
-    python -m benchmarks.pretrained --base smollm2 --learning_rates 5e-5 --methods "whole path" "TABOM, defaults"
+    python -m benchmarks.pretrained --base smollm2 --learning_rates 1e-4 --methods "whole path" "TABOM, defaults"
     python -m benchmarks.pretrained --base antiberty
 
 The base is prepared once, and answers the training prompts once at each pace. Every method then trains a copy of it,

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.pretrained.__main__ as pretrained
 from benchmarks import rounds
 from tabom.data.json_files import finished_lines
+from tabom.lab.config import DEFAULT
 from tabom.lab.quickstart import QuickstartConfig, inputs
 from tabom.lab.report import markdown_table
 from tabom.lab.study_report import attention_table, tables
@@ -47,6 +49,25 @@ def test_the_tables_of_learning_in_rounds_are_what_its_json_says(base):
         *((method, seed) for method in rounds.METHODS for seed in range(3)),
     }
     assert rounds.table(runs) in (ROOT / "docs" / "study.md").read_text()
+
+
+OBJECTIVES = ("NELBO, exact weights", "whole path", DEFAULT, "TABOM, parallel")
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "methods"),
+    [
+        ("smollm2", "repeat", OBJECTIVES),
+        ("smollm2", "dates", OBJECTIVES),
+        ("antiberty", "framework 3", pretrained.METHODS),
+    ],
+)
+def test_the_tables_of_pretrained_models_are_what_its_json_says(base, task, methods):
+    runs = [run for run in finished_lines(pretrained.RESULT) if (run["base"], run["task"]) == (base, task)]
+    rate = pretrained.BASES[base].learning_rate
+    made = {(run["method"], run["learning_rate"], run["seed"]) for run in runs}
+    assert made >= {(method, rate, seed) for method in methods for seed in range(3)}
+    assert pretrained.tables(runs) in (ROOT / "docs" / "study.md").read_text()
 
 
 def test_the_prose_of_the_study_quotes_its_tables():
