@@ -53,6 +53,7 @@ COMPARISONS = (
     (DEFAULT, "whole path"),
     ("TABOM, parallel", "NELBO, exact weights"),
     ("TABOM, parallel", "whole path"),
+    ("TABOM, parallel", DEFAULT),
     ("TABOM, parallel", "NELBO, exact weights, several paces"),
 )
 """Paired by seed: the first less the second."""
@@ -99,7 +100,7 @@ def places(text: str) -> list[str]:
 
 
 def recovered(answer: str, response: str) -> float:
-    """The share of the answer's places that the response agrees in."""
+    """The share of the answer's places that the response agrees in; what it has behind the answer is not counted."""
     found = [a == b for a, b in zip(places(answer), places(response), strict=False)]
     return sum(found) / len(places(answer))
 
@@ -170,11 +171,14 @@ def difference(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]
     return f"{'+' if values.mean() >= 0 else ''}{cell(values)}"
 
 
-def seconds_left(base: Base, task: Task, is_prepared: bool, finished: Sequence[dict[str, Any]], missing: int) -> float:
+def seconds_left(
+    base: Base, task: Task, is_prepared: bool, is_collected: bool, finished: Sequence[dict[str, Any]], missing: int
+) -> float:
     """Seconds of CPU that the missing runs take, by what the finished ones of the task took, if there are some."""
     trained = [run["seconds"] for run in finished if run["method"] != UNTRAINED]
     of_run = float(np.mean(trained)) if trained else task.seconds_of_run
-    return base.seconds_to_prepare * (not is_prepared) + task.seconds_to_collect * (not finished) + missing * of_run
+    before = base.seconds_to_prepare * (not is_prepared) + task.seconds_to_collect * (not is_collected)
+    return before + missing * of_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -204,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     point = itemgetter("seed", "learning_rate", "method")
     missing = [each for each in grid if each not in set(map(point, runs))]
     folder = options.folder / options.base
-    hours = seconds_left(base, task, folder.exists(), runs, len(missing)) / 3600
+    test_answers = options.folder / f"{options.base}-{name}-test.jsonl"  # the last ones to be collected
+    hours = seconds_left(base, task, folder.exists(), test_answers.exists(), runs, len(missing)) / 3600
     print(f"{options.base}, {name}: {len(missing)} runs are missing, about {hours:.1f} hours of one core", flush=True)
 
     prepared(base, folder)
@@ -213,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pace: answers_of(model, task.train, task, pace, options.folder / f"{options.base}-{name}-{pace}.jsonl")
         for pace in PACES
     }
-    held_out = answers_of(model, task.test, task, 1, options.folder / f"{options.base}-{name}-test.jsonl")[:REPLAYED]
+    held_out = answers_of(model, task.test, task, 1, test_answers)[:REPLAYED]
     where, machine = {"base": options.base, "task": name}, environment(CPU)
     with appending(RESULT) as append:
         for seed, rate, method in missing:
